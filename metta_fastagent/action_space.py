@@ -1,0 +1,78 @@
+"""ActionSpace: the tables behind (action type, parameter) pairs and logit indices."""
+
+from collections.abc import Sequence
+from numbers import Integral
+
+import torch
+
+
+class ActionSpace:
+    """Named action types, each with parameters 0 to its `max_params`, laid out as one list of logits.
+
+    Attributes:
+        action_names: name of each type.
+        action_max_params: largest legal parameter of each type.
+        num_actions: A, the sum of `max_param + 1` over the types.
+        full_action_names: A names "<type>_<parameter>", in logit order.
+        cum_action_max_params: int64 tensor [types + 1], `cumsum([0] + max_params)`.
+        action_index_tensor: int32 tensor [A, 2], row i the (type, parameter) pair of logit i.
+
+    Args:
+        action_names: distinct, non-empty names, one for each type.
+        action_max_params: integers >= 0, one for each type.
+        device: where the tables are made.
+
+    Raises:
+        TypeError, ValueError: an argument is empty, of another length, or holds something else; the message says which.
+    """
+
+    def __init__(
+        self,
+        action_names: Sequence[str],
+        action_max_params: Sequence[int],
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.action_names = _checked_names(action_names)
+        self.action_max_params = _checked_max_params(action_max_params, len(self.action_names))
+        typed = list(zip(self.action_names, self.action_max_params, strict=True))
+        self.full_action_names = [f"{name}_{param}" for name, limit in typed for param in range(limit + 1)]
+        self.num_actions = len(self.full_action_names)
+        self.cum_action_max_params = torch.tensor(
+            [0, *self.action_max_params], dtype=torch.int64, device=device
+        ).cumsum(0)
+        pairs = [(kind, param) for kind, limit in enumerate(self.action_max_params) for param in range(limit + 1)]
+        self.action_index_tensor = torch.tensor(pairs, dtype=torch.int32, device=device)
+
+    def __repr__(self) -> str:
+        types = ", ".join(
+            f"{n}: 0..{limit}" for n, limit in zip(self.action_names, self.action_max_params, strict=True)
+        )
+        return f"ActionSpace({types}; {self.num_actions} actions)"
+
+
+def _checked_names(action_names: Sequence[str]) -> list[str]:
+    if isinstance(action_names, str) or not isinstance(action_names, Sequence):
+        raise TypeError(f"action_names: got {action_names!r}, expected a list of names")
+    if not action_names:
+        raise ValueError("action_names: got no name, expected at least one action type")
+    for position, name in enumerate(action_names):
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"action_names[{position}]: got {name!r}, expected a non-empty string")
+    repeated = sorted({name for name in action_names if list(action_names).count(name) > 1})
+    if repeated:
+        raise ValueError(f"action_names: got {', '.join(repeated)} more than once, expected distinct names")
+    return list(action_names)
+
+
+def _checked_max_params(action_max_params: Sequence[int], num_types: int) -> list[int]:
+    if isinstance(action_max_params, (str, bytes)) or not hasattr(action_max_params, "__iter__"):
+        raise TypeError(f"action_max_params: got {action_max_params!r}, expected a list of integers")
+    values = list(action_max_params)
+    if len(values) != num_types:
+        raise ValueError(f"action_max_params: got {len(values)} values, expected {num_types}, one for each action name")
+    for position, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"action_max_params[{position}]: got {value!r}, expected an integer >= 0")
+        if value < 0:
+            raise ValueError(f"action_max_params[{position}]: got {value!r}, expected an integer >= 0")
+    return [int(value) for value in values]

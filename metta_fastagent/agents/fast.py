@@ -1,0 +1,212 @@
+"""Fast: the reference agent, a CNN encoder, an LSTM and an action-embedding actor, written with the mixin.
+
+Its parameters have the names and shapes of Metta's own `Fast`, so a checkpoint of that loads with `strict=True`.
+"""
+
+import math
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metta_fastagent import ops
+from metta_fastagent.mixin import PyTorchAgentMixin
+from metta_fastagent.recurrent import LSTMWrapper
+
+DEFAULT_NUM_FEATURES = 25
+DEFAULT_WINDOW = 11
+# cnn1 (5, stride 3) and cnn2 (3) leave nothing of a smaller window.
+SMALLEST_WINDOW = 11
+MAX_INITIAL_EMBEDDING = 0.1
+
+
+class Fast(PyTorchAgentMixin, LSTMWrapper):
+    """CNN + LSTM agent with a bilinear actor over action embeddings.
+
+    Args:
+        env: the environment; `obs_width`, `obs_height` (11 where missing) and `feature_normalizations` (feature id to the
+            number that divides its values; 25 features of 1 where missing) are read.
+        policy: encoder and heads; None makes a `FastPolicy` for `env`.
+        input_size: features of the encoded observation.
+        hidden_size: features of the LSTM's state.
+        num_layers: layers of the LSTM.
+        max_actions: rows of the action embedding, the largest number of actions.
+        kwargs: the mixin's parameters, see `PyTorchAgentMixin.init_mixin`.
+    """
+
+    policy: "FastPolicy"
+
+    def __init__(
+        self,
+        env: Any,
+        policy: nn.Module | None = None,
+        input_size: int = 128,
+        hidden_size: int = 128,
+        num_layers: int = 2,
+        *,
+        max_actions: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        mixin_params = self.extract_mixin_params(kwargs)
+        if policy is None:
+            policy = FastPolicy(env, input_size, hidden_size, max_actions)
+        super().__init__(env, policy, input_size, hidden_size, num_layers=num_layers)
+        self.init_mixin(**mixin_params)
+
+    @torch._dynamo.disable
+    def forward(self, td: TensorDictBase, state: Any = None, action: Tensor | None = None) -> TensorDictBase:
+        """One rollout step without `action`, the evaluation of a batch of segments with it.
+
+        Args:
+            td: `env_obs` uint8 [B, tokens, 3] in a TensorDict of batch size [B], or [B, T, tokens, 3] in one of [B, T] or [B];
+                optional entries as in `LSTMWrapper.run_lstm`.
+            state: unused, there for the call's form.
+            action: integer (type, parameter) pairs [B, T, 2] or [B * T, 2], or None.
+
+        Returns:
+            As `handle_inference_mode` (`td` itself) or `handle_training_mode` (a new TensorDict; `td` stays as it is).
+        """
+        observations = td["env_obs"]
+        if action is None:
+            self._require_table("action_index_tensor")
+        else:
+            self._require_table("cum_action_max_params")
+        hidden = self.policy.encode_observations(observations, state)
+        B, TT = observations.shape[0], observations.shape[1] if observations.dim() == 4 else 1
+        hidden = self.run_lstm(td, hidden, B, TT)
+        logits, value = self.policy.decode_actions(hidden, B * TT)
+        if action is None:
+            # The fields come last: an error in the draw leaves `td` as it was.
+            self.handle_inference_mode(td, logits, value)
+            self.set_tensordict_fields(td, observations)
+            return td
+        td = td.copy()
+        self.set_tensordict_fields(td, observations)
+        return self.handle_training_mode(td, action, logits, value)
+
+    def _apply_feature_remapping(self, remap_tensor: Tensor) -> None:
+        """Read feature id i of every token as `remap_tensor[i]` (uint8 [256]) from now on."""
+        self.policy.feature_remap = remap_tensor.to(self.policy.max_vec.device)
+
+    def update_normalization_factors(
+        self, features: dict[str, dict], original_feature_mapping: dict[str, int] | None
+    ) -> None:
+        """Set the normalisation of each feature from `features[name]["normalization"]`, at its original id."""
+        mapping = original_feature_mapping or {}
+        for name, properties in features.items():
+            feature_id = mapping.get(name, properties["id"])
+            if "normalization" in properties and feature_id < self.policy.num_features:
+                self.policy.max_vec[0, feature_id] = properties["normalization"]
+
+
+class FastPolicy(nn.Module):
+    """Encoder and heads of `Fast`.
+
+    Args:
+        env: see `Fast`.
+        input_size: features of the encoded observation.
+        hidden_size: features that the heads take.
+        max_actions: rows of the action embedding.
+
+    Raises:
+        ValueError: the window is too small, or `max_actions` is not positive.
+    """
+
+    def __init__(self, env: Any, input_size: int = 128, hidden_size: int = 128, max_actions: int = 100) -> None:
+        super().__init__()
+        if isinstance(max_actions, bool) or not isinstance(max_actions, int) or max_actions < 1:
+            raise ValueError(f"max_actions: got {max_actions!r}, expected a positive integer")
+        self.is_continuous = False
+        self.out_width = _window_size(env, "obs_width")
+        self.out_height = _window_size(env, "obs_height")
+        normalizations = getattr(env, "feature_normalizations", None)
+        self.num_features = max(normalizations) + 1 if normalizations else DEFAULT_NUM_FEATURES
+
+        self.cnn1 = _orthogonal(nn.Conv2d(self.num_features, 64, kernel_size=5, stride=3))
+        self.cnn2 = _orthogonal(nn.Conv2d(64, 64, kernel_size=3))
+        flattened_size = 64 * _encoded_size(self.out_width) * _encoded_size(self.out_height)
+        self.fc1 = _orthogonal(nn.Linear(flattened_size, 128))
+        self.encoded_obs = _orthogonal(nn.Linear(128, input_size))
+        self.critic_1 = _orthogonal(nn.Linear(hidden_size, 1024), gain=math.sqrt(2))
+        self.value_head = _orthogonal(nn.Linear(1024, 1))
+        self.actor_1 = _orthogonal(nn.Linear(hidden_size, 512))
+        self.action_embeddings = nn.Embedding(max_actions, 16)
+        nn.init.orthogonal_(self.action_embeddings.weight)
+        with torch.no_grad():
+            self.action_embeddings.weight.mul_(MAX_INITIAL_EMBEDDING / self.action_embeddings.weight.abs().max())
+        bound = 1 / math.sqrt(512)
+        self.actor_W = nn.Parameter(torch.empty(1, 512, 16).uniform_(-bound, bound))
+        self.actor_bias = nn.Parameter(torch.empty(1).uniform_(-bound, bound))
+        self.num_active_actions = max_actions
+
+        max_vec = torch.ones(1, self.num_features, 1, 1)
+        for feature_id, normalization in (normalizations or {}).items():
+            max_vec[0, feature_id] = normalization if normalization > 0 else 1.0
+        self.max_vec: Tensor
+        self.register_buffer("max_vec", max_vec)
+        self.feature_remap: Tensor | None
+        self.register_buffer("feature_remap", None, persistent=False)
+
+    def activate_action_embeddings(
+        self, full_action_names: list[str], device: torch.device | str | None = None
+    ) -> None:
+        """Use the first `len(full_action_names)` embeddings, one for each action.
+
+        Raises:
+            ValueError: there are more actions than embeddings.
+        """
+        rows = self.action_embeddings.num_embeddings
+        if len(full_action_names) > rows:
+            raise ValueError(
+                f"full_action_names: got {len(full_action_names)} actions, expected at most {rows}, the rows of "
+                f"action_embeddings; Fast(env, max_actions={len(full_action_names)}) makes more"
+            )
+        self.num_active_actions = len(full_action_names)
+
+    def encode_observations(self, observations: Tensor, state: Any = None) -> Tensor:
+        """Encode observation tokens, uint8 [B, tokens, 3] or [B, T, tokens, 3], to [B * T, input_size]."""
+        if observations.dim() not in (3, 4) or observations.shape[-1] != 3:
+            raise ValueError(
+                f"env_obs: got shape {list(observations.shape)}, expected [B, tokens, 3] or [B, T, tokens, 3]"
+            )
+        tokens = observations.reshape(-1, *observations.shape[-2:])
+        if self.feature_remap is not None:
+            coordinate, feature, value = tokens.unbind(-1)
+            tokens = torch.stack((coordinate, self.feature_remap[feature.long()], value), dim=-1)
+        grid = ops.tokens_to_grid(
+            tokens, self.num_features, self.out_width, self.out_height, self.max_vec.view(-1), self.cnn1.weight.dtype
+        )
+        features = F.relu(self.cnn2(F.relu(self.cnn1(grid)))).flatten(1)
+        return F.relu(self.encoded_obs(F.relu(self.fc1(features))))
+
+    def decode_actions(self, hidden: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        """(logits [batch_size, actions], value [batch_size, 1]) from the LSTM's output [batch_size, hidden_size].
+
+        Logit of action a: tanh(actor @ actor_W) . embedding[a] + actor_bias. The projection does not depend on the action, so
+        it is computed once for each row.
+        """
+        value = self.value_head(torch.tanh(self.critic_1(hidden)))
+        actor = F.relu(self.actor_1(hidden))
+        query = torch.tanh(actor @ self.actor_W[0])
+        embeddings = self.action_embeddings.weight[: self.num_active_actions]
+        return query @ embeddings.t() + self.actor_bias, value
+
+
+def _window_size(env: Any, name: str) -> int:
+    size = getattr(env, name, DEFAULT_WINDOW)
+    if not isinstance(size, int) or not SMALLEST_WINDOW <= size <= 16:
+        raise ValueError(f"env.{name}: got {size!r}, expected an integer {SMALLEST_WINDOW} to 16")
+    return size
+
+
+def _encoded_size(size: int) -> int:
+    """Length of one side of the window after cnn1 and cnn2."""
+    return (size - 5) // 3 + 1 - 2
+
+
+def _orthogonal(layer: nn.Module, gain: float = 1.0) -> nn.Module:
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.constant_(layer.bias, 0)
+    return layer

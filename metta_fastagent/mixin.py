@@ -1,0 +1,613 @@
+"""PyTorchAgentMixin: what every PyTorch agent of a Metta trainer shares.
+
+Configuration, weight clipping, the TensorDict fields `bptt` and `batch`, conversion between (action type, parameter) pairs and
+logit indices, the training and inference handlers, L2-init regularisation and weight metrics. The mixin holds state and calls
+`ops`; it computes nothing itself and never branches on a device.
+"""
+
+import logging
+import math
+import operator
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from metta_fastagent import ops
+from metta_fastagent.action_space import ActionSpace
+from metta_fastagent.weight_metrics import weight_metrics
+
+logger = logging.getLogger(__name__)
+
+CLIP_MODES = ("absolute", "init_scaled")
+TABLES = ("action_index_tensor", "cum_action_max_params")
+CLIPPED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+REGULARIZED_LAYERS = (*CLIPPED_LAYERS, nn.ConvTranspose2d)
+
+# For type checkers the mixin is a module; at run time it adds nothing to the class it is mixed into.
+_Module = nn.Module if TYPE_CHECKING else object
+
+
+class PyTorchAgentMixin(_Module):
+    """Shared behaviour of PyTorch agents; comes before the base class: `class MyAgent(PyTorchAgentMixin, LSTMWrapper)`.
+
+    It adds no parameters, buffers or submodules, and draws no random numbers. Call `extract_mixin_params` before the base
+    class's `__init__` and `init_mixin` after it.
+
+    Attributes:
+        clip_range: weights are clipped to [-clip_range, clip_range]; 0 or less turns clipping off.
+        clip_mode: "absolute", or "init_scaled" for ComponentPolicy's rule (see `clip_weights`).
+        analyze_weights_interval: epochs between weight metrics; 0 turns them off.
+        l2_init_scale: factor of `l2_init_loss`.
+        clip_scale: factor of the bounds of the "init_scaled" mode.
+        initial_weights: dict from layer name to a copy of its weight, for `l2_init_loss`.
+        initial_weight_magnitudes: dict from layer name to its largest initial absolute weight ("init_scaled" only).
+        action_index_tensor, cum_action_max_params: the action tables; see `ActionSpace`.
+    """
+
+    clip_range: float
+    clip_mode: str
+    analyze_weights_interval: int
+    l2_init_scale: float
+    clip_scale: float
+    initial_weights: dict[str, Tensor]
+    initial_weight_magnitudes: dict[str, float]
+    action_index_tensor: Tensor | None
+    cum_action_max_params: Tensor | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(PyTorchAgentMixin)]
+        shadowing = [base for base in before if issubclass(base, nn.Module) and not issubclass(base, PyTorchAgentMixin)]
+        if shadowing:
+            bases = sorted(cls.__bases__, key=lambda base: not issubclass(base, PyTorchAgentMixin))
+            order = ", ".join(base.__name__ for base in bases)
+            raise TypeError(
+                f"class {cls.__name__}: {shadowing[0].__name__} comes before PyTorchAgentMixin, so the mixin's methods would "
+                f"not override it; write class {cls.__name__}({order})"
+            )
+
+    # Configuration
+
+    def extract_mixin_params(self, kwargs: MutableMapping[str, Any]) -> dict[str, Any]:
+        """Take the mixin's parameters out of `kwargs`; callable before the base class's `__init__`.
+
+        Args:
+            kwargs: the agent's keyword arguments; the mixin's own are removed from it.
+
+        Returns:
+            dict for `init_mixin`: `clip_range` (default 0), `analyze_weights_interval` (default 300), `clip_mode` where given,
+            and `extra_kwargs`, which is `kwargs` itself with what is left in it.
+
+        Raises:
+            TypeError, ValueError: a parameter has a wrong value; nothing was removed then.
+        """
+        if not isinstance(kwargs, MutableMapping):
+            raise TypeError(f"kwargs: got {kwargs!r}, expected the dict of the agent's keyword arguments")
+        params = {"clip_range": 0, "analyze_weights_interval": 300}
+        params |= {name: kwargs[name] for name in (*params, "clip_mode") if name in kwargs}
+        _check_configuration(**params)
+        for name in params:
+            kwargs.pop(name, None)
+        return {**params, "extra_kwargs": kwargs}
+
+    def init_mixin(
+        self,
+        clip_range: float = 0,
+        analyze_weights_interval: int = 300,
+        extra_kwargs: MutableMapping[str, Any] | None = None,
+        clip_mode: str = "absolute",
+    ) -> None:
+        """Set the configuration, remember the initial weights, and log one line; call it after the base class's `__init__`.
+
+        Args:
+            clip_range: float >= 0; 0 turns clipping off.
+            analyze_weights_interval: epochs between weight metrics, an integer >= 0; 0 turns them off.
+            extra_kwargs: parameters that nobody took; they are named in the log and otherwise ignored.
+            clip_mode: "absolute" or "init_scaled".
+
+        Raises:
+            TypeError, ValueError: a parameter has a wrong value.
+        """
+        _check_configuration(clip_range, analyze_weights_interval, clip_mode)
+        if extra_kwargs is not None and not isinstance(extra_kwargs, MutableMapping):
+            raise TypeError(f"extra_kwargs: got {extra_kwargs!r}, expected a dict or None")
+        self.clip_range = clip_range
+        self.clip_mode = clip_mode
+        self.analyze_weights_interval = analyze_weights_interval
+        self.l2_init_scale = 1
+        self.clip_scale = 1
+        self.initial_weight_magnitudes = {}
+        self._store_initial_weights()
+        if clip_mode == "init_scaled":
+            self.initial_weight_magnitudes = _largest_magnitudes(self.initial_weights)
+        unknown = ", ".join(sorted(extra_kwargs)) if extra_kwargs else "none"
+        logger.info(
+            "%s: clip_range=%s, clip_mode=%s, analyze_weights_interval=%s, extra parameters (ignored): %s",
+            type(self).__name__,
+            clip_range,
+            clip_mode,
+            analyze_weights_interval,
+            unknown,
+        )
+
+    # Weight clipping
+
+    def clip_weights(self) -> None:
+        """Clip the weights of the agent's layers in place; a trainer calls it after each optimizer step.
+
+        Mode "absolute": `weight` and `bias` of Linear, Conv1d, Conv2d and their subclasses, to [-clip_range, clip_range].
+        Mode "init_scaled", ComponentPolicy's: their weights only, each to clip_range x clip_scale x its largest initial absolute
+        weight; layers added after `init_mixin` have none and stay as they are. With `clip_range` <= 0 nothing happens.
+        NaN stays NaN. A parametrized weight is a temporary and is skipped; tied weights are clipped once.
+        """
+        if not self.clip_range > 0:
+            return
+        clipped = self._layers().clipped()
+        if self.clip_mode == "absolute":
+            ops.clip_weights_(clipped.tensors, [float(self.clip_range)] * len(clipped.tensors))
+            return
+        factor = self.clip_range * self.clip_scale
+        bounded = [
+            (weight, factor * self.initial_weight_magnitudes[name])
+            for name, weight in clipped.weights.items()
+            if name in self.initial_weight_magnitudes
+        ]
+        ops.clip_weights_([weight for weight, _ in bounded], [bound for _, bound in bounded])
+
+    def _layers(self) -> "_LayerIndex":
+        """The layers that clipping and regularisation act on, found again only if the module tree has changed."""
+        cache = self.__dict__.get("_layer_cache")
+        if cache is None:
+            cache = self._layer_cache = _Transient()
+        if cache.value is None or not cache.value.is_current(self):
+            cache.value = _LayerIndex(self)
+        return cache.value
+
+    # TensorDict fields
+
+    def set_tensordict_fields(self, td: TensorDictBase, observations: Tensor) -> tuple[int, int]:
+        """Set `td["bptt"]` (time steps) and `td["batch"]` (rows), which LSTM components and experience buffers read.
+
+        Args:
+            td: TensorDict of batch size [B, T], [B], [B * T] or [].
+            observations: [B, T, tokens, 3] in training; in inference any other shape, whose first dimension is B.
+
+        Returns:
+            (B, T) as ints; T is 1 in inference. The fields are fresh int64 tensors on the observations' device: [B] in
+            inference; in training [B, T] where the batch size of `td` is [B, T] or [B], and [B * T] elsewhere.
+
+        Raises:
+            TypeError, ValueError: `td` is not a TensorDict, or its batch size does not fit; `td` is unchanged then.
+        """
+        if not isinstance(td, TensorDictBase):
+            raise TypeError(f"td: got {type(td).__name__}, expected a TensorDict")
+        if not isinstance(observations, Tensor) or observations.dim() < 1:
+            raise TypeError(
+                f"observations: got {observations!r}, expected a tensor [B, T, tokens, 3] or [B, tokens, 3]"
+            )
+        B = observations.shape[0]
+        training = observations.dim() == 4
+        TT = observations.shape[1] if training else 1
+        shape = _field_shape(tuple(td.batch_size), B, TT, training)
+        bptt = torch.full(shape, TT, device=observations.device, dtype=torch.int64)
+        batch = torch.full(shape, B, device=observations.device, dtype=torch.int64)
+        td.update({"bptt": bptt, "batch": batch})
+        self._segment_fields = _Transient((bptt, B, TT))
+        return B, TT
+
+    # Training and inference
+
+    def handle_training_mode(
+        self, td: TensorDictBase, action: Tensor, logits_list: Tensor, value: Tensor
+    ) -> TensorDictBase:
+        """Evaluate the given actions and write the results.
+
+        Args:
+            td: TensorDict of batch size [B, T], [B] or [B * T].
+            action: integer (type, parameter) pairs [B, T, 2] or [B * T, 2], contiguous or not.
+            logits_list: logits [B * T, A].
+            value: values [B * T, 1] or [B * T].
+
+        Returns:
+            TensorDict with `act_log_prob`, `entropy` (nats), `full_log_probs` and `value` added. With `batch` and `bptt` in `td`
+            it has batch size [B, T]; without them it is flat, [B * T]. A flat `td` receives the results itself too.
+
+        Raises:
+            RuntimeError: the action tables are not set.
+            TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also an action out of range. `td` is
+                unchanged then.
+        """
+        table = self._require_table("cum_action_max_params")
+        rows = _require_rows(logits_list, value)
+        pairs = _flat_pairs(action, rows)
+        segment = self._segment_shape(td, action, rows)
+        if _is_overridden(self, "_convert_action_to_logit_index"):
+            log_prob, entropy, full_log_probs = ops.evaluate_actions(
+                logits_list, self._convert_action_to_logit_index(pairs)
+            )
+        else:
+            log_prob, entropy, full_log_probs = ops.evaluate_actions(logits_list, pairs, table)
+        results = {"act_log_prob": log_prob, "entropy": entropy, "full_log_probs": full_log_probs, "value": value}
+        if segment is None:
+            flat = td if td.batch_dims < 2 else td.reshape(rows)
+            return flat.update(results)
+        if tuple(td.batch_size) == (rows,) and td.get("bptt").dim() == 1:
+            return td.update(results).reshape(segment)
+        result = _as_segments(td, segment)
+        return result.update({key: tensor.reshape(*segment, *tensor.shape[1:]) for key, tensor in results.items()})
+
+    def handle_inference_mode(self, td: TensorDictBase, logits_list: Tensor, value: Tensor) -> TensorDictBase:
+        """Draw an action for each row and write the results.
+
+        Args:
+            td: TensorDict of batch size [B].
+            logits_list: logits [B, A], A the number of rows of `action_index_tensor`.
+            value: values [B, 1] or [B].
+
+        Returns:
+            `td` itself, with `actions` (int32 [B, 2]), `act_log_prob` [B], `values` [B] and `full_log_probs` [B, A].
+
+        Raises:
+            RuntimeError: the action tables are not set.
+            TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also logits that are no distribution. `td`
+                is unchanged then.
+        """
+        table = self._require_table("action_index_tensor")
+        rows = _require_rows(logits_list, value)
+        if td.batch_dims > 0 and tuple(td.batch_size) != (rows,):
+            raise ValueError(f"td: got batch size {list(td.batch_size)}, expected {[rows]}, the rows of logits_list")
+        if _is_overridden(self, "_convert_logit_index_to_action"):
+            index, log_prob, _, full_log_probs = ops.sample_actions(logits_list)
+            pairs = self._convert_logit_index_to_action(index).to(torch.int32)
+        else:
+            _, log_prob, _, full_log_probs, pairs = ops.sample_actions(logits_list, table)
+        return td.update(
+            {"actions": pairs, "act_log_prob": log_prob, "values": value.flatten(), "full_log_probs": full_log_probs}
+        )
+
+    def forward_training(
+        self, td: TensorDictBase, action: Tensor, logits_list: Tensor, value: Tensor
+    ) -> TensorDictBase:
+        """The later name of `handle_training_mode`."""
+        return self.handle_training_mode(td, action, logits_list, value)
+
+    def forward_inference(self, td: TensorDictBase, logits_list: Tensor, value: Tensor) -> TensorDictBase:
+        """The later name of `handle_inference_mode`."""
+        return self.handle_inference_mode(td, logits_list, value)
+
+    def _segment_shape(self, td: TensorDictBase, action: Tensor, rows: int) -> tuple[int, int] | None:
+        """[B, T] of the result, from what is known without reading a tensor; None where `td` lacks the fields."""
+        if not isinstance(td, TensorDictBase):
+            raise TypeError(f"td: got {type(td).__name__}, expected a TensorDict")
+        batch_size = tuple(td.batch_size)
+        if not {"batch", "bptt"} <= set(td.keys()):
+            if batch_size and math.prod(batch_size) != rows:
+                raise ValueError(f"td: got batch size {list(batch_size)}, expected {rows} rows as in logits_list")
+            return None
+        if action.dim() == 3:
+            segment = (action.shape[0], action.shape[1])
+        elif td.get("bptt").dim() >= 2:
+            segment = (td.get("bptt").shape[0], td.get("bptt").shape[1])
+        else:
+            segment = self._segment_from_fields(td)
+        if segment[0] * segment[1] != rows:
+            raise ValueError(f"td: batch x bptt is {segment[0]} x {segment[1]}, expected {rows} rows as in logits_list")
+        if batch_size not in ((rows,), segment, segment[:1]):
+            expected = f"{list(segment)}, {[segment[0]]} or {[rows]}"
+            raise ValueError(f"td: got batch size {list(batch_size)}, expected {expected}")
+        return segment
+
+    def _segment_from_fields(self, td: TensorDictBase) -> tuple[int, int]:
+        known = self.__dict__.get("_segment_fields")
+        if known is not None and known.value is not None and td.get("bptt") is known.value[0]:
+            return known.value[1:]
+        # Fields that somebody else set on a flat TensorDict: only their values tell, and reading them waits for the device.
+        return int(td.get("batch")[0]), int(td.get("bptt")[0])
+
+    # Action conversion
+
+    def _convert_action_to_logit_index(self, flattened_action: Tensor) -> Tensor:
+        """Logit index `type + cum_action_max_params[type] + param` of each pair: integer [..., 2] to int64 [...].
+
+        Raises:
+            RuntimeError: the action tables are not set.
+            TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also a pair out of range.
+        """
+        return ops.action_to_logit_index(flattened_action, self._require_table("cum_action_max_params"))
+
+    def _convert_logit_index_to_action(self, action_logit_index: Tensor) -> Tensor:
+        """Pair of each logit index, from `action_index_tensor`: integer [...] to int32 [..., 2].
+
+        Raises:
+            RuntimeError: the action tables are not set.
+            TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also an index out of range.
+        """
+        return ops.logit_index_to_action(action_logit_index, self._require_table("action_index_tensor"))
+
+    def _require_table(self, name: str) -> Tensor:
+        table = getattr(self, name, None)
+        if table is None:
+            raise RuntimeError(
+                f"{name} not set. MettaAgent.initialize_to_environment() must be called first "
+                "(or activate_actions() on the agent)."
+            )
+        return table
+
+    # Environment
+
+    def activate_actions(
+        self,
+        action_names: Sequence[str],
+        action_max_params: Sequence[int],
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Set the action tables, for use without a host, and activate the policy's action embeddings.
+
+        Args:
+            action_names: name of each action type.
+            action_max_params: largest legal parameter of each type.
+            device: where the tables are made; None means the device of the agent's parameters.
+
+        Raises:
+            TypeError, ValueError: see `ActionSpace`; nothing was changed then.
+        """
+        if device is None:
+            device = next((param.device for param in self.parameters()), None)
+        space = ActionSpace(action_names, action_max_params, device)
+        self.activate_action_embeddings(space.full_action_names, device)
+        self.action_index_tensor = space.action_index_tensor
+        self.cum_action_max_params = space.cum_action_max_params
+
+    def activate_action_embeddings(
+        self, full_action_names: list[str], device: torch.device | str | None = None
+    ) -> None:
+        """Pass the names of all actions on to `self.policy`, where it has this method."""
+        _pass_on(self, "activate_action_embeddings", full_action_names, device)
+
+    def initialize_to_environment(self, full_action_names: list[str], device: torch.device | str | None = None) -> None:
+        """Pass the names of all actions on to `self.policy`, where it has this method."""
+        _pass_on(self, "initialize_to_environment", full_action_names, device)
+
+    def create_action_heads(self, env: Any, input_size: int = 512 + 16) -> nn.ModuleList:
+        """A ModuleList of one Linear(input_size, sum(max_arg + 1)), orthogonal with gain 0.01, for `env.max_action_args`."""
+        head = nn.Linear(input_size, sum(max_arg + 1 for max_arg in env.max_action_args))
+        nn.init.orthogonal_(head.weight, 0.01)
+        nn.init.constant_(head.bias, 0)
+        return nn.ModuleList([head])
+
+    def _apply_feature_remapping(self, remap_tensor: Tensor) -> None:
+        """Do nothing: an agent whose features can be renumbered overrides it."""
+
+    def update_normalization_factors(
+        self, features: dict[str, dict], original_feature_mapping: dict[str, int] | None
+    ) -> None:
+        """Do nothing: an agent whose normalisation can be updated overrides it."""
+
+    # Regularisation and metrics
+
+    @staticmethod
+    def _is_regularizable_layer(module: nn.Module) -> bool:
+        """Whether L2-init regularisation takes this layer: Linear, Conv1d, Conv2d or ConvTranspose2d."""
+        return isinstance(module, REGULARIZED_LAYERS)
+
+    def _store_initial_weights(self) -> None:
+        """Remember a copy of each regularisable layer's weight, under its module name ("root" for the agent itself)."""
+        named = _named_weights(self.named_modules(), self._is_regularizable_layer)
+        self.initial_weights = {name: weight.detach().clone() for name, weight in named}
+
+    def update_l2_init_weight_copy(self) -> None:
+        """Make the present weights the ones that `l2_init_loss` measures from."""
+        self._store_initial_weights()
+
+    def l2_init_loss(self) -> Tensor:
+        """`l2_init_scale` times the sum of squared differences of the weights (no biases) to their initial values.
+
+        Returns:
+            0-dim float32 tensor on the weights' device, differentiable; a plain 0.0 where no initial weights are stored.
+        """
+        initial = self.__dict__.get("initial_weights") or {}
+        groups: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        for name, weight in _named_weights(self._layers().modules, self._is_regularizable_layer):
+            if name in initial:
+                groups.setdefault(weight.device, []).append((weight, initial[name].to(weight.device)))
+        loss = torch.tensor(0.0, dtype=torch.float32)
+        for device, pairs in groups.items():
+            weights, starts = zip(*pairs, strict=True)
+            loss = loss.to(device) + ops.l2_init_loss(weights, starts, self.l2_init_scale)
+        return loss
+
+    def compute_weight_metrics(self, delta: float = 0.01) -> list[dict]:
+        """Singular-value metrics of every Linear layer's weight; see `metta_fastagent.weight_metrics.weight_metrics`."""
+        named = _named_weights(self.named_modules(), lambda module: isinstance(module, nn.Linear))
+        return weight_metrics({name: weight.detach() for name, weight in named if weight.dim() == 2}, delta)
+
+    def maybe_compute_weight_metrics(self, epoch: int, delta: float = 0.01) -> list[dict] | None:
+        """`compute_weight_metrics` on every `analyze_weights_interval`-th epoch, None on the others and where it is 0."""
+        if self.analyze_weights_interval > 0 and epoch % self.analyze_weights_interval == 0:
+            return self.compute_weight_metrics(delta)
+        return None
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "PyTorchAgentMixin":
+        """Take the tables and the initial weights along on `.to`, `.cuda`, `.half` and the like."""
+        super()._apply(fn, recurse)
+        for name in TABLES:
+            table = self.__dict__.get(name)
+            if isinstance(table, Tensor):
+                self.__dict__[name] = _moved(table, fn, keep_dtype=True)
+        initial = self.__dict__.get("initial_weights")
+        if initial:
+            self.initial_weights = {name: _moved(weight, fn) for name, weight in initial.items()}
+        return self
+
+
+class _Transient:
+    """Holds a value that copies and pickles of its owner do not take along."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def __copy__(self) -> "_Transient":
+        return _Transient()
+
+    def __deepcopy__(self, memo: dict) -> "_Transient":
+        return _Transient()
+
+    def __reduce__(self) -> tuple:
+        return _Transient, ()
+
+
+class _ClippedTensors:
+    """Parameters of the clipped layers: all of them once, and the weights by layer name."""
+
+    def __init__(self, layers: list[tuple[str, nn.Module]]) -> None:
+        self.owners = [layer._parameters for _, layer in layers]
+        self.seen = _values(self.owners)
+        self.weights: dict[str, Tensor] = {}
+        unique: dict[int, Tensor] = {}
+        for name, layer in layers:
+            # Under parametrization `layer.weight` is a temporary and the layer has no such parameter.
+            weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+            if weight is not None and id(weight) not in unique:
+                self.weights[name] = weight
+            unique |= {id(param): param for param in (weight, bias) if param is not None}
+        self.tensors = list(unique.values())
+        self.complete = not any(is_lazy(param) for param in self.tensors)
+
+    def is_current(self) -> bool:
+        return self.complete and _same(_values(self.owners), self.seen)
+
+
+class _LayerIndex:
+    """The modules of a tree and what clipping needs of them, with a test, cheaper than a walk, of whether the tree is still the same.
+
+    PyTorch tells nobody of `del`, `_parameters[...] =`, `copy.deepcopy` or an assigned submodule; comparing the identities of
+    all submodules, and of the layers' parameters, notices each of them.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.modules = list(root.named_modules())
+        self.owners = [module._modules for _, module in self.modules]
+        self.seen = _values(self.owners)
+        self._clipped: _ClippedTensors | None = None
+
+    def is_current(self, root: nn.Module) -> bool:
+        return self.owners[0] is root._modules and _same(_values(self.owners), self.seen)
+
+    def clipped(self) -> _ClippedTensors:
+        if self._clipped is None or not self._clipped.is_current():
+            layers = [(name or "root", layer) for name, layer in self.modules if isinstance(layer, CLIPPED_LAYERS)]
+            self._clipped = _ClippedTensors(layers)
+        return self._clipped
+
+
+def _values(owners: list[dict[str, Any]]) -> list[Any]:
+    return [value for owner in owners for value in owner.values()]
+
+
+def _same(now: list[Any], then: list[Any]) -> bool:
+    return len(now) == len(then) and all(map(operator.is_, now, then))
+
+
+def _check_configuration(clip_range: Any, analyze_weights_interval: Any, clip_mode: Any = "absolute") -> None:
+    if isinstance(clip_range, bool) or not isinstance(clip_range, Real):
+        raise TypeError(f"clip_range: got {clip_range!r}, expected a number >= 0")
+    if not clip_range >= 0:
+        raise ValueError(f"clip_range: got {clip_range!r}, expected a number >= 0")
+    if isinstance(analyze_weights_interval, bool) or not isinstance(analyze_weights_interval, Integral):
+        raise TypeError(
+            f"analyze_weights_interval: got {analyze_weights_interval!r}, expected an integer >= 0 (epochs)"
+        )
+    if analyze_weights_interval < 0:
+        raise ValueError(
+            f"analyze_weights_interval: got {analyze_weights_interval!r}, expected an integer >= 0 (epochs)"
+        )
+    if clip_mode not in CLIP_MODES:
+        raise ValueError(f"clip_mode: got {clip_mode!r}, expected one of {', '.join(CLIP_MODES)}")
+
+
+def _named_weights(
+    modules: Iterable[tuple[str, nn.Module]], wanted: Callable[[nn.Module], bool]
+) -> list[tuple[str, Tensor]]:
+    weights = [(name or "root", getattr(module, "weight", None)) for name, module in modules if wanted(module)]
+    return [(name, weight) for name, weight in weights if isinstance(weight, Tensor) and not is_lazy(weight)]
+
+
+def _largest_magnitudes(weights: dict[str, Tensor]) -> dict[str, float]:
+    """Largest absolute value of each tensor, read with one transfer for each device."""
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, weight in weights.items():
+        if weight.numel() > 0:
+            by_device.setdefault(weight.device, {})[name] = weight.abs().max().double()
+    magnitudes: dict[str, float] = {}
+    for maxima in by_device.values():
+        magnitudes |= dict(zip(maxima, torch.stack(list(maxima.values())).tolist(), strict=True))
+    return magnitudes
+
+
+def _moved(tensor: Tensor, fn: Callable, keep_dtype: bool = False) -> Tensor:
+    """`tensor` where `fn`, the function of `nn.Module._apply`, would put it; values survive `to_empty` and meta devices."""
+    target = fn(tensor.new_empty(0))
+    if target.device.type == "meta":
+        return tensor
+    return tensor.to(target.device, tensor.dtype if keep_dtype else target.dtype)
+
+
+def _pass_on(agent: nn.Module, method: str, *args: Any) -> None:
+    target = getattr(getattr(agent, "policy", None), method, None)
+    if target is not None:
+        target(*args)
+
+
+def _is_overridden(agent: PyTorchAgentMixin, method: str) -> bool:
+    return getattr(getattr(agent, method), "__func__", None) is not getattr(PyTorchAgentMixin, method)
+
+
+def _field_shape(batch_size: tuple[int, ...], B: int, TT: int, training: bool) -> tuple[int, ...]:
+    if batch_size == (B, TT) or (batch_size == (B,) and training):
+        return (B, TT)
+    if batch_size in ((), (B * TT,)):
+        return (B * TT,)
+    raise ValueError(
+        f"td: got batch size {list(batch_size)}, expected {[B, TT]}, {[B]} or {[B * TT]} as in observations"
+    )
+
+
+def _require_rows(logits: Any, value: Any) -> int:
+    """Number of rows of the logits, if they have two dimensions and the values as many rows."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        shape = list(logits.shape) if isinstance(logits, Tensor) else repr(logits)
+        raise ValueError(f"logits_list: got {shape}, expected a tensor of shape [rows, actions]")
+    rows = logits.shape[0]
+    if not isinstance(value, Tensor) or tuple(value.shape) not in ((rows,), (rows, 1)):
+        shape = list(value.shape) if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"value: got {shape}, expected shape {[rows, 1]} or {[rows]} as in logits_list")
+    return rows
+
+
+def _flat_pairs(action: Any, rows: int) -> Tensor:
+    shape = list(action.shape) if isinstance(action, Tensor) else repr(action)
+    if not isinstance(action, Tensor) or action.dim() not in (2, 3) or action.shape[-1] != 2:
+        raise ValueError(f"action: got {shape}, expected pairs of shape [B, T, 2] or [B * T, 2]")
+    if action.numel() != rows * 2:
+        raise ValueError(f"action: got {shape}, expected {rows} pairs as in logits_list")
+    return action.reshape(rows, 2)
+
+
+def _as_segments(td: TensorDictBase, segment: tuple[int, int]) -> TensorDictBase:
+    """A shallow copy of `td` with batch size [B, T]; entries of one row per segment are expanded over its steps."""
+    if tuple(td.batch_size) == segment:
+        return td.copy()
+    B, TT = segment
+    result = TensorDict({}, batch_size=segment, device=td.device)
+    for key, entry in td.items():
+        if isinstance(entry, Tensor) and tuple(entry.shape[:2]) != segment:
+            entry = entry.unsqueeze(1).expand(B, TT, *entry.shape[1:])
+        result.set(key, entry)
+    return result

@@ -1,0 +1,136 @@
+"""Conversion between (action type, parameter) pairs and logit indices.
+
+    index = action_type + cum_action_max_params[action_type] + action_param
+
+with `cum_action_max_params = cumsum([0] + max_params)`. `max_params[t]` is the largest legal parameter of type t, so type t
+owns `max_params[t] + 1` logits; the sum of the earlier `max_params` misses one logit for each earlier type, and `action_type`
+counts those. The formula is that of `PyTorchAgentMixin` and ComponentPolicy in the Metta project.
+
+A value out of range is an error that names it where reading values is free (the CPU). Elsewhere nothing is read back: a bad
+pair becomes index -1, whose log-probability is NaN, and a bad index becomes the pair (-1, -1).
+"""
+
+import torch
+from torch import Tensor
+
+from metta_fastagent._dispatch import register
+from metta_fastagent.ops._checks import describe, is_integer, require_same_device, require_tensor
+
+
+def action_to_logit_index_eager(actions: Tensor, cum_action_max_params: Tensor) -> Tensor:
+    """`action_to_logit_index` in plain PyTorch: the reference, and what runs where there is no kernel."""
+    action_type, action_param = actions[..., 0].long(), actions[..., 1].long()
+    last_type = cum_action_max_params.numel() - 2
+    known_type = action_type.clamp(0, last_type)
+    first = cum_action_max_params[known_type]
+    limit = cum_action_max_params[known_type + 1] - first
+    legal = (action_type == known_type) & (action_param >= 0) & (action_param <= limit)
+    if actions.device.type == "cpu":
+        if not bool(legal.all()):
+            raise _illegal_pair(actions, legal, limit, last_type)
+        return action_type + first + action_param
+    return torch.where(legal, action_type + first + action_param, -1)
+
+
+def _illegal_pair(actions: Tensor, legal: Tensor, limit: Tensor, last_type: int) -> ValueError:
+    position = tuple((~legal).nonzero()[0].tolist())
+    action_type, action_param = actions[position].tolist()
+    where = f"actions[{', '.join(map(str, position))}]"
+    if not 0 <= action_type <= last_type:
+        return ValueError(f"{where}: got action type {action_type}, expected 0 to {last_type}")
+    highest = int(limit[position])
+    return ValueError(f"{where}: got parameter {action_param} for action type {action_type}, expected 0 to {highest}")
+
+
+def logit_index_to_action_eager(index: Tensor, action_index_tensor: Tensor) -> Tensor:
+    """`logit_index_to_action` in plain PyTorch: the reference, and what runs where there is no kernel."""
+    index = index.long()
+    last = action_index_tensor.shape[0] - 1
+    known = index.clamp(0, last)
+    legal = index == known
+    if index.device.type == "cpu":
+        if not bool(legal.all()):
+            position = tuple((~legal).nonzero()[0].tolist())
+            where = f"action_logit_index[{', '.join(map(str, position))}]"
+            raise ValueError(f"{where}: got {int(index[position])}, expected 0 to {last}")
+        return action_index_tensor[index]
+    return torch.where(legal.unsqueeze(-1), action_index_tensor[known], -1)
+
+
+_action_to_logit_index = register(
+    "action_to_logit_index(Tensor actions, Tensor cum_action_max_params) -> Tensor",
+    action_to_logit_index_eager,
+    lambda actions, cum_action_max_params: actions.new_empty(actions.shape[:-1], dtype=torch.int64),
+)
+_logit_index_to_action = register(
+    "logit_index_to_action(Tensor index, Tensor action_index_tensor) -> Tensor",
+    logit_index_to_action_eager,
+    lambda index, action_index_tensor: action_index_tensor.new_empty((*index.shape, 2)),
+)
+
+
+def check_pairs(actions: object, cum_action_max_params: object) -> tuple[Tensor, Tensor]:
+    """Both arguments if their types, dtypes, shapes and devices are those of pairs and of their table."""
+    expected = "an integer tensor of (action type, parameter) pairs, shape [..., 2]"
+    actions = require_tensor("actions", actions, expected)
+    if not is_integer(actions.dtype):
+        raise TypeError(f"actions: got {describe(actions)}, expected {expected}")
+    if actions.dim() < 1 or actions.shape[-1] != 2:
+        raise ValueError(f"actions: got {describe(actions)}, expected {expected}")
+    expected = "an int64 tensor of shape [action types + 1]"
+    table = require_tensor("cum_action_max_params", cum_action_max_params, expected)
+    if table.dtype != torch.int64:
+        raise TypeError(f"cum_action_max_params: got {describe(table)}, expected {expected}")
+    if table.dim() != 1 or table.numel() < 2:
+        raise ValueError(f"cum_action_max_params: got {describe(table)}, expected {expected}")
+    require_same_device("actions", actions, "cum_action_max_params", table)
+    return actions, table
+
+
+def check_action_index_tensor(action_index_tensor: object) -> Tensor:
+    """The argument if it is an integer tensor [A, 2]."""
+    expected = "an int32 tensor of shape [num_actions, 2]"
+    table = require_tensor("action_index_tensor", action_index_tensor, expected)
+    if not is_integer(table.dtype):
+        raise TypeError(f"action_index_tensor: got {describe(table)}, expected {expected}")
+    if table.dim() != 2 or table.shape[1] != 2 or table.shape[0] < 1:
+        raise ValueError(f"action_index_tensor: got {describe(table)}, expected {expected}")
+    return table
+
+
+def action_to_logit_index(actions: Tensor, cum_action_max_params: Tensor) -> Tensor:
+    """Logit index of each (action type, parameter) pair.
+
+    Args:
+        actions: integer tensor [..., 2], any integer dtype, contiguous or not.
+        cum_action_max_params: int64 tensor [action types + 1], `cumsum([0] + max_params)`, on the same device.
+
+    Returns:
+        int64 tensor [...]. Off the CPU, a pair out of range gives -1.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also a type or parameter out of range.
+    """
+    return _action_to_logit_index(*check_pairs(actions, cum_action_max_params))
+
+
+def logit_index_to_action(index: Tensor, action_index_tensor: Tensor) -> Tensor:
+    """(action type, parameter) pair of each logit index: row `index` of the table.
+
+    Args:
+        index: integer tensor [...], any integer dtype.
+        action_index_tensor: int32 tensor [num_actions, 2], on the same device.
+
+    Returns:
+        Tensor [..., 2] of the table's dtype. Off the CPU, an index out of range gives (-1, -1).
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also an index out of range.
+    """
+    expected = "an integer tensor of logit indices"
+    index = require_tensor("action_logit_index", index, expected)
+    if not is_integer(index.dtype):
+        raise TypeError(f"action_logit_index: got {describe(index)}, expected {expected}")
+    table = check_action_index_tensor(action_index_tensor)
+    require_same_device("action_logit_index", index, "action_index_tensor", table)
+    return _logit_index_to_action(index, table)

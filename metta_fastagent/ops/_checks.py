@@ -1,0 +1,45 @@
+"""Argument checks that the operations share: each error names the argument, what came and what was expected."""
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """A short description of `value` for an error message."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def require_tensor(name: str, value: object, expected: str) -> Tensor:
+    """`value` if it is a tensor, else a TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {describe(value)}, expected {expected}")
+    return value
+
+
+def is_integer(dtype: torch.dtype) -> bool:
+    """Whether `dtype` holds integers (bool does not count)."""
+    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+
+
+def require_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Both tensors must be on one device."""
+    if value.device != other.device:
+        raise ValueError(f"{name}: on {value.device}, expected the device of {other_name} ({other.device})")
+
+
+def require_logits(logits: object) -> Tensor:
+    """`logits` if it is a floating-point tensor [N, A] with at least one action."""
+    expected = "a floating-point tensor of shape [N, A] with A >= 1"
+    logits = require_tensor("logits", logits, expected)
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: got {describe(logits)}, expected {expected}")
+    if logits.dim() != 2 or logits.shape[1] < 1:
+        raise ValueError(f"logits: got {describe(logits)}, expected {expected}")
+    return logits
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that arithmetic runs in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

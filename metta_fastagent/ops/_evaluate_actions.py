@@ -1,0 +1,178 @@
+"""Log-probability and entropy of given actions under categorical logits, with their gradient.
+
+    full_log_probs = log_softmax(logits)                              p = exp(full_log_probs)
+    log_prob       = full_log_probs[row, index]
+    entropy        = -sum_j p_j full_log_probs_j                      a term with p_j = 0 counts 0
+
+and, for upstream gradients g (log_prob), h (entropy) and f (full_log_probs),
+
+    d logits_j = g (1[j = index] - p_j) - h p_j (full_log_probs_j + entropy) + f_j - p_j sum_k f_k
+
+so a masked logit (-inf) makes no NaN in the entropy or its gradient. Arithmetic is float32 (float64 for float64 logits) and
+is cast once, at the store. A row whose index is out of range (possible off the CPU only) has log_prob NaN and gradient 0.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from metta_fastagent._dispatch import register
+from metta_fastagent.ops._action_index import action_to_logit_index_eager, check_pairs
+from metta_fastagent.ops._checks import (
+    compute_dtype,
+    describe,
+    is_integer,
+    require_logits,
+    require_same_device,
+    require_tensor,
+)
+
+
+def _checked_index(index: Tensor, num_actions: int) -> Tensor:
+    index = index.long()
+    legal = (index >= 0) & (index < num_actions)
+    if index.device.type == "cpu" and not bool(legal.all()):
+        row = int((~legal).nonzero()[0])
+        raise ValueError(f"actions[{row}]: got logit index {int(index[row])}, expected 0 to {num_actions - 1}")
+    return index
+
+
+def evaluate_actions_forward_eager(
+    logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log_prob [N], entropy [N], full_log_probs [N, A], index [N]) in plain PyTorch."""
+    if cum_action_max_params is not None:
+        actions = action_to_logit_index_eager(actions, cum_action_max_params)
+    index = _checked_index(actions, logits.shape[1])
+    full_log_probs = torch.log_softmax(logits.to(compute_dtype(logits.dtype)), dim=-1)
+    log_prob = select_log_prob(full_log_probs, index)
+    entropy = entropy_of(full_log_probs)
+    return log_prob.to(logits.dtype), entropy.to(logits.dtype), full_log_probs.to(logits.dtype), index
+
+
+def select_log_prob(full_log_probs: Tensor, index: Tensor) -> Tensor:
+    """Entry `index` of each row; NaN where the index is out of range, which the CPU has refused before."""
+    if index.device.type == "cpu":
+        return full_log_probs.gather(1, index.unsqueeze(1)).squeeze(1)
+    known = index.clamp(0, full_log_probs.shape[1] - 1)
+    return torch.where(known == index, full_log_probs.gather(1, known.unsqueeze(1)).squeeze(1), torch.nan)
+
+
+def entropy_of(full_log_probs: Tensor) -> Tensor:
+    """-sum p log p over the last dimension, a term with p = 0 counting 0."""
+    probs = full_log_probs.exp()
+    return -torch.where(probs == 0, 0.0, probs * full_log_probs).sum(-1)
+
+
+def evaluate_actions_backward_eager(
+    logits: Tensor,
+    index: Tensor,
+    grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_full_log_probs: Tensor | None,
+) -> Tensor:
+    """Gradient [N, A] of the logits in plain PyTorch; an upstream gradient that is None counts 0."""
+    dtype = compute_dtype(logits.dtype)
+    full_log_probs = torch.log_softmax(logits.to(dtype), dim=-1)
+    probs = full_log_probs.exp()
+    grad = torch.zeros_like(probs)
+    if grad_log_prob is not None:
+        known = index.clamp(0, logits.shape[1] - 1).unsqueeze(1)
+        upstream = grad_log_prob.to(dtype).unsqueeze(1)
+        grad -= upstream * probs
+        grad.scatter_add_(1, known, upstream)
+    if grad_entropy is not None:
+        information = torch.where(probs == 0, 0.0, full_log_probs)
+        entropy = -(probs * information).sum(-1, keepdim=True)
+        grad -= grad_entropy.to(dtype).unsqueeze(1) * probs * (information + entropy)
+    if grad_full_log_probs is not None:
+        upstream = grad_full_log_probs.to(dtype)
+        grad += upstream - probs * upstream.sum(-1, keepdim=True)
+    if index.device.type != "cpu":
+        legal = (index >= 0) & (index < logits.shape[1])
+        grad = torch.where(legal.unsqueeze(1), grad, 0.0)
+    return grad.to(logits.dtype)
+
+
+def _forward_fake(
+    logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        logits.new_empty(rows),
+        logits.new_empty(rows),
+        logits.new_empty(logits.shape),
+        actions.new_empty(rows, dtype=torch.int64),
+    )
+
+
+_evaluate_actions_forward = register(
+    "evaluate_actions_forward(Tensor logits, Tensor actions, Tensor? cum_action_max_params)"
+    " -> (Tensor log_prob, Tensor entropy, Tensor full_log_probs, Tensor index)",
+    evaluate_actions_forward_eager,
+    _forward_fake,
+)
+evaluate_actions_backward = register(
+    "evaluate_actions_backward(Tensor logits, Tensor index, Tensor? grad_log_prob, Tensor? grad_entropy,"
+    " Tensor? grad_full_log_probs) -> Tensor",
+    evaluate_actions_backward_eager,
+    lambda logits, index, grad_log_prob, grad_entropy, grad_full_log_probs: logits.new_empty(logits.shape),
+)
+
+
+class _EvaluateActions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None):
+        log_prob, entropy, full_log_probs, index = _evaluate_actions_forward(logits, actions, cum_action_max_params)
+        ctx.save_for_backward(logits, index)
+        ctx.set_materialize_grads(False)
+        return log_prob, entropy, full_log_probs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_log_prob, grad_entropy, grad_full_log_probs):
+        logits, index = ctx.saved_tensors
+        return evaluate_actions_backward(logits, index, grad_log_prob, grad_entropy, grad_full_log_probs), None, None
+
+
+def float32_under_autocast(logits: Tensor) -> Tensor:
+    """Logits in float32 where autocast would run log_softmax in float32, else as they are."""
+    if torch.is_autocast_enabled(logits.device.type) and logits.device.type == "cuda":
+        return logits.float()
+    return logits
+
+
+def evaluate_actions(
+    logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of the given actions, entropy, and all log-probabilities.
+
+    Args:
+        logits: floating-point tensor [N, A].
+        actions: with a table, integer pairs (action type, parameter) [N, 2]; without, integer logit indices [N].
+        cum_action_max_params: int64 tensor [action types + 1], or None.
+
+    Returns:
+        (log_prob [N], entropy [N] in nats, full_log_probs [N, A]), all of the logits' dtype (float32 under CUDA autocast).
+        All three are differentiable, once, with respect to the logits.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also an action out of range.
+    """
+    logits = require_logits(logits)
+    if cum_action_max_params is not None:
+        actions, cum_action_max_params = check_pairs(actions, cum_action_max_params)
+        expected_shape = (logits.shape[0], 2)
+    else:
+        expected_shape = (logits.shape[0],)
+        actions = require_tensor("actions", actions, f"an integer tensor of shape {list(expected_shape)}")
+        if not is_integer(actions.dtype):
+            raise TypeError(
+                f"actions: got {describe(actions)}, expected an integer tensor of shape {list(expected_shape)}"
+            )
+    if actions.shape != expected_shape:
+        raise ValueError(
+            f"actions: got {describe(actions)}, expected shape {list(expected_shape)} for {describe(logits)}"
+        )
+    require_same_device("actions", actions, "logits", logits)
+    return _EvaluateActions.apply(float32_under_autocast(logits), actions, cum_action_max_params)

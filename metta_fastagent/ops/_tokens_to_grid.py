@@ -1,0 +1,89 @@
+"""Observation tokens to a normalised feature grid.
+
+A token is three bytes: coordinate (x in the high four bits, y in the low four), feature id, value. Token m of row n sets
+
+    grid[n, feature, x, y] = value / scale[feature]
+
+Empty tokens (coordinate 255), tokens outside the window and tokens of an unknown feature are dropped without touching any
+cell; of two tokens for one cell the later wins, on every device. Cells without a token are 0.
+"""
+
+import torch
+from torch import Tensor
+
+from metta_fastagent._dispatch import register
+from metta_fastagent.ops._checks import describe, require_same_device, require_tensor
+
+EMPTY_COORDINATE = 255
+
+
+def tokens_to_grid_eager(
+    tokens: Tensor, num_features: int, width: int, height: int, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`tokens_to_grid` in plain PyTorch: the reference, and what runs where there is no kernel."""
+    rows, cells = tokens.shape[0], num_features * width * height
+    coordinate, feature, value = tokens.unbind(-1)
+    x, y, feature = (coordinate >> 4).int(), (coordinate & 15).int(), feature.int()
+    valid = (coordinate != EMPTY_COORDINATE) & (x < width) & (y < height) & (feature < num_features)
+    # One cell more than the grid has takes the dropped tokens.
+    cell = torch.where(valid, (feature * width + x) * height + y, cells).long()
+    if tokens.device.type == "cpu":
+        # The CPU's scatter walks a row in order, so the later token wins; this is four times faster than a maximum.
+        grid = torch.zeros(rows, cells + 1).scatter_(1, cell, value.float())
+    else:
+        # The position above the value: the largest code of a cell is its latest token, in whatever order they land.
+        position = torch.arange(1, tokens.shape[1] + 1, dtype=torch.int32, device=tokens.device)
+        latest = torch.zeros(rows, cells + 1, dtype=torch.int32, device=tokens.device)
+        grid = latest.scatter_reduce_(1, cell, position * 256 + value.int(), "amax") & 255
+    return (grid[:, :cells].view(rows, num_features, width, height) / scale.view(1, -1, 1, 1)).to(dtype)
+
+
+_tokens_to_grid = register(
+    "tokens_to_grid(Tensor tokens, int num_features, int width, int height, Tensor scale, ScalarType dtype) -> Tensor",
+    tokens_to_grid_eager,
+    lambda tokens, num_features, width, height, scale, dtype: tokens.new_empty(
+        (tokens.shape[0], num_features, width, height), dtype=dtype
+    ),
+)
+
+
+def tokens_to_grid(
+    tokens: Tensor,
+    num_features: int,
+    width: int,
+    height: int,
+    scale: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Scatter observation tokens into a grid and normalise each feature.
+
+    Args:
+        tokens: uint8 tensor [N, M, 3] of (coordinate byte, feature id, value).
+        num_features: L, the number of feature planes, 1 to 256.
+        width, height: size of the window, 1 to 16.
+        scale: floating-point tensor [L] that divides the values of each feature, on the tokens' device.
+        dtype: floating-point dtype of the result.
+
+    Returns:
+        Tensor [N, L, width, height], indexed by x, then y.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, shape or device.
+    """
+    tokens = require_tensor("tokens", tokens, "a uint8 tensor of shape [N, M, 3]")
+    if tokens.dtype != torch.uint8:
+        raise TypeError(f"tokens: got {describe(tokens)}, expected a uint8 tensor of shape [N, M, 3]")
+    if tokens.dim() != 3 or tokens.shape[2] != 3:
+        raise ValueError(f"tokens: got {describe(tokens)}, expected a uint8 tensor of shape [N, M, 3]")
+    if not 1 <= num_features <= 256:
+        raise ValueError(f"num_features: got {num_features}, expected 1 to 256")
+    for name, size in (("width", width), ("height", height)):
+        if not 1 <= size <= 16:
+            raise ValueError(f"{name}: got {size}, expected 1 to 16 (a coordinate has four bits)")
+    scale = require_tensor("scale", scale, f"a floating-point tensor of shape [{num_features}]")
+    if not scale.is_floating_point() or scale.shape != (num_features,):
+        raise ValueError(f"scale: got {describe(scale)}, expected a floating-point tensor of shape [{num_features}]")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype")
+    require_same_device("scale", scale, "tokens", tokens)
+    return _tokens_to_grid(tokens, num_features, width, height, scale, dtype)

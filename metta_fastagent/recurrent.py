@@ -1,0 +1,264 @@
+"""LSTMWrapper: the LSTM base class of agents, its rollout memory and its training-time state.
+
+In rollout (3-d observations) the state lives in a memory keyed by `training_env_id_start`, and a row whose `dones` or
+`truncateds` is set starts from zeros, because that observation is the first of an episode. In training (4-d observations)
+the rollout memory is neither read nor changed: a segment starts from the state stored with it (`lstm_h`, `lstm_c`; zeros where
+absent), and rows are reset inside the segment wherever `dones` or `truncateds` is set.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+Memory = tuple[dict[int, Tensor], dict[int, Tensor]]
+
+
+class LSTMWrapper(nn.Module):
+    """Base class of LSTM agents: owns `policy`, the LSTM and the memory of each environment.
+
+    Args:
+        env: the environment; only `single_observation_space.shape` is read, where there is one.
+        policy: module with the agent's encoder and heads.
+        input_size: features of the LSTM's input.
+        hidden_size: features of the LSTM's state.
+        num_layers: layers of the LSTM.
+
+    Attributes:
+        lstm: `nn.LSTM(input_size, hidden_size, num_layers)`, weights orthogonal, biases 1.
+        action_index_tensor, cum_action_max_params: tables that the host sets; None until then.
+
+    Raises:
+        TypeError, ValueError: `policy` is not a module, or a size is not a positive integer.
+    """
+
+    def __init__(
+        self, env: Any, policy: nn.Module, input_size: int = 128, hidden_size: int = 128, num_layers: int = 2
+    ) -> None:
+        super().__init__()
+        if not isinstance(policy, nn.Module):
+            raise TypeError(f"policy: got {policy!r}, expected the nn.Module that holds the agent's encoder and heads")
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: got {size!r}, expected a positive integer")
+        self.obs_shape = getattr(getattr(env, "single_observation_space", None), "shape", None)
+        self.policy = policy
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.is_continuous = getattr(policy, "is_continuous", False)
+        self.lstm = nn.LSTM(input_size, hidden_size, num_layers=num_layers)
+        for name, param in self.lstm.named_parameters():
+            if "bias" in name:
+                nn.init.constant_(param, 1)
+            else:
+                nn.init.orthogonal_(param, 1)
+        self.action_index_tensor: Tensor | None = None
+        self.cum_action_max_params: Tensor | None = None
+        # One tensor [num_layers, rows, hidden_size] for each environment id.
+        self.lstm_h: dict[int, Tensor] = {}
+        self.lstm_c: dict[int, Tensor] = {}
+
+    def has_memory(self) -> bool:
+        """True: the agent carries state from step to step."""
+        return True
+
+    def get_memory(self) -> Memory:
+        """A copy of the memory: (h, c), each a dict from environment id to a tensor [num_layers, rows, hidden_size]."""
+        return _cloned(self.lstm_h), _cloned(self.lstm_c)
+
+    def set_memory(self, memory: Memory) -> None:
+        """Replace the memory by a copy of `memory`, which is what `get_memory` returned.
+
+        Raises:
+            TypeError, ValueError: not a pair of dicts with the same ids and tensors [num_layers, rows, hidden_size].
+        """
+        expected = f"a pair of dicts from environment id to a tensor [{self.num_layers}, rows, {self.hidden_size}]"
+        if not isinstance(memory, (tuple, list)) or len(memory) != 2 or not all(isinstance(m, dict) for m in memory):
+            raise TypeError(f"memory: got {type(memory).__name__}, expected {expected}")
+        h, c = memory
+        if h.keys() != c.keys():
+            raise ValueError(f"memory: got ids {sorted(h)} for h and {sorted(c)} for c, expected the same ids")
+        for env_id in h:
+            for name, state in (("h", h[env_id]), ("c", c[env_id])):
+                shape = tuple(getattr(state, "shape", ()))
+                if len(shape) != 3 or (shape[0], shape[2]) != (self.num_layers, self.hidden_size):
+                    raise ValueError(
+                        f"memory: {name} of environment {env_id} has shape {list(shape)}, expected {expected}"
+                    )
+        reference = self.lstm.weight_hh_l0
+        self.lstm_h = _cloned(h, reference)
+        self.lstm_c = _cloned(c, reference)
+
+    def reset_memory(self) -> None:
+        """Forget the state of every environment."""
+        self.lstm_h.clear()
+        self.lstm_c.clear()
+
+    def reset_env_memory(self, env_id: int) -> None:
+        """Forget the state of one environment id; an unknown id is ignored."""
+        self.lstm_h.pop(env_id, None)
+        self.lstm_c.pop(env_id, None)
+
+    def run_lstm(self, td: TensorDictBase, hidden: Tensor, B: int, TT: int) -> Tensor:
+        """Run the LSTM over encoded observations, with the state and the resets that `td` asks for.
+
+        Args:
+            td: holds `training_env_id_start`, `dones`, `truncateds`, `lstm_h`, `lstm_c`, all optional.
+            hidden: encoded observations, B * TT rows of input_size features, time varying fastest.
+            B: rows of the batch (environments or segments).
+            TT: time steps; 1 in rollout.
+
+        Returns:
+            Tensor [B * TT, hidden_size].
+        """
+        sequence = hidden.view(B, TT, -1).transpose(0, 1)
+        h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device)
+        resets = _resets(td, B, TT)
+        if TT == 1 or resets is None:
+            output, (h, c) = self.lstm(sequence, (h, c))
+        else:
+            output, (h, c) = _lstm_with_resets(self.lstm, sequence, h, c, resets)
+        self._store_lstm_state(h, c, env_id)
+        return output.transpose(0, 1).reshape(B * TT, -1)
+
+    def _manage_lstm_state(
+        self, td: TensorDictBase, B: int, TT: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, int | None]:
+        """State before the first of TT steps, rows that start an episode there zeroed.
+
+        Returns:
+            (h, c, env_id): tensors [num_layers, B, hidden_size], and the id to hand to `_store_lstm_state`, which is None in
+            training, where the rollout memory stays as it is.
+        """
+        env_id = None if _is_training(td, TT) else _environment_id(td)
+        if env_id is None:
+            h, c = self._segment_start(td, "lstm_h", B, TT, device), self._segment_start(td, "lstm_c", B, TT, device)
+        elif env_id in self.lstm_h and env_id in self.lstm_c:
+            h, c = self.lstm_h[env_id], self.lstm_c[env_id]
+            if h.shape[1] != B:
+                raise ValueError(
+                    f"td: {B} rows for environment id {env_id}, expected {h.shape[1]}, the rows in its memory; "
+                    "reset_env_memory() or reset_memory() forgets them"
+                )
+        else:
+            h, c = self._zero_state(B, device), self._zero_state(B, device)
+        resets = _resets(td, B, TT)
+        if resets is not None:
+            first = resets[0].view(1, B, 1)
+            h, c = h.masked_fill(first, 0), c.masked_fill(first, 0)
+        return h, c, env_id
+
+    def _store_lstm_state(self, lstm_h: Tensor, lstm_c: Tensor, env_id: int | None) -> None:
+        """Keep a detached state as the memory of `env_id`; None, the id of training, keeps nothing."""
+        if env_id is None:
+            return
+        for memory, state in ((self.lstm_h, lstm_h), (self.lstm_c, lstm_c)):
+            kept = memory.get(env_id)
+            in_place = kept is not None and kept.shape == state.shape and kept.dtype == state.dtype
+            # In place, so that a captured graph sees the memory change; but not where a backward may still need the old value.
+            if in_place and kept.device == state.device and not torch.is_grad_enabled():
+                kept.copy_(state.detach())
+            else:
+                memory[env_id] = state.detach().clone()
+
+    def _zero_state(self, rows: int, device: torch.device) -> Tensor:
+        return torch.zeros(self.num_layers, rows, self.hidden_size, device=device, dtype=self.lstm.weight_hh_l0.dtype)
+
+    def _segment_start(self, td: TensorDictBase, key: str, B: int, TT: int, device: torch.device) -> Tensor:
+        if key not in td.keys():
+            other = "lstm_c" if key == "lstm_h" else "lstm_h"
+            if other in td.keys():
+                raise ValueError(f"td: holds {other} without {key}, expected both or neither")
+            return self._zero_state(B, device)
+        stored = td.get(key).detach()
+        layout = (self.num_layers, self.hidden_size)
+        if stored.shape == (B, *layout):
+            start = stored
+        elif stored.shape == (B, TT, *layout):
+            start = stored[:, 0]
+        elif stored.shape == (B * TT, *layout):
+            start = stored[::TT]
+        else:
+            raise ValueError(
+                f"td[{key!r}]: got shape {list(stored.shape)}, "
+                f"expected {[B, *layout]} or {[B, TT, *layout]} (the state before each segment's first step)"
+            )
+        return start.transpose(0, 1).to(self.lstm.weight_hh_l0.dtype).contiguous()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "LSTMWrapper":
+        super()._apply(fn, recurse)
+        reference = self.lstm.weight_hh_l0
+        for memory in (self.lstm_h, self.lstm_c):
+            for env_id, state in memory.items():
+                memory[env_id] = state.to(reference.device, reference.dtype)
+        return self
+
+
+def _cloned(memory: dict[int, Tensor], like: Tensor | None = None) -> dict[int, Tensor]:
+    if like is None:
+        return {env_id: state.clone() for env_id, state in memory.items()}
+    return {env_id: state.detach().to(like.device, like.dtype, copy=True) for env_id, state in memory.items()}
+
+
+def _is_training(td: TensorDictBase, TT: int) -> bool:
+    if TT > 1:
+        return True
+    observations = td.get("env_obs", None)
+    return observations is not None and observations.dim() == 4
+
+
+def _environment_id(td: TensorDictBase) -> int:
+    if "training_env_id_start" not in td.keys():
+        return 0
+    env_id = td["training_env_id_start"]
+    if isinstance(env_id, Tensor):
+        env_id = env_id.flatten()[0].item()
+    elif isinstance(env_id, list):
+        env_id = env_id[0]
+    return 0 if env_id is None else int(env_id)
+
+
+def _resets(td: TensorDictBase, B: int, TT: int) -> Tensor | None:
+    """Rows to reset before each step, bool [TT, B]; None where `td` has neither `dones` nor `truncateds`."""
+    resets = None
+    for key in ("dones", "truncateds"):
+        if key not in td.keys():
+            continue
+        flags = td.get(key)
+        if flags.numel() != B * TT:
+            raise ValueError(
+                f"td[{key!r}]: got shape {list(flags.shape)}, expected {B * TT} values, one for each step of each row"
+            )
+        flags = flags.bool().reshape(B, TT).transpose(0, 1)
+        resets = flags if resets is None else resets | flags
+    return resets
+
+
+def _lstm_with_resets(
+    lstm: nn.LSTM, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`lstm(sequence, (h, c))` with the state of row b zeroed before step t where resets[t, b].
+
+    One matrix product projects a layer's whole input; the loop over time holds only what depends on the step before. The
+    first step is not reset here: `_manage_lstm_state` has done it.
+    """
+    keep = (~resets).to(h.dtype).unsqueeze(-1).unbind(0)
+    last_h, last_c = [], []
+    for layer in range(lstm.num_layers):
+        weight_ih, weight_hh, bias_ih, bias_hh = lstm.all_weights[layer]
+        projected = nn.functional.linear(sequence, weight_ih, bias_ih + bias_hh).unbind(0)
+        hidden, cell, outputs = h[layer], c[layer], []
+        for step, gates in enumerate(projected):
+            if step > 0:
+                hidden, cell = hidden * keep[step], cell * keep[step]
+            gate_i, gate_f, gate_g, gate_o = torch.addmm(gates, hidden, weight_hh.t()).chunk(4, dim=1)
+            cell = gate_f.sigmoid() * cell + gate_i.sigmoid() * gate_g.tanh()
+            hidden = gate_o.sigmoid() * cell.tanh()
+            outputs.append(hidden)
+        sequence = torch.stack(outputs)
+        last_h.append(hidden)
+        last_c.append(cell)
+    return sequence, (torch.stack(last_h), torch.stack(last_c))
