@@ -1,8 +1,9 @@
 """Which implementation runs an operation, and the library that the operations register in.
 
-Every operation is a `torch.library` operator, so PyTorch's dispatcher picks the implementation by device: the eager twin is
-registered for every device, and a kernel, where there is one, for its own. This module holds the one switch that overrides
-that choice (`METTA_FASTAGENT_BACKEND`, `use_backend`) and the functions that say what was chosen (`backend`, `explain`).
+Every operation is a `torch.library` operator, so PyTorch's dispatcher picks the implementation by device: the eager
+twin is registered for every device, and a kernel, where there is one, for its own. This module holds the one switch
+that overrides that choice (`METTA_FASTAGENT_BACKEND`, `use_backend`) and the functions that say what was chosen
+(`backend`, `explain`).
 """
 
 import os

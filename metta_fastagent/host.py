@@ -1,7 +1,7 @@
 """MettaAgent and DistributedMettaAgent: tie a policy to an environment.
 
-A small host of this package's own. It makes the action tables and hands them to the policy, keeps feature ids stable when the
-environment numbers its features anew, and passes everything else on to the policy.
+A small host of this package's own. It makes the action tables and hands them to the policy, keeps feature ids stable
+when the environment numbers its features anew, and passes everything else on to the policy.
 """
 
 import logging
@@ -37,6 +37,8 @@ class MettaAgent(nn.Module):
         TypeError: `policy` is not a module.
     """
 
+    policy: Any
+
     def __init__(self, env: Any, policy: nn.Module, device: torch.device | str | None = None) -> None:
         super().__init__()
         if not isinstance(policy, nn.Module):
@@ -60,9 +62,9 @@ class MettaAgent(nn.Module):
     ) -> None:
         """Fit the policy to an environment: action tables and embeddings, feature ids and normalisation.
 
-        The first call fixes the id of each feature name. A later call with another numbering makes a table from the new ids to
-        the fixed ones, for the policy's `_apply_feature_remapping`. A name that is new gets a free id while the host is in
-        training mode, and is unknown (255) in evaluation mode.
+        The first call fixes the id of each feature name. A later call with another numbering makes a table from the new
+        ids to the fixed ones, for the policy's `_apply_feature_remapping`. A name that is new gets a free id while the
+        host is in training mode, and is unknown (255) in evaluation mode.
 
         Args:
             features: name to `{"id": 0..254, "normalization": number > 0 (optional)}`.
@@ -231,11 +233,11 @@ class DistributedMettaAgent(DistributedDataParallel):
     module: MettaAgent
 
     def __init__(self, agent: MettaAgent, device: torch.device | str) -> None:
-        agent = nn.SyncBatchNorm.convert_sync_batchnorm(agent)
+        synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(agent)
         if torch.device(device).type == "cpu":
-            super().__init__(agent)
+            super().__init__(synchronized)
         else:
-            super().__init__(agent, device_ids=[device], output_device=device)
+            super().__init__(synchronized, device_ids=[device], output_device=device)
 
     def __getattr__(self, name: str) -> Any:
         try:

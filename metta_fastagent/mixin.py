@@ -1,13 +1,12 @@
 """PyTorchAgentMixin: what every PyTorch agent of a Metta trainer shares.
 
-Configuration, weight clipping, the TensorDict fields `bptt` and `batch`, conversion between (action type, parameter) pairs and
-logit indices, the training and inference handlers, L2-init regularisation and weight metrics. The mixin holds state and calls
-`ops`; it computes nothing itself and never branches on a device.
+Configuration, weight clipping, the TensorDict fields `bptt` and `batch`, conversion between (action type, parameter)
+pairs and logit indices, the training and inference handlers, L2-init regularisation and weight metrics. The mixin holds
+state and calls `ops`; it computes nothing itself and never branches on a device.
 """
 
 import logging
 import math
-import operator
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metta_fastagent import ops
+from metta_fastagent._layer_index import CLIPPED_LAYERS, LayerIndex, Transient
 from metta_fastagent.action_space import ActionSpace
 from metta_fastagent.weight_metrics import weight_metrics
 
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 CLIP_MODES = ("absolute", "init_scaled")
 TABLES = ("action_index_tensor", "cum_action_max_params")
-CLIPPED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 REGULARIZED_LAYERS = (*CLIPPED_LAYERS, nn.ConvTranspose2d)
 
 # For type checkers the mixin is a module; at run time it adds nothing to the class it is mixed into.
@@ -35,8 +34,8 @@ _Module = nn.Module if TYPE_CHECKING else object
 class PyTorchAgentMixin(_Module):
     """Shared behaviour of PyTorch agents; comes before the base class: `class MyAgent(PyTorchAgentMixin, LSTMWrapper)`.
 
-    It adds no parameters, buffers or submodules, and draws no random numbers. Call `extract_mixin_params` before the base
-    class's `__init__` and `init_mixin` after it.
+    It adds no parameters, buffers or submodules, and draws no random numbers. Call `extract_mixin_params` before the
+    base class's `__init__` and `init_mixin` after it.
 
     Attributes:
         clip_range: weights are clipped to [-clip_range, clip_range]; 0 or less turns clipping off.
@@ -67,8 +66,8 @@ class PyTorchAgentMixin(_Module):
             bases = sorted(cls.__bases__, key=lambda base: not issubclass(base, PyTorchAgentMixin))
             order = ", ".join(base.__name__ for base in bases)
             raise TypeError(
-                f"class {cls.__name__}: {shadowing[0].__name__} comes before PyTorchAgentMixin, so the mixin's methods would "
-                f"not override it; write class {cls.__name__}({order})"
+                f"class {cls.__name__}: {shadowing[0].__name__} comes before PyTorchAgentMixin, so the mixin's methods "
+                f"would not override it; write class {cls.__name__}({order})"
             )
 
     # Configuration
@@ -80,8 +79,8 @@ class PyTorchAgentMixin(_Module):
             kwargs: the agent's keyword arguments; the mixin's own are removed from it.
 
         Returns:
-            dict for `init_mixin`: `clip_range` (default 0), `analyze_weights_interval` (default 300), `clip_mode` where given,
-            and `extra_kwargs`, which is `kwargs` itself with what is left in it.
+            dict for `init_mixin`: `clip_range` (default 0), `analyze_weights_interval` (default 300), `clip_mode` where
+            given, and `extra_kwargs`, which is `kwargs` itself with what is left in it.
 
         Raises:
             TypeError, ValueError: a parameter has a wrong value; nothing was removed then.
@@ -102,7 +101,7 @@ class PyTorchAgentMixin(_Module):
         extra_kwargs: MutableMapping[str, Any] | None = None,
         clip_mode: str = "absolute",
     ) -> None:
-        """Set the configuration, remember the initial weights, and log one line; call it after the base class's `__init__`.
+        """Set the configuration, remember the initial weights, log one line; comes after the base class's `__init__`.
 
         Args:
             clip_range: float >= 0; 0 turns clipping off.
@@ -140,10 +139,12 @@ class PyTorchAgentMixin(_Module):
     def clip_weights(self) -> None:
         """Clip the weights of the agent's layers in place; a trainer calls it after each optimizer step.
 
-        Mode "absolute": `weight` and `bias` of Linear, Conv1d, Conv2d and their subclasses, to [-clip_range, clip_range].
-        Mode "init_scaled", ComponentPolicy's: their weights only, each to clip_range x clip_scale x its largest initial absolute
-        weight; layers added after `init_mixin` have none and stay as they are. With `clip_range` <= 0 nothing happens.
-        NaN stays NaN. A parametrized weight is a temporary and is skipped; tied weights are clipped once.
+        Mode "absolute": `weight` and `bias` of Linear, Conv1d, Conv2d and their subclasses, to
+        [-clip_range, clip_range].
+        Mode "init_scaled", ComponentPolicy's: their weights only, each to clip_range x clip_scale x its largest initial
+        absolute weight; layers added after `init_mixin` have none and stay as they are.
+        With `clip_range` <= 0 nothing happens. NaN stays NaN. A parametrized weight is a temporary and is skipped; tied
+        weights are clipped once.
         """
         if not self.clip_range > 0:
             return
@@ -159,13 +160,13 @@ class PyTorchAgentMixin(_Module):
         ]
         ops.clip_weights_([weight for weight, _ in bounded], [bound for _, bound in bounded])
 
-    def _layers(self) -> "_LayerIndex":
+    def _layers(self) -> LayerIndex:
         """The layers that clipping and regularisation act on, found again only if the module tree has changed."""
         cache = self.__dict__.get("_layer_cache")
         if cache is None:
-            cache = self._layer_cache = _Transient()
+            cache = self._layer_cache = Transient()
         if cache.value is None or not cache.value.is_current(self):
-            cache.value = _LayerIndex(self)
+            cache.value = LayerIndex(self)
         return cache.value
 
     # TensorDict fields
@@ -197,7 +198,7 @@ class PyTorchAgentMixin(_Module):
         bptt = torch.full(shape, TT, device=observations.device, dtype=torch.int64)
         batch = torch.full(shape, B, device=observations.device, dtype=torch.int64)
         td.update({"bptt": bptt, "batch": batch})
-        self._segment_fields = _Transient((bptt, B, TT))
+        self._segment_fields = Transient((bptt, B, TT))
         return B, TT
 
     # Training and inference
@@ -214,8 +215,9 @@ class PyTorchAgentMixin(_Module):
             value: values [B * T, 1] or [B * T].
 
         Returns:
-            TensorDict with `act_log_prob`, `entropy` (nats), `full_log_probs` and `value` added. With `batch` and `bptt` in `td`
-            it has batch size [B, T]; without them it is flat, [B * T]. A flat `td` receives the results itself too.
+            TensorDict with `act_log_prob`, `entropy` (nats), `full_log_probs` and `value` added. With `batch` and
+            `bptt` in `td` it has batch size [B, T]; without them it is flat, [B * T]. A flat `td` receives the results
+            itself too.
 
         Raises:
             RuntimeError: the action tables are not set.
@@ -254,8 +256,8 @@ class PyTorchAgentMixin(_Module):
 
         Raises:
             RuntimeError: the action tables are not set.
-            TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also logits that are no distribution. `td`
-                is unchanged then.
+            TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also logits that are no distribution.
+                `td` is unchanged then.
         """
         table = self._require_table("action_index_tensor")
         rows = _require_rows(logits_list, value)
@@ -306,7 +308,7 @@ class PyTorchAgentMixin(_Module):
         known = self.__dict__.get("_segment_fields")
         if known is not None and known.value is not None and td.get("bptt") is known.value[0]:
             return known.value[1:]
-        # Fields that somebody else set on a flat TensorDict: only their values tell, and reading them waits for the device.
+        # Somebody else set the fields of a flat TensorDict: only their values tell, at the price of waiting for them.
         return int(td.get("batch")[0]), int(td.get("bptt")[0])
 
     # Action conversion
@@ -374,7 +376,7 @@ class PyTorchAgentMixin(_Module):
         _pass_on(self, "initialize_to_environment", full_action_names, device)
 
     def create_action_heads(self, env: Any, input_size: int = 512 + 16) -> nn.ModuleList:
-        """A ModuleList of one Linear(input_size, sum(max_arg + 1)), orthogonal with gain 0.01, for `env.max_action_args`."""
+        """A ModuleList of one Linear with sum(max_arg + 1) outputs for `env.max_action_args`, orthogonal of gain 0.01."""
         head = nn.Linear(input_size, sum(max_arg + 1 for max_arg in env.max_action_args))
         nn.init.orthogonal_(head.weight, 0.01)
         nn.init.constant_(head.bias, 0)
@@ -408,7 +410,8 @@ class PyTorchAgentMixin(_Module):
         """`l2_init_scale` times the sum of squared differences of the weights (no biases) to their initial values.
 
         Returns:
-            0-dim float32 tensor on the weights' device, differentiable; a plain 0.0 where no initial weights are stored.
+            0-dim float32 tensor on the weights' device, differentiable; a plain 0.0 where no initial weights are
+            stored.
         """
         initial = self.__dict__.get("initial_weights") or {}
         groups: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
@@ -422,12 +425,12 @@ class PyTorchAgentMixin(_Module):
         return loss
 
     def compute_weight_metrics(self, delta: float = 0.01) -> list[dict]:
-        """Singular-value metrics of every Linear layer's weight; see `metta_fastagent.weight_metrics.weight_metrics`."""
+        """Singular-value metrics of each Linear layer's weight; see `metta_fastagent.weight_metrics.weight_metrics`."""
         named = _named_weights(self.named_modules(), lambda module: isinstance(module, nn.Linear))
         return weight_metrics({name: weight.detach() for name, weight in named if weight.dim() == 2}, delta)
 
     def maybe_compute_weight_metrics(self, epoch: int, delta: float = 0.01) -> list[dict] | None:
-        """`compute_weight_metrics` on every `analyze_weights_interval`-th epoch, None on the others and where it is 0."""
+        """`compute_weight_metrics` on every `analyze_weights_interval`-th epoch, None on the others or where it is 0."""
         if self.analyze_weights_interval > 0 and epoch % self.analyze_weights_interval == 0:
             return self.compute_weight_metrics(delta)
         return None
@@ -445,80 +448,10 @@ class PyTorchAgentMixin(_Module):
         return self
 
 
-class _Transient:
-    """Holds a value that copies and pickles of its owner do not take along."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any = None) -> None:
-        self.value = value
-
-    def __copy__(self) -> "_Transient":
-        return _Transient()
-
-    def __deepcopy__(self, memo: dict) -> "_Transient":
-        return _Transient()
-
-    def __reduce__(self) -> tuple:
-        return _Transient, ()
-
-
-class _ClippedTensors:
-    """Parameters of the clipped layers: all of them once, and the weights by layer name."""
-
-    def __init__(self, layers: list[tuple[str, nn.Module]]) -> None:
-        self.owners = [layer._parameters for _, layer in layers]
-        self.seen = _values(self.owners)
-        self.weights: dict[str, Tensor] = {}
-        unique: dict[int, Tensor] = {}
-        for name, layer in layers:
-            # Under parametrization `layer.weight` is a temporary and the layer has no such parameter.
-            weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-            if weight is not None and id(weight) not in unique:
-                self.weights[name] = weight
-            unique |= {id(param): param for param in (weight, bias) if param is not None}
-        self.tensors = list(unique.values())
-        self.complete = not any(is_lazy(param) for param in self.tensors)
-
-    def is_current(self) -> bool:
-        return self.complete and _same(_values(self.owners), self.seen)
-
-
-class _LayerIndex:
-    """The modules of a tree and what clipping needs of them, with a test, cheaper than a walk, of whether the tree is still the same.
-
-    PyTorch tells nobody of `del`, `_parameters[...] =`, `copy.deepcopy` or an assigned submodule; comparing the identities of
-    all submodules, and of the layers' parameters, notices each of them.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        self.modules = list(root.named_modules())
-        self.owners = [module._modules for _, module in self.modules]
-        self.seen = _values(self.owners)
-        self._clipped: _ClippedTensors | None = None
-
-    def is_current(self, root: nn.Module) -> bool:
-        return self.owners[0] is root._modules and _same(_values(self.owners), self.seen)
-
-    def clipped(self) -> _ClippedTensors:
-        if self._clipped is None or not self._clipped.is_current():
-            layers = [(name or "root", layer) for name, layer in self.modules if isinstance(layer, CLIPPED_LAYERS)]
-            self._clipped = _ClippedTensors(layers)
-        return self._clipped
-
-
-def _values(owners: list[dict[str, Any]]) -> list[Any]:
-    return [value for owner in owners for value in owner.values()]
-
-
-def _same(now: list[Any], then: list[Any]) -> bool:
-    return len(now) == len(then) and all(map(operator.is_, now, then))
-
-
 def _check_configuration(clip_range: Any, analyze_weights_interval: Any, clip_mode: Any = "absolute") -> None:
     if isinstance(clip_range, bool) or not isinstance(clip_range, Real):
         raise TypeError(f"clip_range: got {clip_range!r}, expected a number >= 0")
-    if not clip_range >= 0:
+    if not float(clip_range) >= 0:
         raise ValueError(f"clip_range: got {clip_range!r}, expected a number >= 0")
     if isinstance(analyze_weights_interval, bool) or not isinstance(analyze_weights_interval, Integral):
         raise TypeError(
@@ -552,7 +485,7 @@ def _largest_magnitudes(weights: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _moved(tensor: Tensor, fn: Callable, keep_dtype: bool = False) -> Tensor:
-    """`tensor` where `fn`, the function of `nn.Module._apply`, would put it; values survive `to_empty` and meta devices."""
+    """`tensor` where `fn`, the function that `nn.Module._apply` was given, would put it; values survive `to_empty`."""
     target = fn(tensor.new_empty(0))
     if target.device.type == "meta":
         return tensor

@@ -1,9 +1,9 @@
 """LSTMWrapper: the LSTM base class of agents, its rollout memory and its training-time state.
 
 In rollout (3-d observations) the state lives in a memory keyed by `training_env_id_start`, and a row whose `dones` or
-`truncateds` is set starts from zeros, because that observation is the first of an episode. In training (4-d observations)
-the rollout memory is neither read nor changed: a segment starts from the state stored with it (`lstm_h`, `lstm_c`; zeros where
-absent), and rows are reset inside the segment wherever `dones` or `truncateds` is set.
+`truncateds` is set starts from zeros, because that observation is the first of an episode. In training (4-d
+observations) the rollout memory is neither read nor changed: a segment starts from the state stored with it (`lstm_h`,
+`lstm_c`; zeros where absent), and rows are reset inside the segment wherever `dones` or `truncateds` is set.
 """
 
 from collections.abc import Callable
@@ -88,9 +88,8 @@ class LSTMWrapper(nn.Module):
                     raise ValueError(
                         f"memory: {name} of environment {env_id} has shape {list(shape)}, expected {expected}"
                     )
-        reference = self.lstm.weight_hh_l0
-        self.lstm_h = _cloned(h, reference)
-        self.lstm_c = _cloned(c, reference)
+        self.lstm_h = _cloned(h, self._weight())
+        self.lstm_c = _cloned(c, self._weight())
 
     def reset_memory(self) -> None:
         """Forget the state of every environment."""
@@ -130,8 +129,8 @@ class LSTMWrapper(nn.Module):
         """State before the first of TT steps, rows that start an episode there zeroed.
 
         Returns:
-            (h, c, env_id): tensors [num_layers, B, hidden_size], and the id to hand to `_store_lstm_state`, which is None in
-            training, where the rollout memory stays as it is.
+            (h, c, env_id): tensors [num_layers, B, hidden_size], and the id to hand to `_store_lstm_state`, which is
+            None in training, where the rollout memory stays as it is.
         """
         env_id = None if _is_training(td, TT) else _environment_id(td)
         if env_id is None:
@@ -157,15 +156,23 @@ class LSTMWrapper(nn.Module):
             return
         for memory, state in ((self.lstm_h, lstm_h), (self.lstm_c, lstm_c)):
             kept = memory.get(env_id)
-            in_place = kept is not None and kept.shape == state.shape and kept.dtype == state.dtype
-            # In place, so that a captured graph sees the memory change; but not where a backward may still need the old value.
-            if in_place and kept.device == state.device and not torch.is_grad_enabled():
-                kept.copy_(state.detach())
+            fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (
+                state.shape,
+                state.dtype,
+                state.device,
+            )
+            # In place, so that a captured graph sees the change; but not where a backward may still need the old value.
+            if kept is not None and fits and not torch.is_grad_enabled():
+                kept.copy_(state)
             else:
                 memory[env_id] = state.detach().clone()
 
+    def _weight(self) -> Tensor:
+        """A weight of the LSTM: its device and dtype are those of the state."""
+        return self.lstm.all_weights[0][0]
+
     def _zero_state(self, rows: int, device: torch.device) -> Tensor:
-        return torch.zeros(self.num_layers, rows, self.hidden_size, device=device, dtype=self.lstm.weight_hh_l0.dtype)
+        return torch.zeros(self.num_layers, rows, self.hidden_size, device=device, dtype=self._weight().dtype)
 
     def _segment_start(self, td: TensorDictBase, key: str, B: int, TT: int, device: torch.device) -> Tensor:
         if key not in td.keys():
@@ -186,11 +193,11 @@ class LSTMWrapper(nn.Module):
                 f"td[{key!r}]: got shape {list(stored.shape)}, "
                 f"expected {[B, *layout]} or {[B, TT, *layout]} (the state before each segment's first step)"
             )
-        return start.transpose(0, 1).to(self.lstm.weight_hh_l0.dtype).contiguous()
+        return start.transpose(0, 1).to(self._weight().dtype).contiguous()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LSTMWrapper":
         super()._apply(fn, recurse)
-        reference = self.lstm.weight_hh_l0
+        reference = self._weight()
         for memory in (self.lstm_h, self.lstm_c):
             for env_id, state in memory.items():
                 memory[env_id] = state.to(reference.device, reference.dtype)
@@ -242,7 +249,8 @@ def _lstm_with_resets(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`lstm(sequence, (h, c))` with the state of row b zeroed before step t where resets[t, b].
 
-    One matrix product projects a layer's whole input; the loop over time holds only what depends on the step before. The
+    One matrix product projects a layer's whole input; the loop over time holds only what depends on the step before.
+    The
     first step is not reset here: `_manage_lstm_state` has done it.
     """
     keep = (~resets).to(h.dtype).unsqueeze(-1).unbind(0)

@@ -4,7 +4,7 @@ Its parameters have the names and shapes of Metta's own `Fast`, so a checkpoint 
 """
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tensordict import TensorDictBase
@@ -21,13 +21,15 @@ DEFAULT_WINDOW = 11
 SMALLEST_WINDOW = 11
 MAX_INITIAL_EMBEDDING = 0.1
 
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
 
 class Fast(PyTorchAgentMixin, LSTMWrapper):
     """CNN + LSTM agent with a bilinear actor over action embeddings.
 
     Args:
-        env: the environment; `obs_width`, `obs_height` (11 where missing) and `feature_normalizations` (feature id to the
-            number that divides its values; 25 features of 1 where missing) are read.
+        env: the environment; `obs_width`, `obs_height` (11 where missing) and `feature_normalizations` (feature id to
+            the number that divides its values; 25 features of 1 where missing) are read.
         policy: encoder and heads; None makes a `FastPolicy` for `env`.
         input_size: features of the encoded observation.
         hidden_size: features of the LSTM's state.
@@ -60,8 +62,8 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         """One rollout step without `action`, the evaluation of a batch of segments with it.
 
         Args:
-            td: `env_obs` uint8 [B, tokens, 3] in a TensorDict of batch size [B], or [B, T, tokens, 3] in one of [B, T] or [B];
-                optional entries as in `LSTMWrapper.run_lstm`.
+            td: `env_obs` uint8 [B, tokens, 3] in a TensorDict of batch size [B], or [B, T, tokens, 3] in one of [B, T]
+                or [B]; optional entries as in `LSTMWrapper.run_lstm`.
             state: unused, there for the call's form.
             action: integer (type, parameter) pairs [B, T, 2] or [B * T, 2], or None.
 
@@ -93,12 +95,14 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
     def update_normalization_factors(
         self, features: dict[str, dict], original_feature_mapping: dict[str, int] | None
     ) -> None:
-        """Set the normalisation of each feature from `features[name]["normalization"]`, at its original id."""
-        mapping = original_feature_mapping or {}
+        """Set the normalisation of each feature from `features[name]["normalization"]`, at its original id.
+
+        A feature that the mapping lacks is unknown to the agent and changes nothing.
+        """
         for name, properties in features.items():
-            feature_id = mapping.get(name, properties["id"])
-            if "normalization" in properties and feature_id < self.policy.num_features:
-                self.policy.max_vec[0, feature_id] = properties["normalization"]
+            mapping = {name: properties["id"]} if original_feature_mapping is None else original_feature_mapping
+            if "normalization" in properties and mapping.get(name, self.policy.num_features) < self.policy.num_features:
+                self.policy.max_vec[0, mapping[name]] = properties["normalization"]
 
 
 class FastPolicy(nn.Module):
@@ -184,8 +188,8 @@ class FastPolicy(nn.Module):
     def decode_actions(self, hidden: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         """(logits [batch_size, actions], value [batch_size, 1]) from the LSTM's output [batch_size, hidden_size].
 
-        Logit of action a: tanh(actor @ actor_W) . embedding[a] + actor_bias. The projection does not depend on the action, so
-        it is computed once for each row.
+        Logit of action a: tanh(actor @ actor_W) . embedding[a] + actor_bias. The projection does not depend on the
+        action, so it is computed once for each row.
         """
         value = self.value_head(torch.tanh(self.critic_1(hidden)))
         actor = F.relu(self.actor_1(hidden))
@@ -206,7 +210,7 @@ def _encoded_size(size: int) -> int:
     return (size - 5) // 3 + 1 - 2
 
 
-def _orthogonal(layer: nn.Module, gain: float = 1.0) -> nn.Module:
+def _orthogonal(layer: Layer, gain: float = 1.0) -> Layer:
     nn.init.orthogonal_(layer.weight, gain)
-    nn.init.constant_(layer.bias, 0)
+    nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
     return layer

@@ -2,12 +2,12 @@
 
     index = action_type + cum_action_max_params[action_type] + action_param
 
-with `cum_action_max_params = cumsum([0] + max_params)`. `max_params[t]` is the largest legal parameter of type t, so type t
-owns `max_params[t] + 1` logits; the sum of the earlier `max_params` misses one logit for each earlier type, and `action_type`
-counts those. The formula is that of `PyTorchAgentMixin` and ComponentPolicy in the Metta project.
+with `cum_action_max_params = cumsum([0] + max_params)`. `max_params[t]` is the largest legal parameter of type t, so
+type t owns `max_params[t] + 1` logits; the sum of the earlier `max_params` misses one logit for each earlier type, and
+`action_type` counts those. The formula is that of `PyTorchAgentMixin` and ComponentPolicy in the Metta project.
 
-A value out of range is an error that names it where reading values is free (the CPU). Elsewhere nothing is read back: a bad
-pair becomes index -1, whose log-probability is NaN, and a bad index becomes the pair (-1, -1).
+A value out of range is an error that names it where reading values is free (the CPU). Elsewhere nothing is read back: a
+bad pair becomes index -1, whose log-probability is NaN, and a bad index becomes the pair (-1, -1).
 """
 
 import torch

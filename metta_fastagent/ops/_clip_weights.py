@@ -2,8 +2,8 @@
 
     tensor_i <- clamp(tensor_i, -bound_i, bound_i)
 
-NaN stays NaN, infinities clip. The autograd version of the tensors does not change in eager mode, so clipping between forward
-and backward is legal, as it is with `tensor.data.clamp_`.
+NaN stays NaN, infinities clip. The autograd version of the tensors does not change in eager mode, so clipping between
+forward and backward is legal, as it is with `tensor.data.clamp_`.
 """
 
 from collections.abc import Sequence

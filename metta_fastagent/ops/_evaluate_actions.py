@@ -8,8 +8,9 @@ and, for upstream gradients g (log_prob), h (entropy) and f (full_log_probs),
 
     d logits_j = g (1[j = index] - p_j) - h p_j (full_log_probs_j + entropy) + f_j - p_j sum_k f_k
 
-so a masked logit (-inf) makes no NaN in the entropy or its gradient. Arithmetic is float32 (float64 for float64 logits) and
-is cast once, at the store. A row whose index is out of range (possible off the CPU only) has log_prob NaN and gradient 0.
+so a masked logit (-inf) makes no NaN in the entropy or its gradient. Arithmetic is float32 (float64 for float64 logits)
+and is cast once, at the store. A row whose index is out of range (possible off the CPU only) has log_prob NaN and
+gradient 0.
 """
 
 import torch
@@ -153,8 +154,8 @@ def evaluate_actions(
         cum_action_max_params: int64 tensor [action types + 1], or None.
 
     Returns:
-        (log_prob [N], entropy [N] in nats, full_log_probs [N, A]), all of the logits' dtype (float32 under CUDA autocast).
-        All three are differentiable, once, with respect to the logits.
+        (log_prob [N], entropy [N] in nats, full_log_probs [N, A]), all of the logits' dtype (float32 under CUDA
+        autocast). All three are differentiable, once, with respect to the logits.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also an action out of range.

@@ -2,8 +2,8 @@
 
     loss = scale * sum_i sum((param_i - initial_i)^2)                 d param_i = 2 scale (param_i - initial_i) * d loss
 
-Source: Kumar, Marklund and Van Roy, "Maintaining Plasticity in Continual Learning via Regenerative Regularization" (2023).
-Squares are summed in float32 (float64 for float64 weights) and the loss is float32 whatever the weights are.
+Source: Kumar, Marklund and Van Roy, "Maintaining Plasticity in Continual Learning via Regenerative Regularization"
+(2023). Squares are summed in float32 (float64 for float64 weights) and the loss is float32 whatever the weights are.
 """
 
 from collections.abc import Sequence

@@ -2,8 +2,9 @@
 
     full_log_probs = log_softmax(logits)         index ~ Categorical(exp(full_log_probs))
 
-The eager twin draws as `log_softmax -> exp -> torch.multinomial` does, from PyTorch's generators, so `torch.manual_seed`
-reproduces it and the draws equal those of that formula. The gradient is that of `evaluate_actions` at the drawn index.
+The eager twin draws as `log_softmax -> exp -> torch.multinomial` does, from PyTorch's generators, so
+`torch.manual_seed` reproduces it and the draws equal those of that formula. The gradient is that of `evaluate_actions`
+at the drawn index.
 """
 
 import torch
@@ -104,8 +105,8 @@ def sample_actions(
         generator: the generator to draw from; None means the device's default one.
 
     Returns:
-        (index int64 [N], log_prob [N], entropy [N] in nats, full_log_probs [N, A]) and, with a table, pair int32 [N, 2].
-        The floating-point ones have the logits' dtype and are differentiable, once, with respect to the logits.
+        (index int64 [N], log_prob [N], entropy [N] in nats, full_log_probs [N, A]) and, with a table, pair int32
+        [N, 2]. The floating-point ones have the logits' dtype and are differentiable, once, with respect to the logits.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also a row that is no distribution.
@@ -115,7 +116,8 @@ def sample_actions(
         table = check_action_index_tensor(action_index_tensor)
         if table.shape[0] != logits.shape[1]:
             raise ValueError(
-                f"logits: got {describe(logits)}, expected {table.shape[0]} columns, one for each row of action_index_tensor"
+                f"logits: got {describe(logits)}, expected {table.shape[0]} columns, "
+                "one for each row of action_index_tensor"
             )
         require_same_device("logits", logits, "action_index_tensor", table)
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -1,11 +1,11 @@
 """Observation tokens to a normalised feature grid.
 
-A token is three bytes: coordinate (x in the high four bits, y in the low four), feature id, value. Token m of row n sets
+A token is three bytes: coordinate (x in the high four bits, y in the low four), feature id, value. It sets
 
     grid[n, feature, x, y] = value / scale[feature]
 
-Empty tokens (coordinate 255), tokens outside the window and tokens of an unknown feature are dropped without touching any
-cell; of two tokens for one cell the later wins, on every device. Cells without a token are 0.
+Empty tokens (coordinate 255), tokens outside the window and tokens of an unknown feature are dropped without touching
+any cell; of two tokens for one cell the later wins, on every device. Cells without a token are 0.
 """
 
 import torch
