@@ -5,7 +5,9 @@ when the environment numbers its features anew, and passes everything else on to
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -263,7 +265,9 @@ def _checked_feature_ids(features: Mapping[str, Mapping[str, Any]], argument: st
             raise ValueError(
                 f"{argument}[{name!r}]: got id {feature_id}, which another feature has, expected distinct ids"
             )
-        if not properties.get("normalization", 1.0) > 0:
+        normalization = properties.get("normalization", 1.0)
+        number = isinstance(normalization, Real) and not isinstance(normalization, bool)
+        if not number or not 0 < float(normalization) < math.inf:
             raise ValueError(
                 f"{argument}[{name!r}]: got normalization {properties['normalization']!r}, expected a number > 0"
             )

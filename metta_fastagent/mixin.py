@@ -499,7 +499,7 @@ def _pass_on(agent: nn.Module, method: str, *args: Any) -> None:
 
 
 def _is_overridden(agent: PyTorchAgentMixin, method: str) -> bool:
-    return getattr(getattr(agent, method), "__func__", None) is not getattr(PyTorchAgentMixin, method)
+    return method in agent.__dict__ or getattr(type(agent), method) is not getattr(PyTorchAgentMixin, method)
 
 
 def _field_shape(batch_size: tuple[int, ...], B: int, TT: int, training: bool) -> tuple[int, ...]:

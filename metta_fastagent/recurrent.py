@@ -75,21 +75,20 @@ class LSTMWrapper(nn.Module):
         Raises:
             TypeError, ValueError: not a pair of dicts with the same ids and tensors [num_layers, rows, hidden_size].
         """
-        expected = f"a pair of dicts from environment id to a tensor [{self.num_layers}, rows, {self.hidden_size}]"
+        expected = "a pair of dicts from environment id to a tensor [num_layers, rows, hidden_size]"
         if not isinstance(memory, (tuple, list)) or len(memory) != 2 or not all(isinstance(m, dict) for m in memory):
             raise TypeError(f"memory: got {type(memory).__name__}, expected {expected}")
         h, c = memory
         if h.keys() != c.keys():
             raise ValueError(f"memory: got ids {sorted(h)} for h and {sorted(c)} for c, expected the same ids")
-        for env_id in h:
-            for name, state in (("h", h[env_id]), ("c", c[env_id])):
-                shape = tuple(getattr(state, "shape", ()))
-                if len(shape) != 3 or (shape[0], shape[2]) != (self.num_layers, self.hidden_size):
-                    raise ValueError(
-                        f"memory: {name} of environment {env_id} has shape {list(shape)}, expected {expected}"
-                    )
-        self.lstm_h = _cloned(h, self._weight())
-        self.lstm_c = _cloned(c, self._weight())
+        for name, states in (("h", h), ("c", c)):
+            for env_id, state in states.items():
+                rows = h[env_id].shape[1] if isinstance(h[env_id], Tensor) and h[env_id].dim() == 3 else "rows"
+                layout = [self.num_layers, rows, self.hidden_size]
+                got = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+                if got != layout:
+                    raise ValueError(f"memory: {name} of environment {env_id} is {got}, expected a tensor {layout}")
+        self.lstm_h, self.lstm_c = _cloned(h, self._weight()), _cloned(c, self._weight())
 
     def reset_memory(self) -> None:
         """Forget the state of every environment."""
@@ -165,7 +164,7 @@ class LSTMWrapper(nn.Module):
             if kept is not None and fits and not torch.is_grad_enabled():
                 kept.copy_(state)
             else:
-                memory[env_id] = state.detach().clone()
+                memory[env_id] = _owned(state)
 
     def _weight(self) -> Tensor:
         """A weight of the LSTM: its device and dtype are those of the state."""
@@ -206,8 +205,14 @@ class LSTMWrapper(nn.Module):
 
 def _cloned(memory: dict[int, Tensor], like: Tensor | None = None) -> dict[int, Tensor]:
     if like is None:
-        return {env_id: state.clone() for env_id, state in memory.items()}
-    return {env_id: state.detach().to(like.device, like.dtype, copy=True) for env_id, state in memory.items()}
+        return {env_id: _owned(state) for env_id, state in memory.items()}
+    return {env_id: _owned(state.to(like.device, like.dtype)) for env_id, state in memory.items()}
+
+
+def _owned(state: Tensor) -> Tensor:
+    """A detached copy, usable outside of inference mode even where `state` was made in it."""
+    with torch.inference_mode(False):
+        return state.detach().clone()
 
 
 def _is_training(td: TensorDictBase, TT: int) -> bool:

@@ -30,7 +30,8 @@ from metta_fastagent.ops._checks import (
 
 
 def _checked_index(index: Tensor, num_actions: int) -> Tensor:
-    index = index.long()
+    # A copy: an operator's output may not be its input.
+    index = index.to(torch.int64, copy=True)
     legal = (index >= 0) & (index < num_actions)
     if index.device.type == "cpu" and not bool(legal.all()):
         row = int((~legal).nonzero()[0])
