@@ -228,17 +228,17 @@ class DistributedMettaAgent(DistributedDataParallel):
     """`DistributedDataParallel` around a `MettaAgent`, with the agent's own methods and attributes reachable on it.
 
     Args:
-        agent: the host; its BatchNorm layers become SyncBatchNorm.
+        agent: the host; its BatchNorm layers become SyncBatchNorm (not on the CPU, for which PyTorch has none).
         device: the device of this rank.
     """
 
     module: MettaAgent
 
     def __init__(self, agent: MettaAgent, device: torch.device | str) -> None:
-        synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(agent)
         if torch.device(device).type == "cpu":
-            super().__init__(synchronized)
+            super().__init__(agent)
         else:
+            synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(agent)
             super().__init__(synchronized, device_ids=[device], output_device=device)
 
     def __getattr__(self, name: str) -> Any:

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_non_tensor
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -376,7 +376,7 @@ class PyTorchAgentMixin(_Module):
         _pass_on(self, "initialize_to_environment", full_action_names, device)
 
     def create_action_heads(self, env: Any, input_size: int = 512 + 16) -> nn.ModuleList:
-        """A ModuleList of one Linear with sum(max_arg + 1) outputs for `env.max_action_args`, orthogonal of gain 0.01."""
+        """A ModuleList of one orthogonal Linear (gain 0.01), with sum(max_arg + 1) outputs for `env.max_action_args`."""
         head = nn.Linear(input_size, sum(max_arg + 1 for max_arg in env.max_action_args))
         nn.init.orthogonal_(head.weight, 0.01)
         nn.init.constant_(head.bias, 0)
@@ -430,7 +430,7 @@ class PyTorchAgentMixin(_Module):
         return weight_metrics({name: weight.detach() for name, weight in named if weight.dim() == 2}, delta)
 
     def maybe_compute_weight_metrics(self, epoch: int, delta: float = 0.01) -> list[dict] | None:
-        """`compute_weight_metrics` on every `analyze_weights_interval`-th epoch, None on the others or where it is 0."""
+        """`compute_weight_metrics` on every `analyze_weights_interval`-th epoch, None on others or where it is 0."""
         if self.analyze_weights_interval > 0 and epoch % self.analyze_weights_interval == 0:
             return self.compute_weight_metrics(delta)
         return None
@@ -540,7 +540,9 @@ def _as_segments(td: TensorDictBase, segment: tuple[int, int]) -> TensorDictBase
     B, TT = segment
     result = TensorDict({}, batch_size=segment, device=td.device)
     for key, entry in td.items():
-        if isinstance(entry, Tensor) and tuple(entry.shape[:2]) != segment:
+        if isinstance(entry, TensorDictBase) and not is_non_tensor(entry):
+            entry = _as_segments(entry, segment)
+        elif tuple(entry.shape[:2]) != segment:
             entry = entry.unsqueeze(1).expand(B, TT, *entry.shape[1:])
         result.set(key, entry)
     return result

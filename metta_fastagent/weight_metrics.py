@@ -69,7 +69,7 @@ def weight_metrics(weights: Mapping[str, Tensor], delta: float = 0.01) -> list[d
     by_device = defaultdict(dict)
     for name, weight in weights.items():
         if weight.numel() > 0:
-            by_device[weight.device][name] = weight.detach()
+            by_device[weight.device][name] = weight
     rows: dict[str, list[float]] = {}
     for on_device in by_device.values():
         names, table = _metrics_table(on_device, float(delta))

@@ -28,8 +28,8 @@ def action_to_logit_index_eager(actions: Tensor, cum_action_max_params: Tensor) 
     if actions.device.type == "cpu":
         if not bool(legal.all()):
             raise _illegal_pair(actions, legal, limit, last_type)
-        return action_type + first + action_param
-    return torch.where(legal, action_type + first + action_param, -1)
+        return (action_type + first + action_param).contiguous()
+    return torch.where(legal, action_type + first + action_param, -1).contiguous()
 
 
 def _illegal_pair(actions: Tensor, legal: Tensor, limit: Tensor, last_type: int) -> ValueError:
@@ -53,8 +53,8 @@ def logit_index_to_action_eager(index: Tensor, action_index_tensor: Tensor) -> T
             position = tuple((~legal).nonzero()[0].tolist())
             where = f"action_logit_index[{', '.join(map(str, position))}]"
             raise ValueError(f"{where}: got {int(index[position])}, expected 0 to {last}")
-        return action_index_tensor[index]
-    return torch.where(legal.unsqueeze(-1), action_index_tensor[known], -1)
+        return action_index_tensor[index].contiguous()
+    return torch.where(legal.unsqueeze(-1), action_index_tensor[known], -1).contiguous()
 
 
 _action_to_logit_index = register(

@@ -1,5 +1,7 @@
 """Argument checks that the operations share: each error names the argument, what came and what was expected."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,21 @@ def require_tensor(name: str, value: object, expected: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {describe(value)}, expected {expected}")
     return value
+
+
+def require_floating_point(name: str, value: object) -> Tensor:
+    """`value` if it is a tensor of floating-point numbers, else a TypeError."""
+    tensor = require_tensor(name, value, "a floating-point tensor")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: got {describe(tensor)}, expected a floating-point tensor")
+    return tensor
+
+
+def require_number(name: str, value: object, expected: str) -> float:
+    """`value` as a float if it is a real number (bool does not count), else a TypeError."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {describe(value)}, expected {expected}")
+    return float(value)
 
 
 def is_integer(dtype: torch.dtype) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metta_fastagent._dispatch import register
-from metta_fastagent.ops._checks import compute_dtype, describe
+from metta_fastagent.ops._checks import compute_dtype, describe, require_floating_point, require_number
 
 
 def l2_init_loss_forward_eager(params: Sequence[Tensor], initial: Sequence[Tensor], scale: float) -> Tensor:
@@ -74,11 +74,15 @@ def l2_init_loss(params: Sequence[Tensor], initial: Sequence[Tensor], scale: flo
         0-dim float32 tensor, differentiable once with respect to `params`. Without tensors: 0.
 
     Raises:
+        TypeError: a tensor does not hold floating-point numbers, or `scale` is no number.
         ValueError: the two lists differ in length, or a pair of tensors in shape or device.
     """
     if len(params) != len(initial):
         raise ValueError(f"initial: got {len(initial)} tensors, expected {len(params)}, one for each of params")
+    scale = require_number("scale", scale, "a number")
     for position, (param, start) in enumerate(zip(params, initial, strict=True)):
+        require_floating_point(f"params[{position}]", param)
+        require_floating_point(f"initial[{position}]", start)
         if param.shape != start.shape or param.device != start.device or param.device != params[0].device:
             raise ValueError(
                 f"initial[{position}]: got {describe(start)} for {describe(param)}; "
@@ -86,4 +90,4 @@ def l2_init_loss(params: Sequence[Tensor], initial: Sequence[Tensor], scale: flo
             )
     if not params:
         return torch.zeros((), dtype=torch.float32)
-    return _L2InitLoss.apply(float(scale), len(params), *params, *initial)
+    return _L2InitLoss.apply(scale, len(params), *params, *initial)

@@ -60,7 +60,7 @@ def tokens_to_grid(
     Args:
         tokens: uint8 tensor [N, M, 3] of (coordinate byte, feature id, value).
         num_features: L, the number of feature planes, 1 to 256.
-        width, height: size of the window, 1 to 16.
+        width, height: size of the window, 1 to 16, as a coordinate has four bits.
         scale: floating-point tensor [L] that divides the values of each feature, on the tokens' device.
         dtype: floating-point dtype of the result.
 
@@ -75,15 +75,15 @@ def tokens_to_grid(
         raise TypeError(f"tokens: got {describe(tokens)}, expected a uint8 tensor of shape [N, M, 3]")
     if tokens.dim() != 3 or tokens.shape[2] != 3:
         raise ValueError(f"tokens: got {describe(tokens)}, expected a uint8 tensor of shape [N, M, 3]")
-    if not 1 <= num_features <= 256:
-        raise ValueError(f"num_features: got {num_features}, expected 1 to 256")
-    for name, size in (("width", width), ("height", height)):
-        if not 1 <= size <= 16:
-            raise ValueError(f"{name}: got {size}, expected 1 to 16 (a coordinate has four bits)")
+    for name, size, largest in (("num_features", num_features, 256), ("width", width, 16), ("height", height, 16)):
+        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+            raise TypeError(f"{name}: got {describe(size)}, expected an integer 1 to {largest}")
+        if not 1 <= size <= largest:
+            raise ValueError(f"{name}: got {size}, expected 1 to {largest}")
     scale = require_tensor("scale", scale, f"a floating-point tensor of shape [{num_features}]")
     if not scale.is_floating_point() or scale.shape != (num_features,):
         raise ValueError(f"scale: got {describe(scale)}, expected a floating-point tensor of shape [{num_features}]")
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: got {dtype!r}, expected a floating-point dtype")
     require_same_device("scale", scale, "tokens", tokens)
     return _tokens_to_grid(tokens, num_features, width, height, scale, dtype)
