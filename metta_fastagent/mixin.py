@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from metta_fastagent import ops
 from metta_fastagent._layer_index import CLIPPED_LAYERS, LayerIndex, Transient
 from metta_fastagent.action_space import ActionSpace
-from metta_fastagent.weight_metrics import weight_metrics
+from metta_fastagent.weight_metrics import analyze_weights
 
 logger = logging.getLogger(__name__)
 
@@ -425,9 +425,9 @@ class PyTorchAgentMixin(_Module):
         return loss
 
     def compute_weight_metrics(self, delta: float = 0.01) -> list[dict]:
-        """Singular-value metrics of each Linear layer's weight; see `metta_fastagent.weight_metrics.weight_metrics`."""
+        """Singular-value metrics of each Linear layer's weight; see `metta_fastagent.weight_metrics.analyze_weights`."""
         named = _named_weights(self.named_modules(), lambda module: isinstance(module, nn.Linear))
-        return weight_metrics({name: weight.detach() for name, weight in named if weight.dim() == 2}, delta)
+        return analyze_weights({name: weight.detach() for name, weight in named if weight.dim() == 2}, delta)
 
     def maybe_compute_weight_metrics(self, epoch: int, delta: float = 0.01) -> list[dict] | None:
         """`compute_weight_metrics` on every `analyze_weights_interval`-th epoch, None on others or where it is 0."""

@@ -43,7 +43,7 @@ COLUMNS = (
 )
 
 
-def weight_metrics(weights: Mapping[str, Tensor], delta: float = 0.01) -> list[dict[str, float | int | str]]:
+def analyze_weights(weights: Mapping[str, Tensor], delta: float = 0.01) -> list[dict[str, float | int | str]]:
     """Singular-value metrics of every weight, one dict per entry of `weights` and in its order.
 
     No random number is drawn and the weights stay as they are. Weights of equal shape, transposed or not, share one
