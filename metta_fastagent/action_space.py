@@ -1,6 +1,6 @@
 """ActionSpace: the tables behind (action type, parameter) pairs and logit indices."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 
 import torch
@@ -33,7 +33,7 @@ class ActionSpace:
         device: torch.device | str | None = None,
     ) -> None:
         self.action_names = _checked_names(action_names)
-        self.action_max_params = _checked_max_params(action_max_params, len(self.action_names))
+        self.action_max_params = checked_max_params("action_max_params", action_max_params, len(self.action_names))
         typed = list(zip(self.action_names, self.action_max_params, strict=True))
         self.full_action_names = [f"{name}_{param}" for name, limit in typed for param in range(limit + 1)]
         self.num_actions = len(self.full_action_names)
@@ -64,15 +64,16 @@ def _checked_names(action_names: Sequence[str]) -> list[str]:
     return list(action_names)
 
 
-def _checked_max_params(action_max_params: Sequence[int], num_types: int) -> list[int]:
-    if isinstance(action_max_params, (str, bytes)) or not hasattr(action_max_params, "__iter__"):
-        raise TypeError(f"action_max_params: got {action_max_params!r}, expected a list of integers")
-    values = list(action_max_params)
-    if len(values) != num_types:
-        raise ValueError(f"action_max_params: got {len(values)} values, expected {num_types}, one for each action name")
+def checked_max_params(argument: str, max_params: Iterable[int], num_types: int | None = None) -> list[int]:
+    """The values as a list, if they are integers >= 0 (and `num_types` of them); an error names `argument`."""
+    if isinstance(max_params, (str, bytes)) or not isinstance(max_params, Iterable):
+        raise TypeError(f"{argument}: got {max_params!r}, expected a list of integers")
+    values = list(max_params)
+    if num_types is not None and len(values) != num_types:
+        raise ValueError(f"{argument}: got {len(values)} values, expected {num_types}, one for each action name")
     for position, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"action_max_params[{position}]: got {value!r}, expected an integer >= 0")
+            raise TypeError(f"{argument}[{position}]: got {value!r}, expected an integer >= 0")
         if value < 0:
-            raise ValueError(f"action_max_params[{position}]: got {value!r}, expected an integer >= 0")
+            raise ValueError(f"{argument}[{position}]: got {value!r}, expected an integer >= 0")
     return [int(value) for value in values]

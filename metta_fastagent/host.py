@@ -46,7 +46,12 @@ class MettaAgent(nn.Module):
         if not isinstance(policy, nn.Module):
             raise TypeError(f"policy: got {policy!r}, expected an nn.Module such as Fast(env)")
         self.policy = policy if device is None else policy.to(device)
-        self.feature_normalizations = dict(getattr(env, "feature_normalizations", None) or {})
+        normalizations = getattr(env, "feature_normalizations", None) or {}
+        if not isinstance(normalizations, Mapping):
+            raise TypeError(
+                f"env.feature_normalizations: got {normalizations!r}, expected a dict from feature id to number"
+            )
+        self.feature_normalizations = dict(normalizations)
         self.action_space: ActionSpace | None = None
         self.original_feature_mapping: dict[str, int] | None = None
         self.feature_id_remap: dict[int, int] = {}

@@ -12,13 +12,14 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase, is_non_tensor
+from tensordict import NonTensorData, TensorDict, TensorDictBase, is_non_tensor
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metta_fastagent import ops
 from metta_fastagent._layer_index import CLIPPED_LAYERS, LayerIndex, Transient
-from metta_fastagent.action_space import ActionSpace
+from metta_fastagent.action_space import ActionSpace, checked_max_params
+from metta_fastagent.ops._checks import describe
 from metta_fastagent.weight_metrics import analyze_weights
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class PyTorchAgentMixin(_Module):
             TypeError, ValueError: a parameter has a wrong value; nothing was removed then.
         """
         if not isinstance(kwargs, MutableMapping):
-            raise TypeError(f"kwargs: got {kwargs!r}, expected the dict of the agent's keyword arguments")
+            raise TypeError(f"kwargs: got {describe(kwargs)}, expected the dict of the agent's keyword arguments")
         params = {"clip_range": 0, "analyze_weights_interval": 300}
         params |= {name: kwargs[name] for name in (*params, "clip_mode") if name in kwargs}
         _check_configuration(**params)
@@ -224,6 +225,7 @@ class PyTorchAgentMixin(_Module):
             TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also an action out of range. `td` is
                 unchanged then.
         """
+        require_tensordict(td)
         table = self._require_table("cum_action_max_params")
         rows = _require_rows(logits_list, value)
         pairs = _flat_pairs(action, rows)
@@ -259,6 +261,7 @@ class PyTorchAgentMixin(_Module):
             TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also logits that are no distribution.
                 `td` is unchanged then.
         """
+        require_tensordict(td)
         table = self._require_table("action_index_tensor")
         rows = _require_rows(logits_list, value)
         if td.batch_dims > 0 and tuple(td.batch_size) != (rows,):
@@ -284,8 +287,6 @@ class PyTorchAgentMixin(_Module):
 
     def _segment_shape(self, td: TensorDictBase, action: Tensor, rows: int) -> tuple[int, int] | None:
         """[B, T] of the result, from what is known without reading a tensor; None where `td` lacks the fields."""
-        if not isinstance(td, TensorDictBase):
-            raise TypeError(f"td: got {type(td).__name__}, expected a TensorDict")
         batch_size = tuple(td.batch_size)
         if not {"batch", "bptt"} <= set(td.keys()):
             if batch_size and math.prod(batch_size) != rows:
@@ -376,8 +377,9 @@ class PyTorchAgentMixin(_Module):
         _pass_on(self, "initialize_to_environment", full_action_names, device)
 
     def create_action_heads(self, env: Any, input_size: int = 512 + 16) -> nn.ModuleList:
-        """A ModuleList of one orthogonal Linear (gain 0.01), with sum(max_arg + 1) outputs for `env.max_action_args`."""
-        head = nn.Linear(input_size, sum(max_arg + 1 for max_arg in env.max_action_args))
+        """A ModuleList of one orthogonal Linear (gain 0.01) with sum(max_arg + 1) outputs for `env.max_action_args`."""
+        max_action_args = checked_max_params("env.max_action_args", env.max_action_args)
+        head = nn.Linear(input_size, sum(max_action_args) + len(max_action_args))
         nn.init.orthogonal_(head.weight, 0.01)
         nn.init.constant_(head.bias, 0)
         return nn.ModuleList([head])
@@ -425,12 +427,14 @@ class PyTorchAgentMixin(_Module):
         return loss
 
     def compute_weight_metrics(self, delta: float = 0.01) -> list[dict]:
-        """Singular-value metrics of each Linear layer's weight; see `metta_fastagent.weight_metrics.analyze_weights`."""
+        """Singular-value metrics of each Linear's weight; see `metta_fastagent.weight_metrics.analyze_weights`."""
         named = _named_weights(self.named_modules(), lambda module: isinstance(module, nn.Linear))
         return analyze_weights({name: weight.detach() for name, weight in named if weight.dim() == 2}, delta)
 
     def maybe_compute_weight_metrics(self, epoch: int, delta: float = 0.01) -> list[dict] | None:
         """`compute_weight_metrics` on every `analyze_weights_interval`-th epoch, None on others or where it is 0."""
+        if isinstance(epoch, bool) or not isinstance(epoch, Integral):
+            raise TypeError(f"epoch: got {describe(epoch)}, expected an integer")
         if self.analyze_weights_interval > 0 and epoch % self.analyze_weights_interval == 0:
             return self.compute_weight_metrics(delta)
         return None
@@ -512,24 +516,30 @@ def _field_shape(batch_size: tuple[int, ...], B: int, TT: int, training: bool) -
     )
 
 
+def require_tensordict(td: Any) -> None:
+    """Raise a TypeError that names `td` if it is no TensorDict."""
+    if not isinstance(td, TensorDictBase):
+        raise TypeError(f"td: got {describe(td)}, expected a TensorDict")
+
+
 def _require_rows(logits: Any, value: Any) -> int:
     """Number of rows of the logits, if they have two dimensions and the values as many rows."""
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        shape = list(logits.shape) if isinstance(logits, Tensor) else repr(logits)
-        raise ValueError(f"logits_list: got {shape}, expected a tensor of shape [rows, actions]")
+        raise ValueError(f"logits_list: got {describe(logits)}, expected a tensor of shape [rows, actions]")
     rows = logits.shape[0]
+    expected = f"floating-point numbers of shape {[rows, 1]} or {[rows]} on {logits.device}, as logits_list"
     if not isinstance(value, Tensor) or tuple(value.shape) not in ((rows,), (rows, 1)):
-        shape = list(value.shape) if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"value: got {shape}, expected shape {[rows, 1]} or {[rows]} as in logits_list")
+        raise ValueError(f"value: got {describe(value)}, expected {expected}")
+    if value.device != logits.device or not value.is_floating_point():
+        raise ValueError(f"value: got {describe(value)}, expected {expected}")
     return rows
 
 
 def _flat_pairs(action: Any, rows: int) -> Tensor:
-    shape = list(action.shape) if isinstance(action, Tensor) else repr(action)
     if not isinstance(action, Tensor) or action.dim() not in (2, 3) or action.shape[-1] != 2:
-        raise ValueError(f"action: got {shape}, expected pairs of shape [B, T, 2] or [B * T, 2]")
+        raise ValueError(f"action: got {describe(action)}, expected pairs of shape [B, T, 2] or [B * T, 2]")
     if action.numel() != rows * 2:
-        raise ValueError(f"action: got {shape}, expected {rows} pairs as in logits_list")
+        raise ValueError(f"action: got {describe(action)}, expected {rows} pairs as in logits_list")
     return action.reshape(rows, 2)
 
 
@@ -542,7 +552,7 @@ def _as_segments(td: TensorDictBase, segment: tuple[int, int]) -> TensorDictBase
     for key, entry in td.items():
         if isinstance(entry, TensorDictBase) and not is_non_tensor(entry):
             entry = _as_segments(entry, segment)
-        elif tuple(entry.shape[:2]) != segment:
+        elif not isinstance(entry, NonTensorData) and tuple(entry.shape[:2]) != segment:
             entry = entry.unsqueeze(1).expand(B, TT, *entry.shape[1:])
         result.set(key, entry)
     return result

@@ -13,6 +13,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from metta_fastagent.ops._checks import describe
+
 Memory = tuple[dict[int, Tensor], dict[int, Tensor]]
 
 
@@ -40,9 +42,7 @@ class LSTMWrapper(nn.Module):
         super().__init__()
         if not isinstance(policy, nn.Module):
             raise TypeError(f"policy: got {policy!r}, expected the nn.Module that holds the agent's encoder and heads")
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: got {size!r}, expected a positive integer")
+        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         self.obs_shape = getattr(getattr(env, "single_observation_space", None), "shape", None)
         self.policy = policy
         self.input_size = input_size
@@ -112,15 +112,22 @@ class LSTMWrapper(nn.Module):
         Returns:
             Tensor [B * TT, hidden_size].
         """
+        output, h, c, env_id = self._advance_lstm(td, hidden, B, TT)
+        self._store_lstm_state(h, c, env_id)
+        return output
+
+    def _advance_lstm(
+        self, td: TensorDictBase, hidden: Tensor, B: int, TT: int
+    ) -> tuple[Tensor, Tensor, Tensor, int | None]:
+        """(output [B * TT, hidden_size], h, c, env_id): `run_lstm` before it stores the state."""
         sequence = hidden.view(B, TT, -1).transpose(0, 1)
         h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device)
-        resets = _resets(td, B, TT)
+        resets = _resets(td, B, TT, hidden.device)
         if TT == 1 or resets is None:
             output, (h, c) = self.lstm(sequence, (h, c))
         else:
             output, (h, c) = _lstm_with_resets(self.lstm, sequence, h, c, resets)
-        self._store_lstm_state(h, c, env_id)
-        return output.transpose(0, 1).reshape(B * TT, -1)
+        return output.transpose(0, 1).reshape(B * TT, -1), h, c, env_id
 
     def _manage_lstm_state(
         self, td: TensorDictBase, B: int, TT: int, device: torch.device
@@ -143,7 +150,7 @@ class LSTMWrapper(nn.Module):
                 )
         else:
             h, c = self._zero_state(B, device), self._zero_state(B, device)
-        resets = _resets(td, B, TT)
+        resets = _resets(td, B, TT, device)
         if resets is not None:
             first = resets[0].view(1, B, 1)
             h, c = h.masked_fill(first, 0), c.masked_fill(first, 0)
@@ -179,7 +186,7 @@ class LSTMWrapper(nn.Module):
             if other in td.keys():
                 raise ValueError(f"td: holds {other} without {key}, expected both or neither")
             return self._zero_state(B, device)
-        stored = td.get(key).detach()
+        stored = _entry(td, key, device).detach()
         layout = (self.num_layers, self.hidden_size)
         if stored.shape == (B, *layout):
             start = stored
@@ -222,28 +229,45 @@ def _is_training(td: TensorDictBase, TT: int) -> bool:
     return observations is not None and observations.dim() == 4
 
 
+def check_sizes(**sizes: Any) -> None:
+    """Raise a ValueError that names the first of the given sizes that is not a positive integer."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: got {size!r}, expected a positive integer")
+
+
+def _entry(td: TensorDictBase, key: str, device: torch.device) -> Tensor:
+    entry = td.get(key)
+    if not isinstance(entry, Tensor) or entry.device != device:
+        raise ValueError(f"td[{key!r}]: got {describe(entry)}, expected a tensor on {device}")
+    return entry
+
+
 def _environment_id(td: TensorDictBase) -> int:
     if "training_env_id_start" not in td.keys():
         return 0
     env_id = td["training_env_id_start"]
-    if isinstance(env_id, Tensor):
+    if isinstance(env_id, Tensor) and env_id.numel() > 0:
         env_id = env_id.flatten()[0].item()
-    elif isinstance(env_id, list):
+    elif isinstance(env_id, list) and env_id:
         env_id = env_id[0]
-    return 0 if env_id is None else int(env_id)
+    if env_id is None:
+        return 0
+    if not isinstance(env_id, (int, float)) or env_id != int(env_id):
+        raise ValueError(f"td['training_env_id_start']: got {describe(env_id)}, expected an integer")
+    return int(env_id)
 
 
-def _resets(td: TensorDictBase, B: int, TT: int) -> Tensor | None:
+def _resets(td: TensorDictBase, B: int, TT: int, device: torch.device) -> Tensor | None:
     """Rows to reset before each step, bool [TT, B]; None where `td` has neither `dones` nor `truncateds`."""
     resets = None
     for key in ("dones", "truncateds"):
         if key not in td.keys():
             continue
-        flags = td.get(key)
+        flags = _entry(td, key, device)
         if flags.numel() != B * TT:
-            raise ValueError(
-                f"td[{key!r}]: got shape {list(flags.shape)}, expected {B * TT} values, one for each step of each row"
-            )
+            expected = f"{B * TT} values, one for each step of each row"
+            raise ValueError(f"td[{key!r}]: got {describe(flags)}, expected {expected}")
         flags = flags.bool().reshape(B, TT).transpose(0, 1)
         resets = flags if resets is None else resets | flags
     return resets

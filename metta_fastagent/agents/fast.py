@@ -4,6 +4,8 @@ Its parameters have the names and shapes of Metta's own `Fast`, so a checkpoint 
 """
 
 import math
+from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metta_fastagent import ops
-from metta_fastagent.mixin import PyTorchAgentMixin
-from metta_fastagent.recurrent import LSTMWrapper
+from metta_fastagent.mixin import PyTorchAgentMixin, require_tensordict
+from metta_fastagent.ops._checks import describe
+from metta_fastagent.recurrent import LSTMWrapper, check_sizes
 
 DEFAULT_NUM_FEATURES = 25
 DEFAULT_WINDOW = 11
@@ -52,6 +55,7 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         **kwargs: Any,
     ) -> None:
         mixin_params = self.extract_mixin_params(kwargs)
+        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         if policy is None:
             policy = FastPolicy(env, input_size, hidden_size, max_actions)
         super().__init__(env, policy, input_size, hidden_size, num_layers=num_layers)
@@ -70,26 +74,37 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         Returns:
             As `handle_inference_mode` (`td` itself) or `handle_training_mode` (a new TensorDict; `td` stays as it is).
         """
-        observations = td["env_obs"]
-        if action is None:
-            self._require_table("action_index_tensor")
-        else:
-            self._require_table("cum_action_max_params")
+        observations = self._check_call(td, action)
         hidden = self.policy.encode_observations(observations, state)
         B, TT = observations.shape[0], observations.shape[1] if observations.dim() == 4 else 1
-        hidden = self.run_lstm(td, hidden, B, TT)
+        hidden, h, c, env_id = self._advance_lstm(td, hidden, B, TT)
         logits, value = self.policy.decode_actions(hidden, B * TT)
         if action is None:
-            # The fields come last: an error in the draw leaves `td` as it was.
+            # What changes comes last: after an error in the draw, `td` and the memory are as they were.
             self.handle_inference_mode(td, logits, value)
             self.set_tensordict_fields(td, observations)
+            self._store_lstm_state(h, c, env_id)
             return td
         td = td.copy()
         self.set_tensordict_fields(td, observations)
-        return self.handle_training_mode(td, action, logits, value)
+        result = self.handle_training_mode(td, action, logits, value)
+        self._store_lstm_state(h, c, env_id)
+        return result
+
+    def _check_call(self, td: TensorDictBase, action: Tensor | None) -> Tensor:
+        """The observations, if `td`, they and the tables fit what is asked for."""
+        require_tensordict(td)
+        self._require_table("action_index_tensor" if action is None else "cum_action_max_params")
+        observations = td.get("env_obs", None)
+        if action is None and isinstance(observations, Tensor) and observations.dim() == 4:
+            B, TT = observations.shape[:2]
+            raise ValueError(f"action: got None, expected pairs [{B}, {TT}, 2] for {describe(observations)} in env_obs")
+        return observations
 
     def _apply_feature_remapping(self, remap_tensor: Tensor) -> None:
         """Read feature id i of every token as `remap_tensor[i]` (uint8 [256]) from now on."""
+        if not isinstance(remap_tensor, Tensor) or remap_tensor.dtype != torch.uint8 or remap_tensor.shape != (256,):
+            raise ValueError(f"remap_tensor: got {describe(remap_tensor)}, expected a uint8 tensor of shape [256]")
         self.policy.feature_remap = remap_tensor.to(self.policy.max_vec.device)
 
     def update_normalization_factors(
@@ -120,12 +135,11 @@ class FastPolicy(nn.Module):
 
     def __init__(self, env: Any, input_size: int = 128, hidden_size: int = 128, max_actions: int = 100) -> None:
         super().__init__()
-        if isinstance(max_actions, bool) or not isinstance(max_actions, int) or max_actions < 1:
-            raise ValueError(f"max_actions: got {max_actions!r}, expected a positive integer")
+        check_sizes(input_size=input_size, hidden_size=hidden_size, max_actions=max_actions)
         self.is_continuous = False
         self.out_width = _window_size(env, "obs_width")
         self.out_height = _window_size(env, "obs_height")
-        normalizations = getattr(env, "feature_normalizations", None)
+        normalizations = _normalizations(env)
         self.num_features = max(normalizations) + 1 if normalizations else DEFAULT_NUM_FEATURES
 
         self.cnn1 = _orthogonal(nn.Conv2d(self.num_features, 64, kernel_size=5, stride=3))
@@ -146,7 +160,7 @@ class FastPolicy(nn.Module):
         self.num_active_actions = max_actions
 
         max_vec = torch.ones(1, self.num_features, 1, 1)
-        for feature_id, normalization in (normalizations or {}).items():
+        for feature_id, normalization in normalizations.items():
             max_vec[0, feature_id] = normalization if normalization > 0 else 1.0
         self.max_vec: Tensor
         self.register_buffer("max_vec", max_vec)
@@ -171,10 +185,15 @@ class FastPolicy(nn.Module):
 
     def encode_observations(self, observations: Tensor, state: Any = None) -> Tensor:
         """Encode observation tokens, uint8 [B, tokens, 3] or [B, T, tokens, 3], to [B * T, input_size]."""
-        if observations.dim() not in (3, 4) or observations.shape[-1] != 3:
-            raise ValueError(
-                f"env_obs: got shape {list(observations.shape)}, expected [B, tokens, 3] or [B, T, tokens, 3]"
-            )
+        expected = f"uint8 [B, tokens, 3] or [B, T, tokens, 3] on {self.max_vec.device}"
+        if not isinstance(observations, Tensor) or observations.dtype != torch.uint8:
+            raise TypeError(f"env_obs: got {describe(observations)}, expected {expected}")
+        if (
+            observations.dim() not in (3, 4)
+            or observations.shape[-1] != 3
+            or observations.device != self.max_vec.device
+        ):
+            raise ValueError(f"env_obs: got {describe(observations)}, expected {expected}")
         tokens = observations.reshape(-1, *observations.shape[-2:])
         if self.feature_remap is not None:
             coordinate, feature, value = tokens.unbind(-1)
@@ -182,6 +201,9 @@ class FastPolicy(nn.Module):
         grid = ops.tokens_to_grid(
             tokens, self.num_features, self.out_width, self.out_height, self.max_vec.view(-1), self.cnn1.weight.dtype
         )
+        if grid.device.type == "cpu":
+            # A third less time in these convolutions on the CPU.
+            grid = grid.contiguous(memory_format=torch.channels_last)
         features = F.relu(self.cnn2(F.relu(self.cnn1(grid)))).flatten(1)
         return F.relu(self.encoded_obs(F.relu(self.fc1(features))))
 
@@ -203,6 +225,22 @@ def _window_size(env: Any, name: str) -> int:
     if not isinstance(size, int) or not SMALLEST_WINDOW <= size <= 16:
         raise ValueError(f"env.{name}: got {size!r}, expected an integer {SMALLEST_WINDOW} to 16")
     return size
+
+
+def _normalizations(env: Any) -> dict[int, float]:
+    """Feature id to the number that divides its values; empty where the environment does not say."""
+    normalizations = getattr(env, "feature_normalizations", None) or {}
+    if not isinstance(normalizations, Mapping):
+        raise TypeError(
+            f"env.feature_normalizations: got {describe(normalizations)}, expected a dict from id to number"
+        )
+    for feature_id, normalization in normalizations.items():
+        name = f"env.feature_normalizations[{feature_id!r}]"
+        if isinstance(feature_id, bool) or not isinstance(feature_id, Integral) or not 0 <= int(feature_id) <= 254:
+            raise ValueError(f"{name}: got id {feature_id!r}, expected an integer 0 to 254")
+        if isinstance(normalization, bool) or not isinstance(normalization, Real) or not math.isfinite(normalization):
+            raise ValueError(f"{name}: got {normalization!r}, expected a finite number")
+    return {int(feature_id): float(normalization) for feature_id, normalization in normalizations.items()}
 
 
 def _encoded_size(size: int) -> int:

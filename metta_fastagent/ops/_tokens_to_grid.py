@@ -22,20 +22,29 @@ def tokens_to_grid_eager(
 ) -> Tensor:
     """`tokens_to_grid` in plain PyTorch: the reference, and what runs where there is no kernel."""
     rows, cells = tokens.shape[0], num_features * width * height
+    grid_shape = (rows, num_features, width, height)
     coordinate, feature, value = tokens.unbind(-1)
     x, y, feature = (coordinate >> 4).int(), (coordinate & 15).int(), feature.int()
     valid = (coordinate != EMPTY_COORDINATE) & (x < width) & (y < height) & (feature < num_features)
-    # One cell more than the grid has takes the dropped tokens.
     cell = torch.where(valid, (feature * width + x) * height + y, cells).long()
     if tokens.device.type == "cpu":
-        # The CPU's scatter walks a row in order, so the later token wins; this is four times faster than a maximum.
-        grid = torch.zeros(rows, cells + 1).scatter_(1, cell, value.float())
-    else:
-        # The position above the value: the largest code of a cell is its latest token, in whatever order they land.
-        position = torch.arange(1, tokens.shape[1] + 1, dtype=torch.int32, device=tokens.device)
-        latest = torch.zeros(rows, cells + 1, dtype=torch.int32, device=tokens.device)
-        grid = latest.scatter_reduce_(1, cell, position * 256 + value.int(), "amax") & 255
-    return (grid[:, :cells].view(rows, num_features, width, height) / scale.view(1, -1, 1, 1)).to(dtype)
+        return _scatter_in_order(cell, feature, value, scale, rows, cells).view(grid_shape).to(dtype)
+    # The position above the value: the largest code of a cell is its latest token, in whatever order they land. One cell
+    # more than the grid has takes the dropped tokens.
+    position = torch.arange(1, tokens.shape[1] + 1, dtype=torch.int32, device=tokens.device)
+    latest = torch.zeros(rows, cells + 1, dtype=torch.int32, device=tokens.device)
+    grid = latest.scatter_reduce_(1, cell, position * 256 + value.int(), "amax")[:, :cells] & 255
+    return (grid.view(grid_shape) / scale.view(1, -1, 1, 1)).to(dtype)
+
+
+def _scatter_in_order(cell: Tensor, feature: Tensor, value: Tensor, scale: Tensor, rows: int, cells: int) -> Tensor:
+    """Grid [rows * cells]; the CPU's one-dimensional scatter goes in order, so the later token wins."""
+    scaled = value.float() / scale[feature.clamp(max=scale.numel() - 1)]
+    first = torch.arange(rows).unsqueeze(1) * cells
+    # One element more than the grids have takes the dropped tokens.
+    place = torch.where(cell == cells, rows * cells, first + cell)
+    grid = torch.zeros(rows * cells + 1, dtype=scaled.dtype)
+    return grid.scatter_(0, place.view(-1), scaled.view(-1))[:-1]
 
 
 _tokens_to_grid = register(
