@@ -95,7 +95,7 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         """The observations, if `td`, they and the tables fit what is asked for."""
         require_tensordict(td)
         self._require_table("action_index_tensor" if action is None else "cum_action_max_params")
-        observations = td.get("env_obs", None)
+        observations = td["env_obs"]
         if action is None and isinstance(observations, Tensor) and observations.dim() == 4:
             B, TT = observations.shape[:2]
             raise ValueError(f"action: got None, expected pairs [{B}, {TT}, 2] for {describe(observations)} in env_obs")

@@ -29,8 +29,8 @@ def tokens_to_grid_eager(
     cell = torch.where(valid, (feature * width + x) * height + y, cells).long()
     if tokens.device.type == "cpu":
         return _scatter_in_order(cell, feature, value, scale, rows, cells).view(grid_shape).to(dtype)
-    # The position above the value: the largest code of a cell is its latest token, in whatever order they land. One cell
-    # more than the grid has takes the dropped tokens.
+    # The position above the value: the largest code of a cell is its latest token, in whatever order they land.
+    # One cell more than the grid has takes the dropped tokens.
     position = torch.arange(1, tokens.shape[1] + 1, dtype=torch.int32, device=tokens.device)
     latest = torch.zeros(rows, cells + 1, dtype=torch.int32, device=tokens.device)
     grid = latest.scatter_reduce_(1, cell, position * 256 + value.int(), "amax")[:, :cells] & 255
@@ -44,7 +44,7 @@ def _scatter_in_order(cell: Tensor, feature: Tensor, value: Tensor, scale: Tenso
     # One element more than the grids have takes the dropped tokens.
     place = torch.where(cell == cells, rows * cells, first + cell)
     grid = torch.zeros(rows * cells + 1, dtype=scaled.dtype)
-    return grid.scatter_(0, place.view(-1), scaled.view(-1))[:-1]
+    return grid.scatter_(0, place.reshape(-1), scaled.reshape(-1))[:-1]
 
 
 _tokens_to_grid = register(
