@@ -1,0 +1,282 @@
+"""The real MettaGrid simulator (the package `mettagrid`, an extra) behind the trainer's environment protocol.
+
+The game: each simulator holds `num_agents` agents in a walled square map with `num_mines` mines on it. Walking into a
+mine takes its ore and removes it. **Reward: 1 for each mine that the agent itself collects, 0 otherwise**, so an
+episode's return is the number of mines that one agent collects in `max_steps` steps. In the game's configuration this
+is an inventory reward: a mine holds 255 ore (its token then shows at full strength) and each ore is worth 1/255. Agents
+compete for the same mines. Every episode is cut by the time limit: there are truncations, never terminals.
+
+Actions, by the simulator's own action names:
+
+    (type, parameter)   simulator
+    (0, 0)              noop
+    (1, 0)              move_north
+    (1, 1)              move_south
+    (1, 2)              move_west
+    (1, 3)              move_east
+
+Observations are the simulator's bytes, unchanged. Its coordinate byte has the row in the high four bits and the column
+in the low four, so what the protocol calls x is the row; 254 marks tokens that have no place. The view is round: the
+window's corners stay empty. Features, their ids and normalisations come from the simulator's tables.
+"""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metta_fastagent.train.environments import (
+    Step,
+    check_actions,
+    check_device,
+    check_int,
+    check_seed,
+    legal_pairs,
+    raise_on_illegal_pair,
+)
+
+WINDOW = 11
+CENTRE = WINDOW // 2
+# Two tokens for each of the mines and walls in view stay well below this; the simulator drops the farthest beyond it.
+DEFAULT_NUM_TOKENS = 128
+# The largest value of one inventory token.
+ORE_PER_MINE = 255
+NO_PLACE = 254
+
+ACTION_NAMES: tuple[str, ...] = ("noop", "move")
+SIMULATOR_ACTIONS = (("noop",), ("move_north", "move_south", "move_west", "move_east"))
+NOOP, MOVE = 0, 1
+NORTH, SOUTH, WEST, EAST = 0, 1, 2, 3
+
+INSTALL_HINT = 'mettagrid is not installed: pip install "metta_fastagent[mettagrid]"'
+# Simulation seeds are C++ ints, map seeds are numpy ones; 31 bits fit both.
+SEED_BITS = 31
+
+
+class MettagridEnvironment:
+    """`num_envs` rows, each one agent: row `s * num_agents + a` is agent `a` of simulator `s`.
+
+    Args:
+        num_envs: rows, a multiple of `num_agents`.
+        device: where observations and rewards are put; the simulator itself runs on the CPU.
+        seed: 0 to 2**63 - 1; it decides every map and every simulator's own seed: same seed and actions, same run.
+        num_agents: agents in each simulator.
+        map_size: cells along a side, walls included, at least 5.
+        num_mines: mines in each map at the start of an episode.
+        max_steps: steps in an episode.
+        num_tokens: M, the observation's length in tokens.
+
+    Raises ImportError in one line where the package `mettagrid` is missing.
+    """
+
+    name = "mettagrid"
+    obs_width = WINDOW
+    obs_height = WINDOW
+
+    def __init__(
+        self,
+        num_envs: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        *,
+        num_agents: int = 4,
+        map_size: int = 17,
+        num_mines: int = 90,
+        max_steps: int = 64,
+        num_tokens: int = DEFAULT_NUM_TOKENS,
+    ) -> None:
+        check_int("num_agents", num_agents, 1)
+        self.num_envs = check_int("num_envs", num_envs, 1)
+        if num_envs % num_agents:
+            raise ValueError(f"num_envs must be a multiple of num_agents = {num_agents}, got {num_envs}")
+        check_int("map_size", map_size, 5)
+        # The simulator's map builder halves the objects without a word where they do not fit.
+        check_int("num_mines", num_mines, 1, (map_size - 2) ** 2 - num_agents)
+        check_int("max_steps", max_steps, 1)
+        self.num_tokens = check_int("num_tokens", num_tokens, 1)
+        seed = check_seed(seed)
+        self.device = check_device(device)
+
+        api = _simulator_api()
+        self._api = api
+        self._config = _game_config(api, num_agents, map_size, num_mines, max_steps, num_tokens)
+        specs = self._config.game.id_map().features()
+        self.features = {spec.name: {"id": spec.id, "normalization": float(spec.normalization)} for spec in specs}
+        self.feature_normalizations = {spec.id: float(spec.normalization) for spec in specs}
+        self.action_names = list(ACTION_NAMES)
+        self.max_action_args = [len(names) - 1 for names in SIMULATOR_ACTIONS]
+        self._max_action_args = torch.tensor(self.max_action_args)
+        self._ore_feature = self.features["inv:ore"]["id"]
+
+        # The simulators write into slices of these; the torch tensors are views of the same memory.
+        self._observations = torch.zeros(num_envs, num_tokens, 3, dtype=torch.uint8)
+        self._rewards = torch.zeros(num_envs)
+        self._terminals = torch.zeros(num_envs, dtype=torch.bool)
+        self._truncations = torch.zeros(num_envs, dtype=torch.bool)
+        self._simulator_actions = torch.zeros(num_envs, dtype=torch.int32)
+        self._rows = [slice(first, first + num_agents) for first in range(0, num_envs, num_agents)]
+        self._buffers = [self._buffers_of(rows) for rows in self._rows]
+
+        self._seeds = random.Random(seed)
+        self._simulations = [self._new_simulation(buffers) for buffers in self._buffers]
+        self._action_ids = _action_table(self._simulations[0].action_ids)
+
+    def reset(self, seed: int | None = None) -> Tensor:
+        """New maps for all simulators: uint8 `[num_envs, M, 3]`. A seed restarts the stream of maps, None goes on."""
+        if seed is not None:
+            self._seeds = random.Random(check_seed(seed))
+        self._check_open()
+        for simulation in self._simulations:
+            simulation.close()
+        self._simulations = [self._new_simulation(buffers) for buffers in self._buffers]
+        return self._copy(self._observations)
+
+    def step(self, actions: Tensor) -> Step:
+        """Apply (type, parameter) pairs, any integer dtype `[num_envs, 2]`; ended simulators start anew.
+
+        Raises TypeError or ValueError that names `actions`, before any simulator has moved.
+        """
+        self._check_open()
+        pairs = check_actions(actions, self.num_envs, self.device).cpu().long()
+        action_types, action_params = pairs.unbind(1)
+        legal = legal_pairs(action_types, action_params, self._max_action_args)
+        raise_on_illegal_pair(legal, pairs, self.action_names, self.max_action_args)
+
+        self._simulator_actions.copy_(self._action_ids[action_types, action_params])
+        for simulation in self._simulations:
+            simulation.step()
+        rewards, terminals, truncations = (
+            self._copy(buffer) for buffer in (self._rewards, self._terminals, self._truncations)
+        )
+        final_observations = self._copy(self._observations)
+        for index, simulation in enumerate(self._simulations):
+            if simulation.is_done():
+                simulation.close()
+                self._simulations[index] = self._new_simulation(self._buffers[index])
+        return Step(self._copy(self._observations), rewards, terminals, truncations & ~terminals, final_observations)
+
+    def scripted_actions(self) -> Tensor:
+        """Walk towards the nearest mine in view, int32 `[num_envs, 2]`: a good policy, not the best one.
+
+        Distances are counted in steps; agents in the way are not walked around. With no mine in view it stays.
+        """
+        coordinates, feature_ids, _ = self._observations.long().unbind(2)
+        row = (coordinates >> 4) - CENTRE
+        column = (coordinates & 15) - CENTRE
+        # The agent's own ore is at distance 0.
+        distances = row.abs() + column.abs()
+        is_mine = (feature_ids == self._ore_feature) & (coordinates < NO_PLACE) & (distances > 0)
+        nearest = torch.where(is_mine, distances, 255).argmin(dim=1, keepdim=True)
+        row, column = row.gather(1, nearest).squeeze(1), column.gather(1, nearest).squeeze(1)
+        vertical = torch.where(row > 0, SOUTH, NORTH)
+        horizontal = torch.where(column > 0, EAST, WEST)
+        action_params = torch.where(row.abs() >= column.abs(), vertical, horizontal)
+        seen = is_mine.any(dim=1)
+        action_types = torch.where(seen, MOVE, NOOP)
+        return torch.stack((action_types, torch.where(seen, action_params, 0)), dim=1).int().to(self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The simulator cannot be saved: always NotImplementedError."""
+        raise NotImplementedError("the mettagrid simulator's state cannot be saved; start a new episode with reset()")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The simulator cannot be restored: always NotImplementedError."""
+        raise NotImplementedError(
+            "the mettagrid simulator's state cannot be restored; start a new episode with reset()"
+        )
+
+    def close(self) -> None:
+        """Close all simulators; stepping afterwards is a RuntimeError."""
+        for simulation in self._simulations:
+            simulation.close()
+        self._simulations = []
+
+    def _check_open(self) -> None:
+        if not self._simulations:
+            raise RuntimeError("the environment is closed")
+
+    def _copy(self, buffer: Tensor) -> Tensor:
+        return buffer.to(self.device, copy=True)
+
+    def _buffers_of(self, rows: slice) -> Any:
+        size = rows.stop - rows.start
+        return self._api.Buffers(
+            observations=self._observations[rows].numpy(),
+            terminals=self._terminals[rows].numpy(),
+            truncations=self._truncations[rows].numpy(),
+            rewards=self._rewards[rows].numpy(),
+            masks=torch.ones(size, dtype=torch.bool).numpy(),
+            actions=self._simulator_actions[rows].numpy(),
+            teacher_actions=torch.zeros(size, dtype=torch.int32).numpy(),
+        )
+
+    def _new_simulation(self, buffers: Any) -> Any:
+        self._config.game.map_builder.seed = self._seeds.getrandbits(SEED_BITS)
+        return self._api.Simulation(self._config, seed=self._seeds.getrandbits(SEED_BITS), buffers=buffers)
+
+
+def _simulator_api() -> SimpleNamespace:
+    """The names used of the package `mettagrid`; ImportError with a hint where it is missing."""
+    try:
+        import mettagrid
+    except ImportError as error:
+        raise ImportError(INSTALL_HINT) from error
+    del mettagrid
+    from mettagrid.builder import building
+    from mettagrid.config import handler_config, mettagrid_config, reward_config
+    from mettagrid.map_builder.random_map import RandomMapBuilder
+    from mettagrid.simulator import Simulation
+    from mettagrid.simulator.simulator import Buffers
+
+    return SimpleNamespace(
+        Buffers=Buffers,
+        RandomMapBuilder=RandomMapBuilder,
+        Simulation=Simulation,
+        config=mettagrid_config,
+        handlers=handler_config,
+        rewards=reward_config,
+        wall=building.wall,
+    )
+
+
+def _game_config(
+    api: SimpleNamespace, num_agents: int, map_size: int, num_mines: int, max_steps: int, num_tokens: int
+) -> Any:
+    """The game described at the top, as the simulator's MettaGridConfig."""
+    config = api.config
+    take_all = api.handlers.Handler(
+        mutations=[api.handlers.withdraw({"ore": ORE_PER_MINE}, remove_when_empty=True)],
+    )
+    mine = config.GridObjectConfig(
+        name="mine",
+        inventory=config.InventoryConfig(initial={"ore": ORE_PER_MINE}),
+        on_use_handler=take_all,
+    )
+    game = config.GameConfig(
+        num_agents=num_agents,
+        max_steps=max_steps,
+        episode_truncates=True,
+        resource_names=["ore"],
+        objects={"wall": api.wall, "mine": mine},
+        obs=config.ObsConfig(width=WINDOW, height=WINDOW, num_tokens=num_tokens),
+        actions=config.ActionsConfig(change_vibe=config.ChangeVibeActionConfig(enabled=False)),
+        agent=config.AgentConfig(rewards={"ore": api.rewards.inventoryReward("ore", weight=1 / ORE_PER_MINE)}),
+        protocol_details_obs=False,
+        map_builder=api.RandomMapBuilder.Config(
+            agents=num_agents, width=map_size, height=map_size, border_width=1, objects={"mine": num_mines}, seed=0
+        ),
+    )
+    return config.MettaGridConfig(game=game)
+
+
+def _action_table(action_ids: dict[str, int]) -> Tensor:
+    """int64 `[types, largest parameter + 1]`: the simulator's action id of each legal pair, -1 elsewhere."""
+    table = torch.full((len(SIMULATOR_ACTIONS), max(map(len, SIMULATOR_ACTIONS))), -1)
+    for action_type, names in enumerate(SIMULATOR_ACTIONS):
+        for parameter, simulator_name in enumerate(names):
+            table[action_type, parameter] = action_ids[simulator_name]
+    return table
