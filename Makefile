@@ -1,0 +1,44 @@
+# PYTHON makes the virtual environment VENV; a torch that PYTHON can import is reused. See tools/setup_env.py.
+PYTHON ?= python3
+VENV ?= .venv
+
+# Shells use ENV for a start-up file, so only `make train ENV=...` sets it, never the surrounding environment.
+ifneq ($(origin ENV),command line)
+ENV :=
+endif
+unexport ENV
+
+SETUP = $(PYTHON) tools/setup_env.py --venv "$(VENV)"
+RUN = "$(VENV)/bin/python" -m
+DEV_EXTRAS = --extras triton,train,test,lint --optional mettagrid
+TRAIN_EXTRAS = --extras triton,train$(if $(filter mettagrid,$(ENV)),$(comma)mettagrid)
+comma := ,
+
+# $(call flag,NAME,option): `--option "$(NAME)"` where NAME is set.
+flag = $(if $($(1)),--$(2) "$($(1))")
+TRAIN_FLAGS = $(call flag,ENV,env) $(call flag,DEVICE,device) $(call flag,SEED,seed) $(call flag,STEPS,steps) \
+	$(call flag,OUT,out) $(call flag,RESUME,resume) $(ARGS)
+
+.PHONY: help setup train test lint
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  PYTHON=python3  the Python (>= 3.11) behind the virtual environment; a torch that it imports is reused"
+	@echo "  VENV=.venv      where the virtual environment goes"
+	@echo "  train:          ENV=memory|mettagrid DEVICE=cpu|cuda SEED=0 STEPS=... OUT=folder RESUME=checkpoint ARGS='...'"
+	@echo "  test:           PYTEST_ARGS='-k clip'"
+
+setup: ## the virtual environment with everything that development needs
+	@$(SETUP) $(DEV_EXTRAS)
+
+train: ## train the Fast agent, for example: make train ENV=mettagrid DEVICE=cuda
+	@$(SETUP) $(TRAIN_EXTRAS)
+	@$(RUN) metta_fastagent.train $(TRAIN_FLAGS)
+
+test: setup ## run the tests
+	@$(RUN) pytest $(PYTEST_ARGS)
+
+lint: setup ## ruff and pyright
+	@$(RUN) ruff check .
+	@$(RUN) pyright --pythonpath "$(VENV)/bin/python"
