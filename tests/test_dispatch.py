@@ -1,0 +1,112 @@
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from metta_fastagent import backend, explain, use_backend
+from metta_fastagent.ops import action_to_logit_index
+
+
+def requested():
+    """The word after "requested: " in the explanation."""
+    return next(line.split()[1] for line in explain().splitlines() if line.startswith("requested: "))
+
+
+def run(code, **environment):
+    """Run `code` in a fresh interpreter that has these environment variables."""
+    inherited = {name: value for name, value in os.environ.items() if name != "METTA_FASTAGENT_BACKEND"}
+    inherited["PYTHONPATH"] = os.pathsep.join(sys.path)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_explain_names_versions_devices_and_the_request():
+    text = explain()
+    assert torch.__version__ in text
+    assert platform.python_version() in text
+    for device in ("cpu", "cuda"):
+        assert any(line.strip().startswith(f"{device}: ") and "eager" in line for line in text.splitlines())
+    assert "METTA_FASTAGENT_BACKEND" in text
+    assert "use_backend" in text
+
+
+def test_explain_lists_every_registered_operation():
+    registered = {
+        name.removeprefix("metta_fastagent::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("metta_fastagent::")
+    }
+    (line,) = [line for line in explain().splitlines() if line.startswith("operations: ")]
+    assert set(line.removeprefix("operations: ").split(", ")) == registered
+    assert {"clip_weights_", "evaluate_actions_backward", "sample_actions"} <= registered
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", torch.device("cpu")], ids=str)
+def test_backend_of_a_device(device):
+    assert backend(device) == "eager"
+
+
+def test_backend_refuses_what_is_no_device():
+    with pytest.raises(RuntimeError, match="nowhere"):
+        backend("nowhere")
+
+
+def test_use_backend_nests_and_restores():
+    before = requested()
+    with use_backend("eager"):
+        assert requested() == "eager"
+        with use_backend("auto"):
+            assert requested() == "auto"
+        assert requested() == "eager"
+    assert requested() == before
+
+
+def test_use_backend_restores_after_an_exception():
+    before = requested()
+    other = "eager" if before == "auto" else "auto"
+    with pytest.raises(KeyError, match="inside"), use_backend(other):
+        raise KeyError("inside")
+    assert requested() == before
+
+
+@pytest.mark.parametrize("name", ["auto", "eager"])
+def test_operations_run_with_each_backend(name):
+    with use_backend(name):
+        assert action_to_logit_index(torch.tensor([[1, 2]]), torch.tensor([0, 1, 3])).tolist() == [4]
+
+
+@pytest.mark.parametrize("name", ["cuda", "EAGER", "", None, 1, ["eager"]], ids=repr)
+def test_a_wrong_backend_is_refused_and_changes_nothing(name):
+    before = requested()
+    with pytest.raises(ValueError) as caught, use_backend(name):
+        pass
+    assert str(caught.value) == f"name: got {name!r}, expected one of auto, eager"
+    assert requested() == before
+
+
+def test_use_backend_as_decorator():
+    @use_backend("eager")
+    def inside():
+        return requested()
+
+    before = requested()
+    assert [inside(), inside()] == ["eager", "eager"]
+    assert requested() == before
+
+
+def test_the_environment_variable_is_read_at_import():
+    code = "import metta_fastagent; print(metta_fastagent.explain())"
+    done = run(code, METTA_FASTAGENT_BACKEND="eager")
+    assert done.returncode == 0, done.stderr
+    assert "requested: eager" in done.stdout
+    assert "requested: auto" in run(code).stdout
+
+
+def test_a_wrong_environment_variable_is_refused_at_import():
+    done = run("import metta_fastagent", METTA_FASTAGENT_BACKEND="fast")
+    assert done.returncode != 0
+    assert "ValueError: METTA_FASTAGENT_BACKEND: got 'fast', expected one of auto, eager" in done.stderr
