@@ -14,7 +14,108 @@ import torch
 from torch import Tensor
 
 from metta_fastagent._dispatch import register
+from metta_fastagent._triton import cdiv, device_guard, jit, tl
+from metta_fastagent.ops import _bad_action
+from metta_fastagent.ops._bad_action import report_index, report_pair
 from metta_fastagent.ops._checks import describe, is_integer, require_same_device, require_tensor
+
+
+# One element per thread of four warps: a conversion moves 20 bytes a row, so it is launch-bound up to a million rows.
+BLOCK = 128
+
+
+@jit
+def pair_to_index(actions, table, row, live, num_types, stride_row, stride_pair):
+    """(index or -1, type, parameter, legal) of the pairs of the given rows, each [ROWS]."""
+    kind = tl.load(actions + row * stride_row, mask=live, other=0).to(tl.int64)
+    param = tl.load(actions + row * stride_row + stride_pair, mask=live, other=0).to(tl.int64)
+    known = tl.minimum(tl.maximum(kind, 0), num_types - 1)
+    first = tl.load(table + known)
+    limit = tl.load(table + known + 1) - first
+    legal = (kind == known) & (param >= 0) & (param <= limit)
+    return tl.where(legal, kind + first + param, -1), kind, param, legal
+
+
+@jit
+def _action_to_logit_index_kernel(
+    actions,  # [N, 2] any integer dtype, strides stride_row and stride_pair
+    table,  # [T + 1] int64
+    index,  # [N] int64
+    word,  # [1] int64
+    N,
+    num_types,
+    stride_row,
+    stride_pair,
+    OPERATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = row < N
+    result, kind, param, legal = pair_to_index(actions, table, row, live, num_types, stride_row, stride_pair)
+    report_pair(word, live & (legal == 0), row, kind, param, OPERATION)
+    tl.store(index + row, result, mask=live)
+
+
+@jit
+def _logit_index_to_action_kernel(
+    index,  # [N] any integer dtype
+    table,  # [A, 2]
+    pairs,  # [N, 2] of the table's dtype
+    word,  # [1] int64
+    N,
+    A,
+    OPERATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = row < N
+    wanted = tl.load(index + row, mask=live, other=0).to(tl.int64)
+    known = tl.minimum(tl.maximum(wanted, 0), A - 1)
+    legal = wanted == known
+    report_index(word, live & (legal == 0), row, wanted, OPERATION)
+    for column in tl.static_range(2):
+        entry = tl.load(table + known * 2 + column)
+        tl.store(pairs + row * 2 + column, tl.where(legal, entry, -1).to(pairs.dtype.element_ty), mask=live)
+
+
+def _action_to_logit_index_cuda(actions: Tensor, cum_action_max_params: Tensor) -> Tensor:
+    pairs = actions.reshape(-1, 2)
+    rows = pairs.shape[0]
+    index = torch.empty(actions.shape[:-1], dtype=torch.int64, device=actions.device)
+    if rows > 0:
+        with device_guard(actions):
+            _action_to_logit_index_kernel[(cdiv(rows, BLOCK),)](
+                pairs,
+                cum_action_max_params,
+                index,
+                _bad_action.word(actions.device),
+                rows,
+                cum_action_max_params.numel() - 1,
+                pairs.stride(0),
+                pairs.stride(1),
+                OPERATION=_bad_action.CONVERT_PAIR,
+                BLOCK=BLOCK,
+            )
+    return index
+
+
+def _logit_index_to_action_cuda(index: Tensor, action_index_tensor: Tensor) -> Tensor:
+    index = index.contiguous()
+    pairs = torch.empty((*index.shape, 2), dtype=action_index_tensor.dtype, device=index.device)
+    rows = index.numel()
+    if rows > 0:
+        with device_guard(index):
+            _logit_index_to_action_kernel[(cdiv(rows, BLOCK),)](
+                index,
+                action_index_tensor.contiguous(),
+                pairs,
+                _bad_action.word(index.device),
+                rows,
+                action_index_tensor.shape[0],
+                OPERATION=_bad_action.CONVERT_INDEX,
+                BLOCK=BLOCK,
+            )
+    return pairs
 
 
 def action_to_logit_index_eager(actions: Tensor, cum_action_max_params: Tensor) -> Tensor:
@@ -61,11 +162,13 @@ _action_to_logit_index = register(
     "action_to_logit_index(Tensor actions, Tensor cum_action_max_params) -> Tensor",
     action_to_logit_index_eager,
     lambda actions, cum_action_max_params: actions.new_empty(actions.shape[:-1], dtype=torch.int64),
+    _action_to_logit_index_cuda,
 )
 _logit_index_to_action = register(
     "logit_index_to_action(Tensor index, Tensor action_index_tensor) -> Tensor",
     logit_index_to_action_eager,
     lambda index, action_index_tensor: action_index_tensor.new_empty((*index.shape, 2)),
+    _logit_index_to_action_cuda,
 )
 
 

@@ -9,11 +9,86 @@ forward and backward is legal, as it is with `tensor.data.clamp_`.
 import math
 from collections.abc import Sequence
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from metta_fastagent._dispatch import register
+from metta_fastagent._triton import device_guard, jit, tl
+from metta_fastagent.ops._chunk_table import CHUNK, cached, chunk_rows, is_dense, upload
 from metta_fastagent.ops._checks import require_floating_point, require_number
+
+
+# Bytes of the widest load; a chunk that starts on such an address is moved 128 bits at a time.
+VECTOR_BYTES = 16
+
+
+class _Table(NamedTuple):
+    chunks: Tensor  # [chunks, 3] int64: address, length, 1 where the address is aligned
+    bounds: Tensor  # [chunks] float64
+
+
+@jit
+def _clip_weights_kernel(
+    example,  # any tensor of the dtype that the addresses point to
+    chunks,  # [chunks, 3] int64: address, length, 1 where the address is aligned
+    bounds,  # [chunks] float64
+    COMPUTE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    start = tl.load(chunks + chunk * 3).to(example.dtype)
+    length = tl.load(chunks + chunk * 3 + 1)
+    aligned = tl.load(chunks + chunk * 3 + 2)
+    # The bound as the tensor's dtype rounds it, as `clamp_` does.
+    bound = tl.load(bounds + chunk).to(example.dtype.element_ty).to(COMPUTE)
+    offset = tl.arange(0, CHUNK)
+    if (length == CHUNK) & (aligned == 1):
+        # Unmasked and known to be aligned: 128-bit loads and stores. Nothing is stored where nothing is out of range.
+        start = tl.multiple_of(start, 16)
+        x = tl.load(start + offset).to(COMPUTE)
+        outside = (x > bound) | (x < -bound)
+        if tl.max(outside.to(tl.int32), 0) > 0:
+            clipped = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+            tl.store(start + offset, clipped.to(example.dtype.element_ty))
+    else:
+        inside = offset < length
+        x = tl.load(start + offset, mask=inside, other=0.0).to(COMPUTE)
+        clipped = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+        tl.store(start + offset, clipped.to(example.dtype.element_ty), mask=inside & ((x > bound) | (x < -bound)))
+
+
+def _clip_weights_cuda_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        if not is_dense(tensor):
+            tensor.clamp_(-bounds[position], bounds[position])
+        elif tensor.numel() > 0:
+            groups.setdefault((tensor.device, tensor.dtype), []).append(position)
+    for (device, dtype), members in groups.items():
+        group = [tensors[position] for position in members]
+        limits = tuple(bounds[position] for position in members)
+        key = ("clip", device, dtype, limits, *[t.data_ptr() for t in group], *[t.numel() for t in group])
+        table = cached(key, lambda group=group, limits=limits, device=device: _make_table(group, limits, device), device)
+        with device_guard(group[0]):
+            _clip_weights_kernel[(table.bounds.numel(),)](
+                group[0],
+                table.chunks,
+                table.bounds,
+                COMPUTE=tl.float64 if dtype == torch.float64 else tl.float32,
+                CHUNK=CHUNK,
+                num_warps=4,
+            )
+
+
+def _make_table(tensors: Sequence[Tensor], bounds: Sequence[float], device: torch.device) -> _Table:
+    chunks, limits = [], []
+    for position, first, length in chunk_rows(tensors):
+        address = tensors[position].data_ptr() + first * tensors[position].element_size()
+        chunks.append((address, length, int(address % VECTOR_BYTES == 0)))
+        limits.append(bounds[position])
+    return _Table(upload(chunks, torch.int64, device), upload(limits, torch.float64, device))
 
 
 def clip_weights_eager_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
@@ -28,6 +103,7 @@ _clip_weights_ = register(
     "clip_weights_(Tensor(a!)[] tensors, float[] bounds) -> ()",
     clip_weights_eager_,
     lambda tensors, bounds: None,
+    _clip_weights_cuda_,
 )
 
 

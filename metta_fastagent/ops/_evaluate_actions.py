@@ -13,12 +13,27 @@ and is cast once, at the store. A row whose index is out of range (possible off 
 gradient 0.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metta_fastagent._dispatch import register
-from metta_fastagent.ops._action_index import action_to_logit_index_eager, check_pairs
+from metta_fastagent._triton import cdiv, compute_type, device_guard, jit, tl
+from metta_fastagent.ops import _bad_action
+from metta_fastagent.ops._action_index import action_to_logit_index_eager, check_pairs, pair_to_index
+from metta_fastagent.ops._bad_action import EVALUATE_INDEX, EVALUATE_PAIR, report_index, report_pair
+from metta_fastagent.ops._categorical import (
+    MAX_ACTIONS,
+    MAX_COLUMNS,
+    ROWS_PER_PROGRAM,
+    columns_sums,
+    load_columns,
+    load_tile,
+    tile_shape,
+    tile_sums,
+)
 from metta_fastagent.ops._checks import (
     compute_dtype,
     describe,
@@ -27,6 +42,256 @@ from metta_fastagent.ops._checks import (
     require_same_device,
     require_tensor,
 )
+
+
+@jit
+def _load_index(actions, table, word, row, live, num_types, stride_row, stride_pair, A: tl.constexpr, PAIRS: tl.constexpr):
+    """Logit index [ROWS] of each row's action, -1 and a report where it is out of range."""
+    if PAIRS:
+        index, kind, param, legal = pair_to_index(actions, table, row, live, num_types, stride_row, stride_pair)
+        legal = legal & (index < A)
+        report_pair(word, live & (legal == 0), row, kind, param, 1)
+    else:
+        index = tl.load(actions + row * stride_row, mask=live, other=0).to(tl.int64)
+        legal = (index >= 0) & (index < A)
+        report_index(word, live & (legal == 0), row, index, 2)
+    return tl.where(legal, index, -1)
+
+
+@jit
+def _evaluate_actions_fwd_columns_kernel(
+    logits,  # [N, A]
+    actions,  # [N, 2] pairs or [N] indices, any integer dtype
+    table,  # [T + 1] int64; unused without PAIRS
+    log_prob,  # [N]
+    entropy,  # [N]
+    full_log_probs,  # [N, A]
+    index,  # [N] int64
+    word,  # [1] int64
+    N,
+    num_types,
+    stride_row,
+    stride_pair,
+    A: tl.constexpr,
+    PAIRS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < N
+    chosen = _load_index(actions, table, word, row, live, num_types, stride_row, stride_pair, A, PAIRS)
+    xs = load_columns(logits, row, live, A, COMPUTE)
+    top, s, w = columns_sums(xs, A)
+    log_s = tl.log(s)
+    selected = tl.full([ROWS], float("nan"), COMPUTE)
+    for j in tl.static_range(A):
+        value = xs[j] - top - log_s
+        selected = tl.where(chosen == j, value, selected)
+        tl.store(full_log_probs + row * A + j, value, mask=live)
+    tl.store(log_prob + row, selected, mask=live)
+    tl.store(entropy + row, log_s - w / s, mask=live)
+    tl.store(index + row, chosen, mask=live)
+
+
+@jit
+def _evaluate_actions_fwd_tile_kernel(
+    logits,  # [N, A]
+    actions,  # [N, 2] pairs or [N] indices, any integer dtype
+    table,  # [T + 1] int64; unused without PAIRS
+    log_prob,  # [N]
+    entropy,  # [N]
+    full_log_probs,  # [N, A]
+    index,  # [N] int64
+    word,  # [1] int64
+    N,
+    num_types,
+    stride_row,
+    stride_pair,
+    A: tl.constexpr,
+    PAIRS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_A)
+    live = row < N
+    chosen = _load_index(actions, table, word, row, live, num_types, stride_row, stride_pair, A, PAIRS)
+    x = load_tile(logits, row, column, live, A, COMPUTE)
+    top, s, w, _ = tile_sums(x)
+    log_s = tl.log(s)
+    values = x - top[:, None] - log_s[:, None]
+    selected = tl.sum(tl.where(chosen[:, None] == column[None, :], values, 0.0), 1)
+    selected = tl.where(chosen < 0, float("nan"), selected)
+    inside = live[:, None] & (column < A)[None, :]
+    tl.store(full_log_probs + row[:, None] * A + column[None, :], values, mask=inside)
+    tl.store(log_prob + row, selected, mask=live)
+    tl.store(entropy + row, log_s - w / s, mask=live)
+    tl.store(index + row, chosen, mask=live)
+
+
+@jit
+def _evaluate_actions_bwd_columns_kernel(
+    logits,  # [N, A]
+    index,  # [N] int64, -1 where out of range
+    grad_log_prob,  # [N]
+    grad_entropy,  # [N]
+    grad_full,  # [N, A]
+    grad_logits,  # [N, A]
+    N,
+    A: tl.constexpr,
+    HAS_LOG_PROB: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_FULL: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < N
+    chosen = tl.load(index + row, mask=live, other=-1)
+    xs = load_columns(logits, row, live, A, COMPUTE)
+    top, s, w = columns_sums(xs, A)
+    log_s = tl.log(s)
+    from_log_prob = tl.zeros([ROWS], COMPUTE)
+    if HAS_LOG_PROB:
+        from_log_prob = tl.load(grad_log_prob + row, mask=live, other=0.0).to(COMPUTE)
+    from_entropy = tl.zeros([ROWS], COMPUTE)
+    if HAS_ENTROPY:
+        from_entropy = tl.load(grad_entropy + row, mask=live, other=0.0).to(COMPUTE)
+    total = from_log_prob
+    fs = ()
+    if HAS_FULL:
+        fs = load_columns(grad_full, row, live, A, COMPUTE)
+        for j in tl.static_range(A):
+            total += fs[j]
+    for j in tl.static_range(A):
+        shifted = xs[j] - top
+        p = tl.exp(shifted) / s
+        grad = tl.where(chosen == j, from_log_prob, 0.0) - p * total
+        if HAS_ENTROPY:
+            grad -= from_entropy * tl.where(p == 0, 0.0, p * (shifted - w / s))
+        if HAS_FULL:
+            grad += fs[j]
+        tl.store(grad_logits + row * A + j, tl.where(chosen < 0, 0.0, grad), mask=live)
+
+
+@jit
+def _evaluate_actions_bwd_tile_kernel(
+    logits,  # [N, A]
+    index,  # [N] int64, -1 where out of range
+    grad_log_prob,  # [N]
+    grad_entropy,  # [N]
+    grad_full,  # [N, A]
+    grad_logits,  # [N, A]
+    N,
+    A: tl.constexpr,
+    HAS_LOG_PROB: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_FULL: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_A)
+    live = row < N
+    inside = live[:, None] & (column < A)[None, :]
+    chosen = tl.load(index + row, mask=live, other=-1)
+    x = load_tile(logits, row, column, live, A, COMPUTE)
+    top, s, w, e = tile_sums(x)
+    p = e / s[:, None]
+    grad = tl.zeros([ROWS, BLOCK_A], COMPUTE)
+    if HAS_LOG_PROB:
+        from_log_prob = tl.load(grad_log_prob + row, mask=live, other=0.0).to(COMPUTE)[:, None]
+        grad += tl.where(chosen[:, None] == column[None, :], from_log_prob, 0.0) - p * from_log_prob
+    if HAS_ENTROPY:
+        from_entropy = tl.load(grad_entropy + row, mask=live, other=0.0).to(COMPUTE)[:, None]
+        grad -= from_entropy * tl.where(p == 0, 0.0, p * (x - top[:, None] - (w / s)[:, None]))
+    if HAS_FULL:
+        f = tl.load(grad_full + row[:, None] * A + column[None, :], mask=inside, other=0.0).to(COMPUTE)
+        grad += f - p * tl.sum(f, 1)[:, None]
+    grad = tl.where((chosen < 0)[:, None], 0.0, grad)
+    tl.store(grad_logits + row[:, None] * A + column[None, :], grad, mask=inside)
+
+
+def _evaluate_actions_forward_cuda(
+    logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, num_actions = logits.shape
+    if num_actions > MAX_ACTIONS:
+        return evaluate_actions_forward_eager(logits, actions, cum_action_max_params)
+    logits = logits.contiguous()
+    log_prob, entropy = logits.new_empty(rows), logits.new_empty(rows)
+    full_log_probs = torch.empty_like(logits)
+    index = logits.new_empty(rows, dtype=torch.int64)
+    pairs = cum_action_max_params is not None
+    if rows > 0:
+        grid, kernel, layout = _layout(
+            rows, num_actions, _evaluate_actions_fwd_columns_kernel, _evaluate_actions_fwd_tile_kernel
+        )
+        with device_guard(logits):
+            kernel[grid](
+                logits,
+                actions,
+                cum_action_max_params if pairs else index,
+                log_prob,
+                entropy,
+                full_log_probs,
+                index,
+                _bad_action.word(logits.device),
+                rows,
+                cum_action_max_params.numel() - 1 if pairs else 0,
+                actions.stride(0),
+                actions.stride(1) if pairs else 0,
+                A=num_actions,
+                PAIRS=pairs,
+                COMPUTE=compute_type(logits.dtype),
+                **layout,
+            )
+    return log_prob, entropy, full_log_probs, index
+
+
+def _evaluate_actions_backward_cuda(
+    logits: Tensor,
+    index: Tensor,
+    grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_full_log_probs: Tensor | None,
+) -> Tensor:
+    rows, num_actions = logits.shape
+    if num_actions > MAX_ACTIONS:
+        return evaluate_actions_backward_eager(logits, index, grad_log_prob, grad_entropy, grad_full_log_probs)
+    logits = logits.contiguous()
+    grad_logits = torch.empty_like(logits)
+    if rows > 0:
+        grid, kernel, layout = _layout(
+            rows, num_actions, _evaluate_actions_bwd_columns_kernel, _evaluate_actions_bwd_tile_kernel
+        )
+        with device_guard(logits):
+            kernel[grid](
+                logits,
+                index,
+                logits if grad_log_prob is None else grad_log_prob.contiguous(),
+                logits if grad_entropy is None else grad_entropy.contiguous(),
+                logits if grad_full_log_probs is None else grad_full_log_probs.contiguous(),
+                grad_logits,
+                rows,
+                A=num_actions,
+                HAS_LOG_PROB=grad_log_prob is not None,
+                HAS_ENTROPY=grad_entropy is not None,
+                HAS_FULL=grad_full_log_probs is not None,
+                COMPUTE=compute_type(logits.dtype),
+                **layout,
+            )
+    return grad_logits
+
+
+def _layout(rows: int, num_actions: int, columns_kernel: Any, tile_kernel: Any) -> tuple[tuple[int], Any, dict[str, int]]:
+    """Grid, kernel and the arguments of its layout for this shape."""
+    if num_actions <= MAX_COLUMNS:
+        return (cdiv(rows, ROWS_PER_PROGRAM),), columns_kernel, {"ROWS": ROWS_PER_PROGRAM, "num_warps": 4}
+    tile_rows, columns, warps = tile_shape(num_actions)
+    return (cdiv(rows, tile_rows),), tile_kernel, {"ROWS": tile_rows, "BLOCK_A": columns, "num_warps": warps}
 
 
 def _checked_index(index: Tensor, num_actions: int) -> Tensor:
@@ -113,12 +378,14 @@ _evaluate_actions_forward = register(
     " -> (Tensor log_prob, Tensor entropy, Tensor full_log_probs, Tensor index)",
     evaluate_actions_forward_eager,
     _forward_fake,
+    _evaluate_actions_forward_cuda,
 )
 evaluate_actions_backward = register(
     "evaluate_actions_backward(Tensor logits, Tensor index, Tensor? grad_log_prob, Tensor? grad_entropy,"
     " Tensor? grad_full_log_probs) -> Tensor",
     evaluate_actions_backward_eager,
     lambda logits, index, grad_log_prob, grad_entropy, grad_full_log_probs: logits.new_empty(logits.shape),
+    _evaluate_actions_backward_cuda,
 )
 
 

@@ -2,7 +2,9 @@
 
     full_log_probs = log_softmax(logits)         index ~ Categorical(exp(full_log_probs))
 
-The eager twin draws as `log_softmax -> exp -> torch.multinomial` does, from PyTorch's generators, so
+The kernels draw by the inverse of the cumulative distribution from one uniform u of each row: the first column with e_j > 0
+whose running sum of shifted exponentials exceeds u times their sum. Neither rounding nor u next to 1 can choose a masked
+action so. The eager twin draws as `log_softmax -> exp -> torch.multinomial` does, from PyTorch's generators, so
 `torch.manual_seed` reproduces it and the draws equal those of that formula. The gradient is that of `evaluate_actions`
 at the drawn index.
 """
@@ -11,7 +13,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from metta_fastagent._dispatch import register
+from metta_fastagent._dispatch import register, uses_triton
+from metta_fastagent._triton import cdiv, compute_type, device_guard, jit, tl
+from metta_fastagent.ops._categorical import (
+    MAX_ACTIONS,
+    MAX_COLUMNS,
+    ROWS_PER_PROGRAM,
+    columns_sums,
+    load_columns,
+    load_tile,
+    tile_shape,
+    tile_sums,
+)
 from metta_fastagent.ops._action_index import check_action_index_tensor, logit_index_to_action_eager
 from metta_fastagent.ops._checks import compute_dtype, describe, require_logits, require_same_device
 from metta_fastagent.ops._evaluate_actions import (
@@ -20,6 +33,140 @@ from metta_fastagent.ops._evaluate_actions import (
     float32_under_autocast,
     select_log_prob,
 )
+
+
+@jit
+def _store_draw(index_out, log_prob_out, entropy_out, pair_out, table, row, live, chosen, log_prob, entropy, PAIRS: tl.constexpr):
+    tl.store(index_out + row, chosen.to(tl.int64), mask=live)
+    tl.store(log_prob_out + row, log_prob, mask=live)
+    tl.store(entropy_out + row, entropy, mask=live)
+    if PAIRS:
+        for column in tl.static_range(2):
+            entry = tl.load(table + chosen * 2 + column)
+            tl.store(pair_out + row * 2 + column, entry.to(tl.int32), mask=live)
+
+
+@jit
+def _sample_actions_columns_kernel(
+    logits,  # [N, A]
+    uniform,  # [N] in [0, 1)
+    table,  # [A, 2]; unused without PAIRS
+    index,  # [N] int64
+    log_prob,  # [N]
+    entropy,  # [N]
+    full_log_probs,  # [N, A]
+    pair,  # [N, 2] int32; unused without PAIRS
+    N,
+    A: tl.constexpr,
+    PAIRS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < N
+    xs = load_columns(logits, row, live, A, COMPUTE)
+    top, s, w = columns_sums(xs, A)
+    log_s = tl.log(s)
+    threshold = tl.load(uniform + row, mask=live, other=0.0).to(COMPUTE) * s
+    running = tl.zeros([ROWS], COMPUTE)
+    chosen = tl.full([ROWS], A, tl.int32)
+    selected = tl.full([ROWS], float("nan"), COMPUTE)
+    for j in tl.static_range(A):
+        shifted = xs[j] - top
+        running += tl.exp(shifted)
+        here = (chosen == A) & (running > threshold)
+        chosen = tl.where(here, j, chosen)
+        selected = tl.where(here, shifted - log_s, selected)
+        tl.store(full_log_probs + row * A + j, shifted - log_s, mask=live)
+    chosen = tl.where(chosen == A, 0, chosen)
+    _store_draw(index, log_prob, entropy, pair, table, row, live, chosen, selected, log_s - w / s, PAIRS)
+
+
+@jit
+def _sample_actions_tile_kernel(
+    logits,  # [N, A]
+    uniform,  # [N] in [0, 1)
+    table,  # [A, 2]; unused without PAIRS
+    index,  # [N] int64
+    log_prob,  # [N]
+    entropy,  # [N]
+    full_log_probs,  # [N, A]
+    pair,  # [N, 2] int32; unused without PAIRS
+    N,
+    A: tl.constexpr,
+    PAIRS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_A)
+    live = row < N
+    x = load_tile(logits, row, column, live, A, COMPUTE)
+    top, s, w, e = tile_sums(x)
+    log_s = tl.log(s)
+    values = x - top[:, None] - log_s[:, None]
+    running = tl.cumsum(e, 1)
+    # A scan by a tree is not monotone: the largest running sum at a column that can be drawn stands for the whole.
+    total = tl.max(tl.where(e > 0, running, 0.0), 1)
+    threshold = tl.load(uniform + row, mask=live, other=0.0).to(COMPUTE) * total
+    candidate = (running > threshold[:, None]) & (e > 0)
+    chosen = tl.min(tl.where(candidate, column[None, :], BLOCK_A), 1)
+    # No candidate: the row holds NaN or +inf, or nothing but -inf.
+    bad = chosen == BLOCK_A
+    chosen = tl.where(bad, 0, chosen)
+    selected = tl.sum(tl.where(chosen[:, None] == column[None, :], values, 0.0), 1)
+    selected = tl.where(bad, float("nan"), selected)
+    inside = live[:, None] & (column < A)[None, :]
+    tl.store(full_log_probs + row[:, None] * A + column[None, :], values, mask=inside)
+    _store_draw(index, log_prob, entropy, pair, table, row, live, chosen, selected, log_s - w / s, PAIRS)
+
+
+def _sample_actions_cuda(
+    logits: Tensor, action_index_tensor: Tensor | None, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if logits.shape[1] > MAX_ACTIONS:
+        return sample_actions_eager(logits, action_index_tensor, generator)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    uniform = torch.rand(logits.shape[0], dtype=dtype, device=logits.device, generator=generator)
+    return _draw_cuda(logits, action_index_tensor, uniform)
+
+
+def _draw_cuda(
+    logits: Tensor, action_index_tensor: Tensor | None, uniform: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The draw that belongs to the given uniforms [N]."""
+    rows, num_actions = logits.shape
+    logits = logits.contiguous()
+    pairs = action_index_tensor is not None
+    index = logits.new_empty(rows, dtype=torch.int64)
+    log_prob, entropy = logits.new_empty(rows), logits.new_empty(rows)
+    full_log_probs = torch.empty_like(logits)
+    pair = logits.new_empty((rows if pairs else 0, 2), dtype=torch.int32)
+    if rows == 0:
+        return index, log_prob, entropy, full_log_probs, pair
+    if num_actions <= MAX_COLUMNS:
+        kernel, layout = _sample_actions_columns_kernel, {"ROWS": ROWS_PER_PROGRAM, "num_warps": 4}
+    else:
+        tile_rows, columns, warps = tile_shape(num_actions)
+        kernel, layout = _sample_actions_tile_kernel, {"ROWS": tile_rows, "BLOCK_A": columns, "num_warps": warps}
+    with device_guard(logits):
+        kernel[(cdiv(rows, layout["ROWS"]),)](
+            logits,
+            uniform,
+            action_index_tensor.contiguous() if pairs else index,
+            index,
+            log_prob,
+            entropy,
+            full_log_probs,
+            pair,
+            rows,
+            A=num_actions,
+            PAIRS=pairs,
+            COMPUTE=compute_type(logits.dtype),
+            **layout,
+        )
+    return index, log_prob, entropy, full_log_probs, pair
 
 
 def sample_actions_eager(
@@ -70,6 +217,7 @@ _sample_actions = register(
     " -> (Tensor index, Tensor log_prob, Tensor entropy, Tensor full_log_probs, Tensor pair)",
     sample_actions_eager,
     _fake,
+    _sample_actions_cuda,
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 
@@ -80,7 +228,9 @@ class _SampleActions(torch.autograd.Function):
         if generator is None:
             outputs = _sample_actions(logits, action_index_tensor)
         else:
-            outputs = sample_actions_eager(logits, action_index_tensor, generator)
+            # A generator is no argument that a traced graph could hold, so this call goes past the operator.
+            draw = _sample_actions_cuda if uses_triton(logits.device) else sample_actions_eager
+            outputs = draw(logits, action_index_tensor, generator)
         index, _, _, _, pair = outputs
         ctx.save_for_backward(logits, index)
         ctx.mark_non_differentiable(index, pair)

@@ -12,9 +12,77 @@ import torch
 from torch import Tensor
 
 from metta_fastagent._dispatch import register
+from metta_fastagent._triton import device_guard, jit, tl
 from metta_fastagent.ops._checks import describe, require_same_device, require_tensor
 
 EMPTY_COORDINATE = 255
+
+
+# Cells that a program zeroes at once: 8 floats for each of 128 threads.
+ZERO_BLOCK = 1024
+# Tokens that are compared with each other and written between two barriers.
+TOKEN_BLOCK = 32
+
+
+@jit
+def _tokens_to_grid_kernel(
+    tokens,  # [N, M, 3] uint8
+    scale,  # [L]
+    grid,  # [N, L, W, H]
+    num_tokens,
+    L: tl.constexpr,
+    W: tl.constexpr,
+    H: tl.constexpr,
+    ZERO_BLOCK: tl.constexpr,
+    TOKEN_BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    CELLS: tl.constexpr = L * W * H
+    base = grid + row * CELLS
+    zeros = tl.zeros([ZERO_BLOCK], grid.dtype.element_ty)
+    for start in range(0, CELLS, ZERO_BLOCK):
+        cells = start + tl.arange(0, ZERO_BLOCK)
+        tl.store(base + cells, zeros, mask=cells < CELLS)
+    lane = tl.arange(0, TOKEN_BLOCK)
+    for start in range(0, num_tokens, TOKEN_BLOCK):
+        # What the program has written so far comes before what it writes now, so the later token wins.
+        tl.debug_barrier()
+        live = start + lane < num_tokens
+        token = tokens + (row * num_tokens + start + lane) * 3
+        coordinate = tl.load(token, mask=live, other=255).to(tl.int32)
+        feature = tl.load(token + 1, mask=live, other=0).to(tl.int32)
+        value = tl.load(token + 2, mask=live, other=0).to(tl.float32)
+        x, y = coordinate >> 4, coordinate & 15
+        valid = (coordinate != 255) & (x < W) & (y < H) & (feature < L)
+        cell = tl.where(valid, (feature * W + x) * H + y, -1)
+        later_same = (cell[:, None] == cell[None, :]) & (lane[:, None] < lane[None, :])
+        latest = tl.max(later_same.to(tl.int32), 1) == 0
+        divisor = tl.load(scale + feature, mask=valid, other=1.0).to(tl.float32)
+        tl.store(base + cell, tl.div_rn(value, divisor).to(grid.dtype.element_ty), mask=valid & latest)
+
+
+def _tokens_to_grid_cuda(
+    tokens: Tensor, num_features: int, width: int, height: int, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    rows, num_tokens = tokens.shape[0], tokens.shape[1]
+    if dtype == torch.float64:
+        return tokens_to_grid_eager(tokens, num_features, width, height, scale, dtype)
+    grid = torch.empty((rows, num_features, width, height), dtype=dtype, device=tokens.device)
+    if rows > 0:
+        with device_guard(tokens):
+            _tokens_to_grid_kernel[(rows,)](
+                tokens.contiguous(),
+                scale.contiguous(),
+                grid,
+                num_tokens,
+                L=num_features,
+                W=width,
+                H=height,
+                ZERO_BLOCK=ZERO_BLOCK,
+                TOKEN_BLOCK=TOKEN_BLOCK,
+                num_warps=4,
+            )
+    return grid
 
 
 def tokens_to_grid_eager(
@@ -53,6 +121,7 @@ _tokens_to_grid = register(
     lambda tokens, num_features, width, height, scale, dtype: tokens.new_empty(
         (tokens.shape[0], num_features, width, height), dtype=dtype
     ),
+    _tokens_to_grid_cuda,
 )
 
 

@@ -1,0 +1,89 @@
+"""Triton where it is installed, and what its absence leaves: kernels that are never launched.
+
+Importing this asks no device. Whether Triton works is found out at the first call on a CUDA device (`works_on`), once.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit: Callable = triton.jit
+    import_error: Exception | None = None
+except Exception as error:
+    # Missing, or broken in any way: the reason is told at the first use on a CUDA device.
+    triton = None
+    tl: Any = SimpleNamespace(constexpr=int)
+    import_error = error
+
+    def jit(function: Callable) -> Callable:
+        """Leave the kernel's source as it is; nothing launches it."""
+        return function
+
+
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+_works: dict[torch.device, bool] = {}
+
+
+@jit
+def _first_use_kernel(out):
+    tl.store(out, 1)
+
+
+def works_on(device: torch.device) -> bool:
+    """Whether Triton compiles and launches kernels on `device`: tried once, with one warning where it does not."""
+    if device not in _works:
+        reason = _failure(device)
+        _works[device] = reason is None
+        if reason is not None:
+            warnings.warn(
+                f"metta_fastagent: Triton does not work on {device} ({reason}); operations run in eager PyTorch there. "
+                "Install the Triton that this PyTorch names, or set METTA_FASTAGENT_BACKEND=eager to silence this.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+    return _works[device]
+
+
+def _failure(device: torch.device) -> str | None:
+    if import_error is not None:
+        return f"{type(import_error).__name__}: {import_error}"
+    try:
+        out = torch.zeros(1, dtype=torch.int32, device=device)
+        with device_guard(out):
+            _first_use_kernel[(1,)](out)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager:
+    """Make the tensor's CUDA device the current one, on which Triton launches."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def compute_type(dtype: torch.dtype) -> Any:
+    """Triton's type for the arithmetic on `dtype`: float64 for float64, else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two >= n, for n >= 1."""
+    return 1 << (n - 1).bit_length()

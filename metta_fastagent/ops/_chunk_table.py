@@ -1,0 +1,65 @@
+"""Tables of chunks on the device, through which one launch reaches many tensors.
+
+A tensor is cut into chunks of CHUNK elements; program i of a launch handles chunk i, whose row of the table holds the
+addresses and the length. A table is made once for a set of tensors, uploaded from pinned memory without waiting, and made again
+only when an address, a length or a constant changes. It cannot be made while a CUDA graph is captured, and one that a
+captured graph uses is never freed, as the graph reads it at every replay.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# 8 elements for each of 128 threads at a time, four times over: 16 to 32 KiB a chunk. Small tensors get programs of their own,
+# and 100 million parameters make 25 thousand programs, enough for any GPU.
+CHUNK = 4096
+# Sets of tensors that are remembered: optimizers, agents and targets of one process, with room.
+CAPACITY = 64
+
+_tables: dict[tuple, Any] = {}
+_captured: list[Any] = []
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in whatever order."""
+    return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
+
+
+def cached(key: tuple, make: Callable[[], Any], device: torch.device) -> Any:
+    """What `make` made for `key`: once, and again only after CAPACITY other keys.
+
+    Raises:
+        RuntimeError: there is nothing for `key` yet and a CUDA graph is being captured.
+    """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    entry = _tables.pop(key, None)
+    if entry is None:
+        if capturing:
+            raise RuntimeError(
+                "metta_fastagent: the tensors of an operation on a list have changed while a CUDA graph is captured; "
+                "run the step once before the capture, with the same tensors"
+            )
+        entry = make()
+    _tables[key] = entry
+    if capturing and not any(entry is kept for kept in _captured):
+        _captured.append(entry)
+    if len(_tables) > CAPACITY:
+        del _tables[next(iter(_tables))]
+    return entry
+
+
+def chunk_rows(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    """(tensor, first element, length) of each chunk, in order."""
+    return [
+        (position, first, min(CHUNK, tensor.numel() - first))
+        for position, tensor in enumerate(tensors)
+        for first in range(0, tensor.numel(), CHUNK)
+    ]
+
+
+def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values as a tensor on the device, copied from pinned memory without waiting."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
