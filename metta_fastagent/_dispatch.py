@@ -90,7 +90,9 @@ def uses_triton(device: torch.device) -> bool:
         return False
     works = _triton.works_on(device)
     if not works and _requested == "triton":
-        raise RuntimeError(f"backend 'triton' was asked for and does not work on {device}; see metta_fastagent.explain()")
+        raise RuntimeError(
+            f"backend 'triton' was asked for and does not work on {device}; see metta_fastagent.explain()"
+        )
     return works
 
 
@@ -99,8 +101,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Choose the implementation for the calls inside the `with` block.
 
     Args:
-        name: "auto" (the fastest one that the device has), "triton" (an error on a CUDA device where it does not work) or
-            "eager" (plain PyTorch everywhere).
+        name: "auto" (the fastest one that the device has), "triton" (an error on a CUDA device where it does not work)
+            or "eager" (plain PyTorch everywhere).
 
     Raises:
         ValueError: `name` is not a backend.
@@ -141,7 +143,8 @@ def _explain_cpu() -> str:
 
 def _explain_cuda() -> list[str]:
     if not torch.cuda.is_available():
-        return ["cuda: not available (" + ("no device" if torch.backends.cuda.is_built() else "PyTorch built without it") + ")"]
+        reason = "no device" if torch.backends.cuda.is_built() else "PyTorch was built without it"
+        return [f"cuda: not available, {reason}"]
     lines = []
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)

@@ -25,6 +25,7 @@ from metta_fastagent.weight_metrics import analyze_weights
 logger = logging.getLogger(__name__)
 
 CLIP_MODES = ("absolute", "init_scaled")
+VALIDATE_MODES = ("deferred", "sync", "off")
 TABLES = ("action_index_tensor", "cum_action_max_params")
 REGULARIZED_LAYERS = (*CLIPPED_LAYERS, nn.ConvTranspose2d)
 
@@ -41,6 +42,7 @@ class PyTorchAgentMixin(_Module):
     Attributes:
         clip_range: weights are clipped to [-clip_range, clip_range]; 0 or less turns clipping off.
         clip_mode: "absolute", or "init_scaled" for ComponentPolicy's rule (see `clip_weights`).
+        validate: when a report of an action out of range is looked at: "deferred", "sync" or "off".
         analyze_weights_interval: epochs between weight metrics; 0 turns them off.
         l2_init_scale: factor of `l2_init_loss`.
         clip_scale: factor of the bounds of the "init_scaled" mode.
@@ -51,6 +53,7 @@ class PyTorchAgentMixin(_Module):
 
     clip_range: float
     clip_mode: str
+    validate: str
     analyze_weights_interval: int
     l2_init_scale: float
     clip_scale: float
@@ -80,8 +83,8 @@ class PyTorchAgentMixin(_Module):
             kwargs: the agent's keyword arguments; the mixin's own are removed from it.
 
         Returns:
-            dict for `init_mixin`: `clip_range` (default 0), `analyze_weights_interval` (default 300), `clip_mode` where
-            given, and `extra_kwargs`, which is `kwargs` itself with what is left in it.
+            dict for `init_mixin`: `clip_range` (default 0), `analyze_weights_interval` (default 300), `clip_mode` and
+            `validate` where given, and `extra_kwargs`, which is `kwargs` itself with what is left in it.
 
         Raises:
             TypeError, ValueError: a parameter has a wrong value; nothing was removed then.
@@ -89,7 +92,7 @@ class PyTorchAgentMixin(_Module):
         if not isinstance(kwargs, MutableMapping):
             raise TypeError(f"kwargs: got {describe(kwargs)}, expected the dict of the agent's keyword arguments")
         params = {"clip_range": 0, "analyze_weights_interval": 300}
-        params |= {name: kwargs[name] for name in (*params, "clip_mode") if name in kwargs}
+        params |= {name: kwargs[name] for name in (*params, "clip_mode", "validate") if name in kwargs}
         _check_configuration(**params)
         for name in params:
             kwargs.pop(name, None)
@@ -101,6 +104,7 @@ class PyTorchAgentMixin(_Module):
         analyze_weights_interval: int = 300,
         extra_kwargs: MutableMapping[str, Any] | None = None,
         clip_mode: str = "absolute",
+        validate: str = "deferred",
     ) -> None:
         """Set the configuration, remember the initial weights, log one line; comes after the base class's `__init__`.
 
@@ -109,15 +113,18 @@ class PyTorchAgentMixin(_Module):
             analyze_weights_interval: epochs between weight metrics, an integer >= 0; 0 turns them off.
             extra_kwargs: parameters that nobody took; they are named in the log and otherwise ignored.
             clip_mode: "absolute" or "init_scaled".
+            validate: when a kernel's report of an action out of range is looked at: "deferred" (on the next call,
+                without waiting), "sync" (at once, waiting for the device) or "off". On the CPU errors come at once.
 
         Raises:
             TypeError, ValueError: a parameter has a wrong value.
         """
-        _check_configuration(clip_range, analyze_weights_interval, clip_mode)
+        _check_configuration(clip_range, analyze_weights_interval, clip_mode, validate)
         if extra_kwargs is not None and not isinstance(extra_kwargs, MutableMapping):
             raise TypeError(f"extra_kwargs: got {extra_kwargs!r}, expected a dict or None")
         self.clip_range = clip_range
         self.clip_mode = clip_mode
+        self.validate = validate
         self.analyze_weights_interval = analyze_weights_interval
         self.l2_init_scale = 1
         self.clip_scale = 1
@@ -127,10 +134,11 @@ class PyTorchAgentMixin(_Module):
             self.initial_weight_magnitudes = _largest_magnitudes(self.initial_weights)
         unknown = ", ".join(sorted(extra_kwargs)) if extra_kwargs else "none"
         logger.info(
-            "%s: clip_range=%s, clip_mode=%s, analyze_weights_interval=%s, extra parameters (ignored): %s",
+            "%s: clip_range=%s, clip_mode=%s, validate=%s, analyze_weights_interval=%s, extra parameters (ignored): %s",
             type(self).__name__,
             clip_range,
             clip_mode,
+            validate,
             analyze_weights_interval,
             unknown,
         )
@@ -196,8 +204,7 @@ class PyTorchAgentMixin(_Module):
         training = observations.dim() == 4
         TT = observations.shape[1] if training else 1
         shape = _field_shape(tuple(td.batch_size), B, TT, training)
-        bptt = torch.full(shape, TT, device=observations.device, dtype=torch.int64)
-        batch = torch.full(shape, B, device=observations.device, dtype=torch.int64)
+        bptt, batch = ops.segment_fields(observations, shape, TT, B)
         td.update({"bptt": bptt, "batch": batch})
         self._segment_fields = Transient((bptt, B, TT))
         return B, TT
@@ -227,6 +234,7 @@ class PyTorchAgentMixin(_Module):
         """
         require_tensordict(td)
         table = self._require_table("cum_action_max_params")
+        self._look_for_bad_actions("deferred")
         rows = _require_rows(logits_list, value)
         pairs = _flat_pairs(action, rows)
         segment = self._segment_shape(td, action, rows)
@@ -236,6 +244,7 @@ class PyTorchAgentMixin(_Module):
             )
         else:
             log_prob, entropy, full_log_probs = ops.evaluate_actions(logits_list, pairs, table)
+        self._look_for_bad_actions("sync")
         results = {"act_log_prob": log_prob, "entropy": entropy, "full_log_probs": full_log_probs, "value": value}
         if segment is None:
             flat = td if td.batch_dims < 2 else td.reshape(rows)
@@ -304,6 +313,11 @@ class PyTorchAgentMixin(_Module):
             expected = f"{list(segment)}, {[segment[0]]} or {[rows]}"
             raise ValueError(f"td: got batch size {list(batch_size)}, expected {expected}")
         return segment
+
+    def _look_for_bad_actions(self, mode: str) -> None:
+        """Raise what kernels have reported, if this is the mode in which `validate` asks for it."""
+        if getattr(self, "validate", "deferred") == mode and not torch.compiler.is_compiling():
+            ops.raise_if_reported(getattr(self, "cum_action_max_params", None), synchronize=mode == "sync")
 
     def _segment_from_fields(self, td: TensorDictBase) -> tuple[int, int]:
         known = self.__dict__.get("_segment_fields")
@@ -452,7 +466,9 @@ class PyTorchAgentMixin(_Module):
         return self
 
 
-def _check_configuration(clip_range: Any, analyze_weights_interval: Any, clip_mode: Any = "absolute") -> None:
+def _check_configuration(
+    clip_range: Any, analyze_weights_interval: Any, clip_mode: Any = "absolute", validate: Any = "deferred"
+) -> None:
     if isinstance(clip_range, bool) or not isinstance(clip_range, Real):
         raise TypeError(f"clip_range: got {clip_range!r}, expected a number >= 0")
     if not float(clip_range) >= 0:
@@ -467,6 +483,8 @@ def _check_configuration(clip_range: Any, analyze_weights_interval: Any, clip_mo
         )
     if clip_mode not in CLIP_MODES:
         raise ValueError(f"clip_mode: got {clip_mode!r}, expected one of {', '.join(CLIP_MODES)}")
+    if validate not in VALIDATE_MODES:
+        raise ValueError(f"validate: got {validate!r}, expected one of {', '.join(VALIDATE_MODES)}")
 
 
 def _named_weights(

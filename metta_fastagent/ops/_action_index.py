@@ -19,7 +19,6 @@ from metta_fastagent.ops import _bad_action
 from metta_fastagent.ops._bad_action import report_index, report_pair
 from metta_fastagent.ops._checks import describe, is_integer, require_same_device, require_tensor
 
-
 # One element per thread of four warps: a conversion moves 20 bytes a row, so it is launch-bound up to a million rows.
 BLOCK = 128
 

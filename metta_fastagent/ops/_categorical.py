@@ -32,7 +32,8 @@ def load_columns(logits, row, live, A: tl.constexpr, COMPUTE: tl.constexpr):
     """Tuple of A columns [ROWS] of logits [N, A]; rows that are not live read 0."""
     xs = ()
     for j in tl.static_range(A):
-        xs = xs + (tl.load(logits + row * A + j, mask=live, other=0.0).to(COMPUTE),)
+        # Triton's compiler knows tuple addition, not unpacking.
+        xs = xs + (tl.load(logits + row * A + j, mask=live, other=0.0).to(COMPUTE),)  # noqa: RUF005
     return xs
 
 

@@ -1,9 +1,9 @@
 """Tables of chunks on the device, through which one launch reaches many tensors.
 
 A tensor is cut into chunks of CHUNK elements; program i of a launch handles chunk i, whose row of the table holds the
-addresses and the length. A table is made once for a set of tensors, uploaded from pinned memory without waiting, and made again
-only when an address, a length or a constant changes. It cannot be made while a CUDA graph is captured, and one that a
-captured graph uses is never freed, as the graph reads it at every replay.
+addresses and the length. A table is made once for a set of tensors, uploaded from pinned memory without waiting, and
+made again only when an address, a length or a constant changes. It cannot be made while a CUDA graph is captured, and
+one that a captured graph uses is never freed, as the graph reads it at every replay.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# 8 elements for each of 128 threads at a time, four times over: 16 to 32 KiB a chunk. Small tensors get programs of their own,
-# and 100 million parameters make 25 thousand programs, enough for any GPU.
+# 8 elements for each of 128 threads at a time, four times over: 16 to 32 KiB a chunk. Small tensors get programs of
+# their own, and 100 million parameters make 25 thousand programs, enough for any GPU.
 CHUNK = 4096
 # Sets of tensors that are remembered: optimizers, agents and targets of one process, with room.
 CAPACITY = 64

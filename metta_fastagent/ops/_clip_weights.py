@@ -9,6 +9,7 @@ forward and backward is legal, as it is with `tensor.data.clamp_`.
 import math
 from collections.abc import Sequence
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ def _clip_weights_cuda_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> N
         group = [tensors[position] for position in members]
         limits = tuple(bounds[position] for position in members)
         key = ("clip", device, dtype, limits, *[t.data_ptr() for t in group], *[t.numel() for t in group])
-        table = cached(key, lambda group=group, limits=limits, device=device: _make_table(group, limits, device), device)
+        table = cached(key, partial(_make_table, group, limits, device), device)
         with device_guard(group[0]):
             _clip_weights_kernel[(table.bounds.numel(),)](
                 group[0],

@@ -23,7 +23,7 @@ from metta_fastagent._dispatch import register
 from metta_fastagent._triton import cdiv, compute_type, device_guard, jit, tl
 from metta_fastagent.ops import _bad_action
 from metta_fastagent.ops._action_index import action_to_logit_index_eager, check_pairs, pair_to_index
-from metta_fastagent.ops._bad_action import EVALUATE_INDEX, EVALUATE_PAIR, report_index, report_pair
+from metta_fastagent.ops._bad_action import report_index, report_pair
 from metta_fastagent.ops._categorical import (
     MAX_ACTIONS,
     MAX_COLUMNS,
@@ -45,7 +45,9 @@ from metta_fastagent.ops._checks import (
 
 
 @jit
-def _load_index(actions, table, word, row, live, num_types, stride_row, stride_pair, A: tl.constexpr, PAIRS: tl.constexpr):
+def _load_index(
+    actions, table, word, row, live, num_types, stride_row, stride_pair, A: tl.constexpr, PAIRS: tl.constexpr
+):
     """Logit index [ROWS] of each row's action, -1 and a report where it is out of range."""
     if PAIRS:
         index, kind, param, legal = pair_to_index(actions, table, row, live, num_types, stride_row, stride_pair)
@@ -151,7 +153,6 @@ def _evaluate_actions_bwd_columns_kernel(
     chosen = tl.load(index + row, mask=live, other=-1)
     xs = load_columns(logits, row, live, A, COMPUTE)
     top, s, w = columns_sums(xs, A)
-    log_s = tl.log(s)
     from_log_prob = tl.zeros([ROWS], COMPUTE)
     if HAS_LOG_PROB:
         from_log_prob = tl.load(grad_log_prob + row, mask=live, other=0.0).to(COMPUTE)
@@ -286,7 +287,9 @@ def _evaluate_actions_backward_cuda(
     return grad_logits
 
 
-def _layout(rows: int, num_actions: int, columns_kernel: Any, tile_kernel: Any) -> tuple[tuple[int], Any, dict[str, int]]:
+def _layout(
+    rows: int, num_actions: int, columns_kernel: Any, tile_kernel: Any
+) -> tuple[tuple[int], Any, dict[str, int]]:
     """Grid, kernel and the arguments of its layout for this shape."""
     if num_actions <= MAX_COLUMNS:
         return (cdiv(rows, ROWS_PER_PROGRAM),), columns_kernel, {"ROWS": ROWS_PER_PROGRAM, "num_warps": 4}

@@ -7,7 +7,6 @@ Source: Kumar, Marklund and Van Roy, "Maintaining Plasticity in Continual Learni
 """
 
 from collections.abc import Sequence
-
 from typing import NamedTuple
 
 import torch
@@ -16,9 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import compute_type, device_guard, jit, next_power_of_2, tl
-from metta_fastagent.ops._chunk_table import CHUNK, cached, chunk_rows, is_dense, upload
 from metta_fastagent.ops._checks import compute_dtype, describe, require_floating_point, require_number
-
+from metta_fastagent.ops._chunk_table import CHUNK, cached, chunk_rows, is_dense, upload
 
 # Partial sums that the last program adds up at a time.
 PARTIALS_BLOCK = 1024

@@ -2,9 +2,9 @@
 
     full_log_probs = log_softmax(logits)         index ~ Categorical(exp(full_log_probs))
 
-The kernels draw by the inverse of the cumulative distribution from one uniform u of each row: the first column with e_j > 0
-whose running sum of shifted exponentials exceeds u times their sum. Neither rounding nor u next to 1 can choose a masked
-action so. The eager twin draws as `log_softmax -> exp -> torch.multinomial` does, from PyTorch's generators, so
+The kernels draw by the inverse of the cumulative distribution from one uniform u of each row: the first column with e_j
+> 0 whose running sum of shifted exponentials exceeds u times their sum. Neither rounding nor u next to 1 can choose a
+masked action so. The eager twin draws as `log_softmax -> exp -> torch.multinomial` does, from PyTorch's generators, so
 `torch.manual_seed` reproduces it and the draws equal those of that formula. The gradient is that of `evaluate_actions`
 at the drawn index.
 """
@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from metta_fastagent._dispatch import register, uses_triton
 from metta_fastagent._triton import cdiv, compute_type, device_guard, jit, tl
+from metta_fastagent.ops._action_index import check_action_index_tensor, logit_index_to_action_eager
 from metta_fastagent.ops._categorical import (
     MAX_ACTIONS,
     MAX_COLUMNS,
@@ -25,7 +26,6 @@ from metta_fastagent.ops._categorical import (
     tile_shape,
     tile_sums,
 )
-from metta_fastagent.ops._action_index import check_action_index_tensor, logit_index_to_action_eager
 from metta_fastagent.ops._checks import compute_dtype, describe, require_logits, require_same_device
 from metta_fastagent.ops._evaluate_actions import (
     entropy_of,
@@ -36,7 +36,9 @@ from metta_fastagent.ops._evaluate_actions import (
 
 
 @jit
-def _store_draw(index_out, log_prob_out, entropy_out, pair_out, table, row, live, chosen, log_prob, entropy, PAIRS: tl.constexpr):
+def _store_draw(
+    index_out, log_prob_out, entropy_out, pair_out, table, row, live, chosen, log_prob, entropy, PAIRS: tl.constexpr
+):
     tl.store(index_out + row, chosen.to(tl.int64), mask=live)
     tl.store(log_prob_out + row, log_prob, mask=live)
     tl.store(entropy_out + row, entropy, mask=live)

@@ -1,0 +1,278 @@
+"""Compile every Triton kernel for GPUs that need not be there, and count what the machine code holds.
+
+    python -m benchmarks.kernel_report [--json FILE] [--targets sm_80,sm_90]
+
+Prints registers, spills, the widest loads and stores, and machine instructions for each kernel and target.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from metta_fastagent.ops import (
+    _action_index,
+    _clip_weights,
+    _evaluate_actions,
+    _l2_init_loss,
+    _sample_actions,
+    _tokens_to_grid,
+)
+from metta_fastagent.ops._categorical import MAX_COLUMNS, ROWS_PER_PROGRAM, tile_shape
+from metta_fastagent.ops._chunk_table import CHUNK
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TRITON_DTYPES = {"fp32": tl.float32, "fp64": tl.float64, "bf16": tl.float32, "fp16": tl.float32}
+
+
+class Case(NamedTuple):
+    """One specialisation of a kernel."""
+
+    name: str
+    kernel: Any
+    pointers: dict[str, str]
+    scalars: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    rows_per_program: int
+
+
+class Figures(NamedTuple):
+    """What the machine code of one case for one target holds."""
+
+    case: str
+    target: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    load_bits: int
+    store_bits: int
+    instructions: int
+    instructions_per_row: float
+
+
+def cases() -> Iterator[Case]:
+    """The specialisations that users meet: float32 at several numbers of actions, and the other dtypes once."""
+    for dtype in ("fp32", "bf16", "fp16", "fp64"):
+        yield _clip_case(dtype)
+    for num_actions in (5, 9, 21, 37, 64, 128, 1024, 4096):
+        yield from _categorical_cases(num_actions, "fp32")
+    for dtype in ("bf16", "fp64"):
+        yield from _categorical_cases(21, dtype)
+    yield from _conversion_cases()
+    for dtype in ("fp32", "bf16"):
+        yield from _l2_cases(dtype)
+        yield _tokens_case(dtype)
+
+
+def _clip_case(dtype: str) -> Case:
+    return Case(
+        f"clip_weights {dtype}",
+        _clip_weights._clip_weights_kernel,
+        {"example": dtype, "chunks": "i64", "bounds": "fp64"},
+        {},
+        {"COMPUTE": TRITON_DTYPES[dtype], "CHUNK": CHUNK},
+        4,
+        CHUNK,
+    )
+
+
+def _categorical_cases(num_actions: int, dtype: str) -> Iterator[Case]:
+    columns = num_actions <= MAX_COLUMNS
+    kind = "columns" if columns else "tile"
+    rows, block, warps = (ROWS_PER_PROGRAM, 0, 4) if columns else tile_shape(num_actions)
+    layout = {"ROWS": rows} if columns else {"ROWS": rows, "BLOCK_A": block}
+    constants = {"A": num_actions, "COMPUTE": TRITON_DTYPES[dtype], **layout}
+    outputs = {"log_prob": dtype, "entropy": dtype, "full_log_probs": dtype}
+    suffix = f"A={num_actions} {dtype}"
+    yield Case(
+        f"evaluate_actions forward {suffix}",
+        getattr(_evaluate_actions, f"_evaluate_actions_fwd_{kind}_kernel"),
+        {"logits": dtype, "actions": "i32", "table": "i64", **outputs, "index": "i64", "word": "i64"},
+        {"N": "i32", "num_types": "i32", "stride_row": "i32", "stride_pair": "i32"},
+        {**constants, "PAIRS": True},
+        warps,
+        rows,
+    )
+    yield Case(
+        f"evaluate_actions backward {suffix}",
+        getattr(_evaluate_actions, f"_evaluate_actions_bwd_{kind}_kernel"),
+        {"logits": dtype, "index": "i64", "grad_log_prob": dtype, "grad_entropy": dtype, "grad_full": dtype}
+        | {"grad_logits": dtype},
+        {"N": "i32"},
+        {**constants, "HAS_LOG_PROB": True, "HAS_ENTROPY": True, "HAS_FULL": False},
+        warps,
+        rows,
+    )
+    yield Case(
+        f"sample_actions {suffix}",
+        getattr(_sample_actions, f"_sample_actions_{kind}_kernel"),
+        {"logits": dtype, "uniform": "fp64" if dtype == "fp64" else "fp32", "table": "i32", "index": "i64", **outputs}
+        | {"pair": "i32"},
+        {"N": "i32"},
+        {**constants, "PAIRS": True},
+        warps,
+        rows,
+    )
+
+
+def _conversion_cases() -> Iterator[Case]:
+    block = _action_index.BLOCK
+    yield Case(
+        "action_to_logit_index",
+        _action_index._action_to_logit_index_kernel,
+        {"actions": "i32", "table": "i64", "index": "i64", "word": "i64"},
+        {"N": "i32", "num_types": "i32", "stride_row": "i32", "stride_pair": "i32"},
+        {"OPERATION": 3, "BLOCK": block},
+        4,
+        block,
+    )
+    yield Case(
+        "logit_index_to_action",
+        _action_index._logit_index_to_action_kernel,
+        {"index": "i64", "table": "i32", "pairs": "i32", "word": "i64"},
+        {"N": "i32", "A": "i32"},
+        {"OPERATION": 4, "BLOCK": block},
+        4,
+        block,
+    )
+
+
+def _l2_cases(dtype: str) -> Iterator[Case]:
+    constants = {"COMPUTE": TRITON_DTYPES[dtype], "CHUNK": CHUNK}
+    yield Case(
+        f"l2_init_loss forward {dtype}",
+        _l2_init_loss._l2_init_loss_fwd_kernel,
+        {"example": dtype, "chunks": "i64", "partials": "fp64", "counter": "i32", "loss": "fp32"},
+        {"num_chunks": "i32", "scale": "fp32"},
+        {**constants, "PARTIALS_BLOCK": _l2_init_loss.PARTIALS_BLOCK},
+        4,
+        CHUNK,
+    )
+    yield Case(
+        f"l2_init_loss backward {dtype}",
+        _l2_init_loss._l2_init_loss_bwd_kernel,
+        {"flat": dtype, "chunks": "i64", "grad": "fp32"},
+        {"scale": "fp32"},
+        constants,
+        4,
+        CHUNK,
+    )
+
+
+def _tokens_case(dtype: str) -> Case:
+    module = _tokens_to_grid
+    blocks = {"ZERO_BLOCK": module.ZERO_BLOCK, "TOKEN_BLOCK": module.TOKEN_BLOCK}
+    return Case(
+        f"tokens_to_grid {dtype}",
+        module._tokens_to_grid_kernel,
+        {"tokens": "u8", "scale": "fp32", "grid": dtype},
+        {"num_tokens": "i32"},
+        {"L": 25, "W": 11, "H": 11, **blocks},
+        4,
+        1,
+    )
+
+
+def compile_case(case: Case, target: GPUTarget) -> Any:
+    """The compiled kernel, every pointer known to be 16-byte aligned as PyTorch's allocator makes it."""
+    names = case.kernel.arg_names
+    types = {
+        **{n: f"*{t}" for n, t in case.pointers.items()},
+        **case.scalars,
+        **dict.fromkeys(case.constants, "constexpr"),
+    }
+    signature = {name: types[name] for name in names}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.pointers}
+    constants = {(names.index(n),): value for n, value in case.constants.items()}
+    source = ASTSource(case.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options={"num_warps": case.num_warps})
+
+
+def figures(case: Case, target_name: str) -> Figures:
+    """Compile one case for one target and read its machine code."""
+    compiled = compile_case(case, TARGETS[target_name])
+    read = _read_amd if target_name.startswith("gfx") else _read_nvidia
+    registers, spills, load_bits, store_bits, instructions = read(compiled)
+    lanes = 64 if target_name.startswith("gfx") else 32
+    per_row = instructions * case.num_warps * lanes / case.rows_per_program / lanes
+    shared = compiled.metadata.shared
+    return Figures(case.name, target_name, registers, spills, shared, load_bits, store_bits, instructions, per_row)
+
+
+def _read_nvidia(compiled: Any) -> tuple[int, int, int, int, int]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", cubin.name)
+        code = _output(tools / "nvdisasm", "-c", cubin.name)
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    spills = int(re.search(r"LOCAL:(\d+)", usage).group(1)) + int(re.search(r"STACK:(\d+)", usage).group(1))
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", code, flags=re.MULTILINE)
+    useful = [opcode for opcode in opcodes if opcode != "NOP" and not opcode.startswith("BRA")]
+    return registers, spills, _widest(opcodes, "LDG"), _widest(opcodes, "STG"), len(useful)
+
+
+def _widest(opcodes: list[str], kind: str) -> int:
+    widths = []
+    for opcode in opcodes:
+        if opcode.split(".")[0] == kind:
+            sizes = re.findall(r"\.(?:U|S)?(8|16|64|128)\b", opcode)
+            widths.append(max(map(int, sizes)) if sizes else 32)
+    return max(widths, default=0)
+
+
+def _read_amd(compiled: Any) -> tuple[int, int, int, int, int]:
+    code = compiled.asm["amdgcn"]
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code).group(1))
+    spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code).group(1))
+    body = code[: code.index("s_endpgm")]
+    opcodes = re.findall(r"^\s+([a-z]\w+)", body, flags=re.MULTILINE)
+    widths = {"dwordx4": 128, "dwordx2": 64, "dword": 32}
+    loads = [widths.get(o.rsplit("_", 1)[-1], 16) for o in opcodes if o.startswith(("global_load", "buffer_load"))]
+    stores = [widths.get(o.rsplit("_", 1)[-1], 16) for o in opcodes if o.startswith(("global_store", "buffer_store"))]
+    return registers, spills, max(loads, default=0), max(stores, default=0), len(opcodes)
+
+
+def _output(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    """Print the table; write it as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, of " + ", ".join(TARGETS))
+    arguments = parser.parse_args()
+    rows = [figures(case, target) for target in arguments.targets.split(",") for case in cases()]
+    print(f"Triton {triton.__version__}")
+    print(
+        f"{'kernel':42} {'target':7} {'regs':>4} {'spill':>5} {'shared':>6} {'load':>4} {'store':>5} {'instr':>6} {'per row':>7}"
+    )
+    for row in rows:
+        print(
+            f"{row.case:42} {row.target:7} {row.registers:4} {row.spills:5} {row.shared_bytes:6} {row.load_bits:4} "
+            f"{row.store_bits:5} {row.instructions:6} {row.instructions_per_row:7.2f}"
+        )
+    if arguments.json:
+        figures_by_name = {"triton": triton.__version__, "rows": [row._asdict() for row in rows]}
+        arguments.json.write_text(json.dumps(figures_by_name, indent=1))
+
+
+if __name__ == "__main__":
+    main()
