@@ -3,6 +3,7 @@
 Importing this asks no device. Whether Triton works is found out at the first call on a CUDA device (`works_on`), once.
 """
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -13,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Any: Triton's language has no types that a checker could follow.
+triton: Any = None
+tl: Any = SimpleNamespace(constexpr=int)
+import_error: Exception | None = None
 try:
-    import triton
-    import triton.language as tl
-
-    jit: Callable = triton.jit
-    import_error: Exception | None = None
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
 except Exception as error:
     # Missing, or broken in any way: the reason is told at the first use on a CUDA device.
-    triton = None
-    tl: Any = SimpleNamespace(constexpr=int)
     import_error = error
 
-    def jit(function: Callable) -> Callable:
-        """Leave the kernel's source as it is; nothing launches it."""
-        return function
+
+def jit(function: Callable) -> Any:
+    """`triton.jit`; without Triton the function as it is, which nothing launches then."""
+    return function if triton is None else triton.jit(function)
 
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"

@@ -10,6 +10,8 @@ A value out of range is an error that names it where reading values is free (the
 bad pair becomes index -1, whose log-probability is NaN, and a bad index becomes the pair (-1, -1).
 """
 
+# pyright: reportInvalidTypeForm=false
+
 import torch
 from torch import Tensor
 

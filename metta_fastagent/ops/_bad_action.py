@@ -9,6 +9,8 @@ later look, so an error comes one call late unless the caller waits for the devi
                                             0..27 index + 2^27 (operations that take an index)
 """
 
+# pyright: reportInvalidTypeForm=false
+
 from typing import Any
 
 import torch

@@ -8,6 +8,8 @@ that
     log_prob_j = x_j - max - log s          entropy = log s - w / s
 """
 
+# pyright: reportInvalidTypeForm=false
+
 from metta_fastagent._triton import jit, next_power_of_2, tl
 
 # Above this the columns of one row no longer fit a thread's registers without spilling (96 at 64, 168 at 128 of 255,

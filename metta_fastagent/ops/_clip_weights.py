@@ -6,9 +6,10 @@ NaN stays NaN, infinities clip. The autograd version of the tensors does not cha
 forward and backward is legal, as it is with `tensor.data.clamp_`.
 """
 
+# pyright: reportInvalidTypeForm=false
+
 import math
 from collections.abc import Sequence
-
 from functools import partial
 from typing import NamedTuple
 
@@ -17,9 +18,8 @@ from torch import Tensor
 
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import device_guard, jit, tl
-from metta_fastagent.ops._chunk_table import CHUNK, cached, chunk_rows, is_dense, upload
 from metta_fastagent.ops._checks import require_floating_point, require_number
-
+from metta_fastagent.ops._chunk_table import CHUNK, cached, chunk_rows, is_dense, upload
 
 # Bytes of the widest load; a chunk that starts on such an address is moved 128 bits at a time.
 VECTOR_BYTES = 16

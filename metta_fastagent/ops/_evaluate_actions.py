@@ -13,6 +13,8 @@ and is cast once, at the store. A row whose index is out of range (possible off 
 gradient 0.
 """
 
+# pyright: reportInvalidTypeForm=false
+
 from typing import Any
 
 import torch

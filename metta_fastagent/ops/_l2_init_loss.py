@@ -6,6 +6,8 @@ Source: Kumar, Marklund and Van Roy, "Maintaining Plasticity in Continual Learni
 (2023). Squares are summed in float32 (float64 for float64 weights) and the loss is float32 whatever the weights are.
 """
 
+# pyright: reportInvalidTypeForm=false
+
 from collections.abc import Sequence
 from typing import NamedTuple
 

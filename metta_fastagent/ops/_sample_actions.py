@@ -9,6 +9,8 @@ masked action so. The eager twin draws as `log_softmax -> exp -> torch.multinomi
 at the drawn index.
 """
 
+# pyright: reportInvalidTypeForm=false
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable

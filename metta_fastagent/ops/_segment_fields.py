@@ -3,6 +3,8 @@
 fields[0] = bptt        fields[1] = batch
 """
 
+# pyright: reportInvalidTypeForm=false
+
 from collections.abc import Sequence
 
 import torch

@@ -8,6 +8,8 @@ Empty tokens (coordinate 255), tokens outside the window and tokens of an unknow
 any cell; of two tokens for one cell the later wins, on every device. Cells without a token are 0.
 """
 
+# pyright: reportInvalidTypeForm=false
+
 import torch
 from torch import Tensor
 
