@@ -221,11 +221,18 @@ def _read_nvidia(compiled: Any) -> tuple[int, int, int, int, int]:
         cubin.flush()
         usage = _output(tools / "cuobjdump", "-res-usage", cubin.name)
         code = _output(tools / "nvdisasm", "-c", cubin.name)
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    spills = int(re.search(r"LOCAL:(\d+)", usage).group(1)) + int(re.search(r"STACK:(\d+)", usage).group(1))
+    registers = _number(r"REG:(\d+)", usage)
+    spills = _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage)
     opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", code, flags=re.MULTILINE)
     useful = [opcode for opcode in opcodes if opcode != "NOP" and not opcode.startswith("BRA")]
     return registers, spills, _widest(opcodes, "LDG"), _widest(opcodes, "STG"), len(useful)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the disassembler's report lacks {pattern}")
+    return int(found.group(1))
 
 
 def _widest(opcodes: list[str], kind: str) -> int:
@@ -239,8 +246,8 @@ def _widest(opcodes: list[str], kind: str) -> int:
 
 def _read_amd(compiled: Any) -> tuple[int, int, int, int, int]:
     code = compiled.asm["amdgcn"]
-    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code).group(1))
-    spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code).group(1))
+    registers = _number(r"\.vgpr_count:\s+(\d+)", code)
+    spills = _number(r"\.vgpr_spill_count:\s+(\d+)", code)
     body = code[: code.index("s_endpgm")]
     opcodes = re.findall(r"^\s+([a-z]\w+)", body, flags=re.MULTILINE)
     widths = {"dwordx4": 128, "dwordx2": 64, "dword": 32}
@@ -261,9 +268,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [figures(case, target) for target in arguments.targets.split(",") for case in cases()]
     print(f"Triton {triton.__version__}")
-    print(
-        f"{'kernel':42} {'target':7} {'regs':>4} {'spill':>5} {'shared':>6} {'load':>4} {'store':>5} {'instr':>6} {'per row':>7}"
-    )
+    print("kernel".ljust(42), "target  regs spill shared load store  instr per row")
     for row in rows:
         print(
             f"{row.case:42} {row.target:7} {row.registers:4} {row.spills:5} {row.shared_bytes:6} {row.load_bits:4} "

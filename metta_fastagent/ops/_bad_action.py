@@ -4,9 +4,10 @@ A kernel never stops on a bad action: it marks the row's log-probability NaN and
 memory that the device reaches. `raise_if_reported` looks at it; what a running kernel has not written yet is found by a
 later look, so an error comes one call late unless the caller waits for the device first.
 
-    bits 60..62 operation    28..59 row    14..27 action type + 8192    0..13 parameter + 8192       0: nothing to
-    report
-                                            0..27 index + 2^27 (operations that take an index)
+    bits 60..62: operation    28..59: row    14..27: action type + 8192    0..13: parameter + 8192
+                                             0..27: index + 2^27, in operations that take an index
+
+0 means that there is nothing to report.
 """
 
 # pyright: reportInvalidTypeForm=false

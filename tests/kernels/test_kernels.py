@@ -1,0 +1,311 @@
+"""Every Triton kernel against float64 references in plain PyTorch, torch.distributions and literal tables."""
+
+import pytest
+import torch
+
+from metta_fastagent import ops
+from metta_fastagent.ops import _sample_actions
+from metta_fastagent.ops._categorical import MAX_ACTIONS, MAX_COLUMNS
+
+CUM = [0, 0, 3, 6]
+PAIRS = [[0, 0], [1, 0], [1, 1], [1, 2], [1, 3], [2, 0], [2, 1], [2, 2], [2, 3]]
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# Both layouts at their edges, odd sizes, and the largest that is fused.
+SIZES = [(1, 3), (2, 1), (9, 130), (21, 5), (MAX_COLUMNS, 3), (MAX_COLUMNS + 1, 5), (100, 40), (1000, 3), (MAX_ACTIONS, 1)]
+# bfloat16 arithmetic and rounding are wrong in the interpreter.
+FLOATS = [torch.float32, torch.float64, torch.float16]
+
+
+def close(got, expected, dtype):
+    torch.testing.assert_close(got.double(), expected.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
+
+
+def make_logits(rows, actions, device, dtype=torch.float32, masked=False):
+    logits = 3 * torch.randn(rows, actions, dtype=torch.float64)
+    if masked:
+        logits[:, ::3] = -torch.inf
+        logits[:, 1] = 0.0
+    return logits.to(dtype).to(device)
+
+
+def reference(logits, index):
+    """log_prob, entropy and full log-probabilities in float64; p log p of a masked action counts 0."""
+    full = logits.double().log_softmax(-1)
+    entropy = -(full.exp() * full.masked_fill(full == -torch.inf, 0)).sum(-1)
+    return full.gather(1, index.unsqueeze(1)).squeeze(1), entropy, full
+
+
+@pytest.mark.parametrize(("actions", "rows"), SIZES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_evaluate_actions(device, actions, rows, dtype):
+    logits = make_logits(rows, actions, device, dtype)
+    index = torch.randint(actions, (rows,), device=device)
+    for got, expected in zip(ops.evaluate_actions(logits, index), reference(logits, index), strict=True):
+        assert got.dtype == dtype
+        close(got, expected, dtype)
+
+
+@pytest.mark.parametrize(("actions", "rows"), [(9, 130), (100, 5)])
+@pytest.mark.parametrize("used", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)])
+def test_evaluate_actions_gradients(device, actions, rows, used):
+    logits = make_logits(rows, actions, device, torch.float64).requires_grad_()
+    index = torch.randint(actions, (rows,), device=device)
+    upstream = [torch.randn_like(output) for output in reference(logits, index)]
+
+    def gradient(outputs):
+        chosen = [(o, g) for o, g, use in zip(outputs, upstream, used, strict=True) if use]
+        return torch.autograd.grad([o for o, _ in chosen], logits, [g for _, g in chosen])[0]
+
+    close(gradient(ops.evaluate_actions(logits, index)), gradient(reference(logits, index)), torch.float64)
+
+
+@pytest.mark.parametrize("actions", [5, 70])
+def test_evaluate_actions_gradcheck(device, actions):
+    logits = make_logits(3, actions, device, torch.float64).requires_grad_()
+    index = torch.randint(actions, (3,), device=device)
+    assert torch.autograd.gradcheck(lambda x: ops.evaluate_actions(x, index), (logits,))
+
+
+@pytest.mark.parametrize("actions", [10, 80])
+def test_masked_logits_make_no_nan(device, actions):
+    logits = make_logits(7, actions, device, masked=True).requires_grad_()
+    index = torch.ones(7, dtype=torch.int64, device=device)
+    log_prob, entropy, full = ops.evaluate_actions(logits, index)
+    expected = reference(logits, index)
+    close(log_prob, expected[0], torch.float32)
+    close(entropy, expected[1], torch.float32)
+    (gradient,) = torch.autograd.grad(log_prob.sum() + entropy.sum(), logits)
+    assert gradient.isfinite().all()
+    assert (gradient[:, ::3] == 0).all()
+
+
+@pytest.mark.parametrize("actions", [4, 80])
+def test_nan_stays_in_its_row(device, actions):
+    logits = make_logits(5, actions, device)
+    logits[2, 1] = torch.nan
+    log_prob, entropy, full = ops.evaluate_actions(logits, torch.zeros(5, dtype=torch.int64, device=device))
+    for output in (log_prob, entropy, full.sum(-1)):
+        assert output.isnan().tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("integer", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_pairs_of_any_integer_dtype(device, integer):
+    table = torch.tensor(CUM, device=device)
+    pairs = torch.tensor(PAIRS, dtype=integer, device=device)
+    assert ops.action_to_logit_index(pairs, table).tolist() == list(range(9))
+    logits = make_logits(9, 9, device)
+    by_pair, by_index = ops.evaluate_actions(logits, pairs, table), ops.evaluate_actions(logits, pairs.new_tensor(range(9)))
+    assert all(torch.equal(a, b) for a, b in zip(by_pair, by_index, strict=True))
+
+
+def test_strided_pairs(device):
+    wide = torch.tensor([[t, 9, p] for t, p in PAIRS], device=device)[:, ::2]
+    assert ops.action_to_logit_index(wide, torch.tensor(CUM, device=device)).tolist() == list(range(9))
+    assert ops.action_to_logit_index(wide.view(3, 3, 2), torch.tensor(CUM, device=device)).shape == (3, 3)
+
+
+def test_indices_to_pairs(device):
+    table = torch.tensor(PAIRS, dtype=torch.int32, device=device)
+    index = torch.tensor([[8, 0, 3], [1, 5, 2]], dtype=torch.int16, device=device)
+    pairs = ops.logit_index_to_action(index, table)
+    assert pairs.dtype == torch.int32
+    assert pairs.tolist() == [[[2, 3], [0, 0], [1, 2]], [[1, 0], [2, 0], [1, 1]]]
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ([3, 0], "action type 3, parameter 0, expected a type 0 to 2"),
+        ([-1, 2], "action type -1, parameter 2, expected a type 0 to 2"),
+        ([1, 4], "parameter 4 for action type 1, expected 0 to 3"),
+        ([2, -5], "parameter -5 for action type 2, expected 0 to 3"),
+    ],
+)
+def test_a_bad_pair_is_told_and_harms_nothing(device, bad, told):
+    table = torch.tensor(CUM, device=device)
+    pairs = torch.tensor([[0, 0], [1, 1], bad, [2, 2]], device=device)
+    logits = make_logits(4, 9, device).requires_grad_()
+    log_prob, entropy, _ = ops.evaluate_actions(logits, pairs, table)
+    assert log_prob.isnan().tolist() == [False, False, True, False]
+    (gradient,) = torch.autograd.grad(log_prob.nansum() + entropy.sum(), logits)
+    assert (gradient[2] == 0).all()
+    assert gradient[[0, 1, 3]].abs().sum() > 0
+    with pytest.raises(ValueError, match=r"evaluate_actions: actions\[2\]") as error:
+        ops.raise_if_reported(table, synchronize=True)
+    assert told in str(error.value)
+    ops.raise_if_reported(table, synchronize=True)
+    assert ops.action_to_logit_index(pairs, table).tolist() == [0, 2, -1, 7]
+    with pytest.raises(ValueError, match=r"action_to_logit_index: actions\[2\]"):
+        ops.raise_if_reported(table, synchronize=True)
+
+
+@pytest.mark.parametrize("bad", [-1, 9, 10**12])
+def test_a_bad_index_is_told_and_harms_nothing(device, bad):
+    table = torch.tensor(PAIRS, dtype=torch.int32, device=device)
+    index = torch.tensor([0, bad, 8], device=device)
+    assert ops.logit_index_to_action(index, table).tolist() == [[0, 0], [-1, -1], [2, 3]]
+    with pytest.raises(ValueError, match=r"logit_index_to_action: actions\[1\]: got logit index"):
+        ops.raise_if_reported(synchronize=True)
+    log_prob, _, _ = ops.evaluate_actions(make_logits(3, 9, device), index)
+    assert log_prob.isnan().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match=r"evaluate_actions: actions\[1\]: got logit index"):
+        ops.raise_if_reported(synchronize=True)
+
+
+@pytest.mark.parametrize(("actions", "rows"), SIZES)
+def test_sample_actions(device, actions, rows):
+    logits = make_logits(rows, actions, device)
+    table = torch.randint(99, (actions, 2), dtype=torch.int32, device=device)
+    index, log_prob, entropy, full, pair = ops.sample_actions(logits, table)
+    assert ((index >= 0) & (index < actions)).all()
+    assert torch.equal(pair, table[index])
+    for got, expected in zip((log_prob, entropy, full), reference(logits, index), strict=True):
+        close(got, expected, torch.float32)
+
+
+@pytest.mark.parametrize("actions", [9, 100])
+def test_draws_invert_the_cumulative_distribution(device, actions):
+    logits = make_logits(200, actions, device, torch.float64)
+    uniform = torch.rand(200, dtype=torch.float64, device=device)
+    index = _sample_actions._draw_cuda(logits, None, uniform)[0]
+    expected = (logits.softmax(-1).cumsum(-1) > uniform.unsqueeze(1)).int().argmax(-1)
+    assert torch.equal(index, expected)
+
+
+@pytest.mark.parametrize("actions", [3, 9, MAX_COLUMNS, 100, 1000])
+@pytest.mark.parametrize("u", [0.0, 1e-38, 1 - 2**-24])
+@pytest.mark.parametrize("allowed", ["first", "last", "middle", "some"])
+def test_a_forbidden_action_is_never_drawn(device, actions, u, allowed):
+    keep = {"first": slice(0, 1), "last": slice(-1, None), "middle": slice(1, 2), "some": slice(1, -1, 2)}[allowed]
+    logits = torch.full((130 if actions < 100 else 4, actions), -torch.inf, device=device)
+    logits[:, keep] = 20 * torch.randn_like(logits[:, keep])
+    index = _sample_actions._draw_cuda(logits, None, torch.full((len(logits),), u, device=device))[0]
+    assert logits.gather(1, index.unsqueeze(1)).isfinite().all()
+
+
+@pytest.mark.parametrize("actions", [5, 70])
+def test_draws_follow_the_probabilities(device, actions):
+    torch.manual_seed(1)
+    logits = torch.randn(actions, device=device)
+    index = ops.sample_actions(logits.expand(20000, actions))[0]
+    expected = logits.double().softmax(-1) * 20000
+    chi_squared = ((index.bincount(minlength=actions) - expected).square() / expected).sum().item()
+    # 99.99 % quantile of chi-squared with actions - 1 degrees of freedom, 4 and 69.
+    assert chi_squared < {5: 23.5, 70: 123.5}[actions]
+
+
+def test_same_seed_same_draws(device):
+    logits = make_logits(300, 9, device)
+
+    def draw(**kwargs):
+        return ops.sample_actions(logits, **kwargs)[0]
+
+    torch.manual_seed(3)
+    first, second = draw(), draw()
+    torch.manual_seed(3)
+    assert torch.equal(draw(), first)
+    assert not torch.equal(first, second)
+    generator = torch.Generator(device).manual_seed(3)
+    assert torch.equal(draw(generator=generator), draw(generator=generator.manual_seed(3)))
+
+
+def test_gradients_of_draws(device):
+    logits = make_logits(20, 9, device, torch.float64).requires_grad_()
+    index, log_prob, entropy, _ = ops.sample_actions(logits)
+    expected = reference(logits, index)
+    (got,) = torch.autograd.grad(log_prob.sum() + 2 * entropy.sum(), logits)
+    close(got, torch.autograd.grad(expected[0].sum() + 2 * expected[1].sum(), logits)[0], torch.float64)
+
+
+@pytest.mark.parametrize("actions", [4, 80])
+def test_a_row_without_distribution_is_nan(device, actions):
+    logits = make_logits(4, actions, device)
+    logits[1] = -torch.inf
+    logits[2, 0] = torch.nan
+    index, log_prob, _, _ = ops.sample_actions(logits)
+    assert log_prob.isnan().tolist() == [False, True, True, False]
+    assert ((index >= 0) & (index < actions)).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_clip_weights(device, dtype):
+    sizes = [1, 7, 4096, 10000, 0]
+    tensors = [torch.randn(n).to(dtype).to(device) for n in sizes]
+    tensors += [torch.randn(9000).to(dtype).to(device)[1:8500], torch.randn(30, 16).to(dtype).to(device).t()]
+    tensors += [torch.randn(30, 30).to(dtype).to(device)[:, ::2]]
+    tensors[1][2], tensors[2][5], tensors[3][9] = torch.nan, torch.inf, -torch.inf
+    bounds = [0.1, 0.25, 0.0, 1.5, 1.0, 0.7, 0.3, 0.4]
+    expected = [t.clone().clamp(-b, b) for t, b in zip(tensors, bounds, strict=True)]
+    outside = torch.randn(9000).to(dtype).to(device)
+    tensors.append(outside[10:20])
+    untouched = outside.clone()
+    ops.clip_weights_(tensors, [*bounds, 0.5])
+    for got, want in zip(tensors, expected, strict=False):
+        assert torch.equal(got.nan_to_num(99), want.nan_to_num(99))
+    assert torch.equal(outside[:10], untouched[:10])
+    assert torch.equal(outside[20:], untouched[20:])
+
+
+def test_clip_follows_moved_data_and_changed_bounds(device):
+    weight = torch.nn.Parameter(torch.randn(5000, device=device))
+    ops.clip_weights_([weight], [1.0])
+    version = weight._version
+    weight.data = 3 * torch.randn(5000, device=device)
+    ops.clip_weights_([weight], [1.0])
+    assert weight.abs().max() == 1.0
+    ops.clip_weights_([weight], [0.5])
+    assert weight.abs().max() == 0.5
+    assert weight._version == version
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_l2_init_loss(device, dtype):
+    shapes = [(3,), (70, 90), (1,), (5000,), (8, 4, 3, 3)]
+    params = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+    initial = [torch.randn_like(param) for param in params]
+    loss = ops.l2_init_loss(params, initial, 0.25)
+    expected = 0.25 * sum((p.double() - q.double()).square().sum() for p, q in zip(params, initial, strict=True))
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for got, want in zip(torch.autograd.grad(2 * loss, params), torch.autograd.grad(2 * expected, params), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    assert torch.equal(ops.l2_init_loss(params, initial, 0.25), loss)
+
+
+@pytest.mark.parametrize(("features", "width", "height", "tokens"), [(6, 11, 11, 40), (25, 11, 11, 100), (1, 3, 16, 33)])
+def test_tokens_to_grid(device, features, width, height, tokens):
+    rows = 3
+    made = torch.randint(0, 256, (rows, tokens, 3), dtype=torch.uint8)
+    made[..., 0] = torch.randint(0, min(width + 1, 16), (rows, tokens)) * 16 + torch.randint(0, height, (rows, tokens))
+    made[..., 1] = torch.randint(0, features + 1, (rows, tokens))
+    made[:, ::7] = 255
+    scale = torch.rand(features) * 9 + 1
+    expected = torch.zeros(rows, features, width, height)
+    for row in range(rows):
+        for coordinate, feature, value in made[row].tolist():
+            x, y = coordinate >> 4, coordinate & 15
+            if coordinate != 255 and x < width and y < height and feature < features:
+                expected[row, feature, x, y] = torch.tensor(float(value)) / scale[feature]
+    grid = ops.tokens_to_grid(made.to(device), features, width, height, scale.to(device))
+    assert torch.equal(grid.cpu(), expected)
+
+
+def test_segment_fields(device):
+    bptt, batch = ops.segment_fields(torch.empty(1, device=device), (3, 700), 700, 3)
+    assert (bptt == 700).all()
+    assert (batch == 3).all()
+    assert bptt.shape == batch.shape == (3, 700)
+    assert bptt.dtype == batch.dtype == torch.int64
+
+
+def test_no_rows(device):
+    logits = torch.empty(0, 9, device=device).requires_grad_()
+    log_prob, entropy, full = ops.evaluate_actions(logits, torch.empty(0, dtype=torch.int64, device=device))
+    assert (log_prob.shape, entropy.shape, full.shape) == ((0,), (0,), (0, 9))
+    assert torch.autograd.grad(log_prob.sum(), logits)[0].shape == (0, 9)
+    assert ops.sample_actions(logits)[0].shape == (0,)
+    pairs = torch.empty(0, 2, dtype=torch.int32, device=device)
+    assert ops.action_to_logit_index(pairs, torch.tensor(CUM, device=device)).shape == (0,)
+    tokens = torch.empty(0, 4, 3, dtype=torch.uint8, device=device)
+    assert ops.tokens_to_grid(tokens, 2, 11, 11, torch.ones(2, device=device)).shape == (0, 2, 11, 11)
