@@ -126,11 +126,12 @@ def explain() -> str:
     version = f"Triton {triton.__version__}" if triton is not None else f"no Triton ({_triton.import_error})"
     lines = [
         f"metta_fastagent on PyTorch {torch.__version__}, {version}, Python {platform.python_version()}",
-        f"requested backend: {_requested} (by {ENVIRONMENT_VARIABLE} or use_backend; one of {', '.join(BACKENDS)})",
+        f"requested: {_requested} (by {ENVIRONMENT_VARIABLE} or use_backend; one of {', '.join(BACKENDS)})",
         f"cpu: {_explain_cpu()}",
         *_explain_cuda(),
         "other devices: eager, as there are no kernels for them",
-        "Triton kernels: " + ", ".join(sorted(name for name, kernel in _operations.items() if kernel)),
+        "operations: " + ", ".join(sorted(_operations)),
+        "without a Triton kernel: " + (", ".join(sorted(n for n, k in _operations.items() if not k)) or "none"),
     ]
     return "\n".join(lines)
 
@@ -144,7 +145,7 @@ def _explain_cpu() -> str:
 def _explain_cuda() -> list[str]:
     if not torch.cuda.is_available():
         reason = "no device" if torch.backends.cuda.is_built() else "PyTorch was built without it"
-        return [f"cuda: not available, {reason}"]
+        return [f"cuda: not available here, {reason}"]
     lines = []
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)

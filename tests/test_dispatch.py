@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from metta_fastagent import backend, explain, use_backend
+from metta_fastagent import _triton, backend, explain, use_backend
 from metta_fastagent.ops import action_to_logit_index
 
 
@@ -28,8 +28,10 @@ def test_explain_names_versions_devices_and_the_request():
     text = explain()
     assert torch.__version__ in text
     assert platform.python_version() in text
-    for device in ("cpu", "cuda"):
-        assert any(line.strip().startswith(f"{device}: ") and "eager" in line for line in text.splitlines())
+    lines = text.splitlines()
+    assert any(line.startswith("cpu: eager") for line in lines)
+    assert any(line.startswith("cuda") and ("not available" in line or "triton" in line) for line in lines)
+    assert any(line.startswith("other devices: eager") for line in lines)
     assert "METTA_FASTAGENT_BACKEND" in text
     assert "use_backend" in text
 
@@ -73,7 +75,7 @@ def test_use_backend_restores_after_an_exception():
     assert requested() == before
 
 
-@pytest.mark.parametrize("name", ["auto", "eager"])
+@pytest.mark.parametrize("name", ["auto", "triton", "eager"])
 def test_operations_run_with_each_backend(name):
     with use_backend(name):
         assert action_to_logit_index(torch.tensor([[1, 2]]), torch.tensor([0, 1, 3])).tolist() == [4]
@@ -84,7 +86,7 @@ def test_a_wrong_backend_is_refused_and_changes_nothing(name):
     before = requested()
     with pytest.raises(ValueError) as caught, use_backend(name):
         pass
-    assert str(caught.value) == f"name: got {name!r}, expected one of auto, eager"
+    assert str(caught.value) == f"name: got {name!r}, expected one of auto, triton, eager"
     assert requested() == before
 
 
@@ -109,4 +111,28 @@ def test_the_environment_variable_is_read_at_import():
 def test_a_wrong_environment_variable_is_refused_at_import():
     done = run("import metta_fastagent", METTA_FASTAGENT_BACKEND="fast")
     assert done.returncode != 0
-    assert "ValueError: METTA_FASTAGENT_BACKEND: got 'fast', expected one of auto, eager" in done.stderr
+    assert "ValueError: METTA_FASTAGENT_BACKEND: got 'fast', expected one of auto, triton, eager" in done.stderr
+
+
+def test_triton_missing_is_one_warning_and_eager_operations(monkeypatch):
+    monkeypatch.setattr(_triton, "import_error", ImportError("No module named 'triton'"))
+    monkeypatch.setattr(_triton, "_works", {})
+    device = torch.device("cuda", 0)
+    with pytest.warns(RuntimeWarning, match="Triton does not work on cuda:0.*No module named 'triton'") as warned:
+        assert [backend(device), backend(device)] == ["eager", "eager"]
+    assert len(warned) == 1
+    with use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for.*cuda:0"):
+        backend(device)
+    with use_backend("eager"):
+        assert backend(device) == "eager"
+
+
+def test_the_package_works_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; from metta_fastagent import explain, ops;"
+        "print(ops.sample_actions(torch.zeros(2, 3))[0].shape, explain())"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([2])" in done.stdout
+    assert "no Triton" in done.stdout

@@ -85,7 +85,7 @@ def test_the_mixin_brings_no_constructor_and_no_forward():
     ("method", "parameters"),
     [
         ("extract_mixin_params", ["kwargs"]),
-        ("init_mixin", ["clip_range", "analyze_weights_interval", "extra_kwargs", "clip_mode"]),
+        ("init_mixin", ["clip_range", "analyze_weights_interval", "extra_kwargs", "clip_mode", "validate"]),
         ("clip_weights", []),
         ("set_tensordict_fields", ["td", "observations"]),
         ("handle_training_mode", ["td", "action", "logits_list", "value"]),
