@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from tensordict import TensorDict
 
-from metta_fastagent import ops
+from metta_fastagent import PyTorchAgentMixin, ops
 from metta_fastagent.ops import _sample_actions
 from metta_fastagent.ops._categorical import MAX_ACTIONS, MAX_COLUMNS
 
@@ -309,3 +310,36 @@ def test_no_rows(device):
     assert ops.action_to_logit_index(pairs, torch.tensor(CUM, device=device)).shape == (0,)
     tokens = torch.empty(0, 4, 3, dtype=torch.uint8, device=device)
     assert ops.tokens_to_grid(tokens, 2, 11, 11, torch.ones(2, device=device)).shape == (0, 2, 11, 11)
+
+
+def make_agent(device, **kwargs):
+    class Agent(PyTorchAgentMixin, torch.nn.Module):
+        pass
+
+    agent = Agent()
+    agent.init_mixin(**kwargs)
+    agent.activate_actions(["noop", "move", "press"], [0, 3, 3], device)
+    return agent
+
+
+def train(agent, pairs):
+    logits, value = torch.zeros(len(pairs), 9, device=pairs.device), torch.zeros(len(pairs), 1, device=pairs.device)
+    return agent.handle_training_mode(TensorDict({}, batch_size=[len(pairs)]), pairs, logits, value)
+
+
+def test_a_bad_action_is_told_when_validate_says(device):
+    good = torch.tensor(PAIRS, device=device)
+    bad = good.clone()
+    bad[4, 1] = 7
+    deferred, sync, off = (make_agent(device, validate=mode) for mode in ("deferred", "sync", "off"))
+    assert train(deferred, bad)["act_log_prob"].isnan().sum() == 1
+    torch.cuda.synchronize() if device.type == "cuda" else None
+    with pytest.raises(ValueError, match=r"actions\[4\]: got parameter 7 for action type 1, expected 0 to 3"):
+        train(deferred, good)
+    train(deferred, good)
+    with pytest.raises(ValueError, match=r"actions\[4\]: got parameter 7 for action type 1, expected 0 to 3"):
+        train(sync, bad)
+    train(off, bad)
+    train(off, good)
+    with pytest.raises(ValueError, match="parameter 7"):
+        ops.raise_if_reported()
