@@ -1,0 +1,74 @@
+"""What the kernels compile to for GPUs that need not be there: no spills, few registers, wide loads and stores."""
+
+import json
+
+import pytest
+
+from metta_fastagent import _triton
+
+if _triton.triton is None or _triton.INTERPRETED:
+    pytest.skip("needs Triton, and its compiler in place of its interpreter", allow_module_level=True)
+
+from benchmarks import kernel_report
+
+CASES = {case.name: case for case in kernel_report.cases()}
+# Registers a kernel may use at most: 65536 in an SM over these leave at least 4 blocks of 128 threads resident.
+MAX_REGISTERS = 128
+# Name, most machine instructions a row (or element) on sm_90, narrowest allowed "widest load" and "widest store" in bits.
+LIMITS = [
+    ("clip_weights fp32", 1.5, 128, 128),
+    ("clip_weights bf16", 2.0, 128, 128),
+    ("evaluate_actions forward A=9 fp32", 10.0, 32, 32),
+    ("evaluate_actions backward A=9 fp32", 10.0, 32, 32),
+    ("sample_actions A=9 fp32", 10.0, 32, 32),
+    ("evaluate_actions forward A=128 fp32", 270.0, 128, 128),
+    ("evaluate_actions backward A=128 fp32", 200.0, 128, 128),
+    ("sample_actions A=128 fp32", 270.0, 128, 128),
+    ("action_to_logit_index", 5.0, 32, 64),
+    ("logit_index_to_action", 5.0, 32, 32),
+    ("l2_init_loss forward fp32", 1.0, 32, 32),
+    ("l2_init_loss backward fp32", 1.0, 32, 32),
+    ("tokens_to_grid fp32", 2500.0, 8, 32),
+]
+ELSEWHERE = ["clip_weights fp32", "evaluate_actions forward A=9 fp32", "sample_actions A=128 fp32", "tokens_to_grid fp32"]
+
+
+@pytest.fixture(autouse=True)
+def fp_fusion(monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+@pytest.mark.parametrize(("name", "instructions", "load_bits", "store_bits"), LIMITS, ids=[row[0] for row in LIMITS])
+def test_machine_code_for_sm_90(name, instructions, load_bits, store_bits):
+    figures = kernel_report.figures(CASES[name], "sm_90")
+    assert figures.spills == 0
+    assert figures.registers <= MAX_REGISTERS
+    assert figures.instructions_per_row <= instructions
+    assert figures.load_bits >= load_bits
+    assert figures.store_bits >= store_bits
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_machine_code_for_other_targets(name, target):
+    figures = kernel_report.figures(CASES[name], target)
+    assert figures.spills == 0
+    assert figures.registers <= MAX_REGISTERS
+    if name.startswith("clip_weights"):
+        assert figures.load_bits == figures.store_bits == 128
+
+
+def test_a_kernel_over_its_limit_is_seen():
+    wide = CASES["evaluate_actions forward A=64 fp32"]
+    figures = kernel_report.figures(wide._replace(constants={**wide.constants, "A": 200}), "sm_90")
+    assert figures.registers > MAX_REGISTERS
+
+
+def test_the_report_is_printed_and_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(kernel_report, "cases", lambda: iter([CASES["action_to_logit_index"]]))
+    monkeypatch.setattr("sys.argv", ["kernel_report", "--targets", "sm_90", "--json", str(tmp_path / "kernels.json")])
+    kernel_report.main()
+    assert "action_to_logit_index" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert row["target"] == "sm_90"
+    assert row["registers"] > 0
