@@ -28,7 +28,7 @@ from metta_fastagent.ops import (
     _tokens_to_grid,
 )
 from metta_fastagent.ops._categorical import MAX_COLUMNS, ROWS_PER_PROGRAM, tile_shape
-from metta_fastagent.ops._chunk_table import CHUNK
+from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -86,7 +86,7 @@ def _clip_case(dtype: str) -> Case:
         {"example": dtype, "chunks": "i64", "bounds": "fp64"},
         {},
         {"COMPUTE": TRITON_DTYPES[dtype], "CHUNK": CHUNK},
-        4,
+        CHUNK_WARPS,
         CHUNK,
     )
 
@@ -160,7 +160,7 @@ def _l2_cases(dtype: str) -> Iterator[Case]:
         {"example": dtype, "chunks": "i64", "partials": "fp64", "counter": "i32", "loss": "fp32"},
         {"num_chunks": "i32", "scale": "fp32"},
         {**constants, "PARTIALS_BLOCK": _l2_init_loss.PARTIALS_BLOCK},
-        4,
+        CHUNK_WARPS,
         CHUNK,
     )
     yield Case(
@@ -169,7 +169,7 @@ def _l2_cases(dtype: str) -> Iterator[Case]:
         {"flat": dtype, "chunks": "i64", "grad": "fp32"},
         {"scale": "fp32"},
         constants,
-        4,
+        CHUNK_WARPS,
         CHUNK,
     )
 

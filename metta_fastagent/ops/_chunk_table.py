@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# 8 elements for each of 128 threads at a time, four times over: 16 to 32 KiB a chunk. Small tensors get programs of
+# 16 elements for each thread of eight warps: 16 KiB of float32, loaded before the first use. Small tensors get programs of
 # their own, and 100 million parameters make 25 thousand programs, enough for any GPU.
 CHUNK = 4096
+CHUNK_WARPS = 8
 # Sets of tensors that are remembered: optimizers, agents and targets of one process, with room.
 CAPACITY = 64
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import device_guard, jit, tl
 from metta_fastagent.ops._checks import require_floating_point, require_number
-from metta_fastagent.ops._chunk_table import CHUNK, cached, chunk_rows, is_dense, upload
+from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS, cached, chunk_rows, is_dense, upload
 
 # Bytes of the widest load; a chunk that starts on such an address is moved 128 bits at a time.
 VECTOR_BYTES = 16
@@ -79,7 +79,7 @@ def _clip_weights_cuda_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> N
                 table.bounds,
                 COMPUTE=tl.float64 if dtype == torch.float64 else tl.float32,
                 CHUNK=CHUNK,
-                num_warps=4,
+                num_warps=CHUNK_WARPS,
             )
 
 

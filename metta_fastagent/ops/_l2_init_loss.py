@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import compute_type, device_guard, jit, next_power_of_2, tl
 from metta_fastagent.ops._checks import compute_dtype, describe, require_floating_point, require_number
-from metta_fastagent.ops._chunk_table import CHUNK, cached, chunk_rows, is_dense, upload
+from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS, cached, chunk_rows, is_dense, upload
 
 # Partial sums that the last program adds up at a time.
 PARTIALS_BLOCK = 1024
@@ -143,7 +143,7 @@ def _l2_init_loss_forward_cuda(params: Sequence[Tensor], initial: Sequence[Tenso
             COMPUTE=compute_type(params[0].dtype),
             CHUNK=CHUNK,
             PARTIALS_BLOCK=min(PARTIALS_BLOCK, next_power_of_2(num_chunks)),
-            num_warps=4,
+            num_warps=CHUNK_WARPS,
         )
     return loss
 
@@ -163,7 +163,7 @@ def _l2_init_loss_backward_cuda(
             scale,
             COMPUTE=compute_type(params[0].dtype),
             CHUNK=CHUNK,
-            num_warps=4,
+            num_warps=CHUNK_WARPS,
         )
     return [
         flat.as_strided(param.shape, param.stride(), place) for param, place in zip(params, table.places, strict=True)
