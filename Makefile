@@ -36,8 +36,9 @@ train: ## train the Fast agent, for example: make train ENV=mettagrid DEVICE=cud
 	@$(SETUP) $(TRAIN_EXTRAS)
 	@$(RUN) metta_fastagent.train $(TRAIN_FLAGS)
 
-test: setup ## run the tests
+test: setup ## run the tests, then the kernels' in Triton's interpreter
 	@$(RUN) pytest $(PYTEST_ARGS)
+	@$(if $(PYTEST_ARGS),,TRITON_INTERPRET=1 $(RUN) pytest tests/kernels)
 
 lint: setup ## ruff and pyright
 	@$(RUN) ruff check .
