@@ -1,0 +1,4 @@
+from metta_fastagent.train.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

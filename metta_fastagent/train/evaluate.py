@@ -1,0 +1,137 @@
+"""Mean returns of the learned, a random and a scripted policy in the same worlds, and how they compare."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from metta_fastagent import ActionSpace
+from metta_fastagent.train.config import TrainConfig
+from metta_fastagent.train.environments import VectorEnvironment, make_environment
+
+# (observations [N, M, 3], dones bool [N], truncateds bool [N]) -> actions [N, 2]
+Policy = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# evaluation worlds are seeded from here on, so that they are none of the training's (whose seeds are below 2**31)
+FIRST_SEED = 2**31
+# many worlds of few rows: rows of one world may share a map, so only worlds are independent samples
+WORLDS = 16
+ROWS = 32
+# how often to ask whether every row has finished: each question waits for the device
+STEPS_BETWEEN_CHECKS = 16
+# two-sided 95 % quantiles of Student's t by degrees of freedom (1 to 30); beyond that the last one, which is the wider
+STUDENT_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean return per row and episode, one number per world seed; each policy met the same worlds."""
+
+    random: tuple[float, ...]
+    learned: tuple[float, ...]
+    scripted: tuple[float, ...] | None
+
+    @property
+    def score(self) -> float | None:
+        """(learned - random) / (scripted - random) of the means; None without a scripted policy that beats random."""
+        if self.scripted is None:
+            return None
+        low, high = statistics.fmean(self.random), statistics.fmean(self.scripted)
+        return (statistics.fmean(self.learned) - low) / (high - low) if high > low else None
+
+    @property
+    def difference(self) -> tuple[float, float]:
+        """Mean of learned - random, paired by world, and the lower end of its two-sided 95 % interval."""
+        return mean_and_lower_bound([a - b for a, b in zip(self.learned, self.random, strict=True)])
+
+
+def mean_and_lower_bound(samples: Sequence[float]) -> tuple[float, float]:
+    """Mean of independent samples and the lower end of its two-sided 95 % Student interval (-inf for one sample)."""
+    mean = statistics.fmean(samples)
+    if len(samples) < 2:
+        return mean, -math.inf
+    quantile = STUDENT_T[min(len(samples) - 1, len(STUDENT_T)) - 1]
+    return mean, mean - quantile * statistics.stdev(samples) / math.sqrt(len(samples))
+
+
+def random_policy(env: VectorEnvironment, generator: torch.Generator) -> Policy:
+    """Uniform over every (type, param) pair, which is what an untrained agent does."""
+    pairs = ActionSpace(env.action_names, env.max_action_args).action_index_tensor.to(env.device)
+
+    def act(observations: Tensor, dones: Tensor, truncateds: Tensor) -> Tensor:
+        return pairs[torch.randint(len(pairs), (env.num_envs,), generator=generator, device=env.device)]
+
+    return act
+
+
+def scripted_policy(env: VectorEnvironment) -> Policy:
+    return lambda observations, dones, truncateds: env.scripted_actions()
+
+
+def learned_policy(agent: Any, reset_state_every_step: bool = False) -> Policy:
+    """Draws from the agent, whose rollout memory advances with every call."""
+
+    def act(observations: Tensor, dones: Tensor, truncateds: Tensor) -> Tensor:
+        starts = torch.ones_like(dones) if reset_state_every_step else dones
+        entries: dict[str, Any] = {"env_obs": observations, "dones": starts, "truncateds": truncateds}
+        return agent(TensorDict(entries, batch_size=dones.shape))["actions"]
+
+    return act
+
+
+def play(env: VectorEnvironment, policy: Policy, seed: int, limit: int) -> Tensor:
+    """Reset `env` to `seed` and let every row play its first episode, of at most `limit` steps: returns, float [N]."""
+    observations = env.reset(seed)
+    dones = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
+    truncateds = torch.zeros_like(dones)
+    running = torch.ones_like(dones)
+    returns = torch.zeros(env.num_envs, device=env.device)
+    for t in range(limit):
+        step = env.step(policy(observations, dones, truncateds))
+        returns += step.rewards * running
+        running &= ~(step.terminals | step.truncations)
+        observations, dones, truncateds = step.observations, step.terminals, step.truncations
+        if (t + 1) % STEPS_BETWEEN_CHECKS == 0 and not running.any():
+            break
+    return returns
+
+
+@torch.no_grad()
+def evaluate(agent: Any, config: TrainConfig, worlds: int = WORLDS, limit: int = 10_000, **options: Any) -> Evaluation:
+    """Let the three policies play one episode per row in `worlds` worlds of ROWS rows each.
+
+    The agent's rollout memory and torch's random state are as before afterwards. `options` go to `make_environment`.
+    """
+    device = torch.device(config.device)
+    env = make_environment(config.env, ROWS, device, FIRST_SEED, **options)
+    memory = agent.get_memory()
+    returns: dict[str, list[float]] = {"random": [], "learned": [], "scripted": []}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for seed in range(FIRST_SEED, FIRST_SEED + worlds):
+            torch.manual_seed(seed)
+            agent.reset_memory()
+            generator = torch.Generator(device).manual_seed(seed)
+            policies = {
+                "random": random_policy(env, generator),
+                "learned": learned_policy(agent, config.reset_state_every_step),
+                "scripted": scripted_policy(env),
+            }
+            for name, policy in policies.items():
+                try:
+                    returns[name].append(play(env, policy, seed, limit).mean().item())
+                except NotImplementedError:
+                    if name != "scripted":
+                        raise
+    agent.set_memory(memory)
+    env.close()
+    scripted = tuple(returns["scripted"]) or None
+    return Evaluation(tuple(returns["random"]), tuple(returns["learned"]), scripted)

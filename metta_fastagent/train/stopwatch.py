@@ -1,0 +1,43 @@
+"""Stopwatch: how long each phase of training takes, without waiting for the GPU on every reading."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+PHASES: tuple[str, ...] = ("environment", "inference", "learning", "clip")
+
+
+class Stopwatch:
+    """Adds up the seconds spent in each of PHASES: `with stopwatch("clip"): ...`.
+
+    On CUDA a phase is the GPU's time between two events, read when `read` is called; elsewhere it is wall time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        if self._cuda:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            yield
+            last.record()
+            self._events.append((phase, first, last))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds[phase] += time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """Seconds per phase since the last call, after which they start from 0 again. Waits for the GPU."""
+        if self._events:
+            self._events[-1][2].synchronize()
+        for phase, first, last in self._events:
+            self._seconds[phase] += first.elapsed_time(last) / 1000
+        seconds, self._seconds, self._events = self._seconds, dict.fromkeys(PHASES, 0.0), []
+        return seconds

@@ -1,0 +1,66 @@
+"""That the trainer learns: the memory task with memory, not without, and numbers that stay finite."""
+
+import math
+
+import pytest
+import torch
+
+from metta_fastagent.train.config import TrainConfig
+from metta_fastagent.train.evaluate import evaluate
+from metta_fastagent.train.trainer import Trainer
+
+SEEDS = (1, 2, 3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the command does: a second thread gains little here, and waits long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# four cells, all within reach of the board, so that only the cue is to be remembered
+SMALL_ROOM = {"room_size": 2, "delay": 1, "time_limit": 4}
+
+
+def score(options: dict[str, int] | None = None, **changes) -> float:
+    options = options or {}
+    trainer = Trainer(TrainConfig.for_environment("memory", **changes), **options)
+    trainer.run(lambda row: None)
+    evaluation = evaluate(trainer.agent, trainer.config, **options)
+    assert evaluation.score is not None
+    return evaluation.score
+
+
+def test_the_cue_of_a_small_room_is_remembered():
+    # without memory the mean return is at most 1/4, which is a score below 0.15
+    assert score(SMALL_ROOM, steps=120_000) >= 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_memory_task_is_learned(seed):
+    assert score(seed=seed) >= 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_without_memory_it_is_not(seed):
+    assert score(seed=seed, reset_state_every_step=True) < 0.4
+
+
+@pytest.mark.parametrize("clip_range", [0.0, 0.1])
+def test_500_updates_stay_finite(clip_range):
+    small = {"num_envs": 4, "segment_length": 4, "minibatches": 1, "epochs": 1}
+    trainer = Trainer(TrainConfig.for_environment("memory", steps=500 * 16, clip_range=clip_range, **small))
+    rows = []
+    trainer.run(rows.append)
+    assert len(rows) == 500
+    assert all(math.isfinite(value) for row in rows for name, value in row.items() if "return" not in name)
+    parameters = dict(trainer.agent.policy.named_parameters())
+    assert all(torch.isfinite(value).all() for value in parameters.values())
+    largest = max(parameters[name].abs().max().item() for name in ("policy.fc1.weight", "policy.critic_1.weight"))
+    # the bound is reached where it is on and exceeded where it is off
+    assert largest <= 0.1 + 1e-7 if clip_range else largest > 0.1
