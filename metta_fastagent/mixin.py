@@ -5,6 +5,7 @@ pairs and logit indices, the training and inference handlers, L2-init regularisa
 state and calls `ops`; it computes nothing itself and never branches on a device.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
@@ -434,11 +435,14 @@ class PyTorchAgentMixin(_Module):
         for name, weight in _named_weights(self._layers().modules, self._is_regularizable_layer):
             if name in initial:
                 groups.setdefault(weight.device, []).append((weight, initial[name].to(weight.device)))
-        loss = torch.tensor(0.0, dtype=torch.float32)
-        for device, pairs in groups.items():
-            weights, starts = zip(*pairs, strict=True)
-            loss = loss.to(device) + ops.l2_init_loss(weights, starts, self.l2_init_scale)
-        return loss
+        losses = [
+            ops.l2_init_loss([weight for weight, _ in pairs], [start for _, start in pairs], self.l2_init_scale)
+            for pairs in groups.values()
+        ]
+        if not losses:
+            return torch.tensor(0.0, dtype=torch.float32)
+        # Agents spread over several devices add up on that of their last layer.
+        return functools.reduce(lambda total, loss: total.to(loss.device) + loss, losses)
 
     def compute_weight_metrics(self, delta: float = 0.01) -> list[dict]:
         """Singular-value metrics of each Linear's weight; see `metta_fastagent.weight_metrics.analyze_weights`."""

@@ -118,10 +118,10 @@ def test_triton_missing_is_one_warning_and_eager_operations(monkeypatch):
     monkeypatch.setattr(_triton, "import_error", ImportError("No module named 'triton'"))
     monkeypatch.setattr(_triton, "_works", {})
     device = torch.device("cuda", 0)
-    with pytest.warns(RuntimeWarning, match="Triton does not work on cuda:0.*No module named 'triton'") as warned:
+    with pytest.warns(RuntimeWarning, match=r"Triton does not work on cuda:0.*No module named 'triton'") as warned:
         assert [backend(device), backend(device)] == ["eager", "eager"]
     assert len(warned) == 1
-    with use_backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for.*cuda:0"):
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was asked for.*cuda:0"):
         backend(device)
     with use_backend("eager"):
         assert backend(device) == "eager"

@@ -14,7 +14,7 @@ from benchmarks import kernel_report
 CASES = {case.name: case for case in kernel_report.cases()}
 # Registers a kernel may use at most: 65536 in an SM over these leave at least 4 blocks of 128 threads resident.
 MAX_REGISTERS = 128
-# Name, most machine instructions a row (or element) on sm_90, narrowest allowed "widest load" and "widest store" in bits.
+# Name, most machine instructions a row (or element) on sm_90, least width of the widest load and store in bits.
 LIMITS = [
     ("clip_weights fp32", 1.5, 128, 128),
     ("clip_weights bf16", 2.0, 128, 128),
@@ -30,7 +30,12 @@ LIMITS = [
     ("l2_init_loss backward fp32", 1.0, 32, 32),
     ("tokens_to_grid fp32", 2500.0, 8, 32),
 ]
-ELSEWHERE = ["clip_weights fp32", "evaluate_actions forward A=9 fp32", "sample_actions A=128 fp32", "tokens_to_grid fp32"]
+ELSEWHERE = [
+    "clip_weights fp32",
+    "evaluate_actions forward A=9 fp32",
+    "sample_actions A=128 fp32",
+    "tokens_to_grid fp32",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# 16 elements for each thread of eight warps: 16 KiB of float32, loaded before the first use. Small tensors get programs of
-# their own, and 100 million parameters make 25 thousand programs, enough for any GPU.
+# 16 elements for each thread of eight warps: 16 KiB of float32, loaded before the first use. Small tensors get programs
+# of their own, and 100 million parameters make 25 thousand programs, enough for any GPU.
 CHUNK = 4096
 CHUNK_WARPS = 8
 # Sets of tensors that are remembered: optimizers, agents and targets of one process, with room.

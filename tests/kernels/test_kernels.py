@@ -12,13 +12,25 @@ CUM = [0, 0, 3, 6]
 PAIRS = [[0, 0], [1, 0], [1, 1], [1, 2], [1, 3], [2, 0], [2, 1], [2, 2], [2, 3]]
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 # Both layouts at their edges, odd sizes, and the largest that is fused.
-SIZES = [(1, 3), (2, 1), (9, 130), (21, 5), (MAX_COLUMNS, 3), (MAX_COLUMNS + 1, 5), (100, 40), (1000, 3), (MAX_ACTIONS, 1)]
+SIZES = [
+    (1, 3),
+    (2, 1),
+    (9, 130),
+    (21, 5),
+    (MAX_COLUMNS, 3),
+    (MAX_COLUMNS + 1, 5),
+    (100, 40),
+    (1000, 3),
+    (MAX_ACTIONS, 1),
+]
 # bfloat16 arithmetic and rounding are wrong in the interpreter.
 FLOATS = [torch.float32, torch.float64, torch.float16]
 
 
 def close(got, expected, dtype):
-    torch.testing.assert_close(got.double(), expected.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
+    torch.testing.assert_close(
+        got.double(), expected.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True
+    )
 
 
 def make_logits(rows, actions, device, dtype=torch.float32, masked=False):
@@ -71,7 +83,7 @@ def test_evaluate_actions_gradcheck(device, actions):
 def test_masked_logits_make_no_nan(device, actions):
     logits = make_logits(7, actions, device, masked=True).requires_grad_()
     index = torch.ones(7, dtype=torch.int64, device=device)
-    log_prob, entropy, full = ops.evaluate_actions(logits, index)
+    log_prob, entropy, _ = ops.evaluate_actions(logits, index)
     expected = reference(logits, index)
     close(log_prob, expected[0], torch.float32)
     close(entropy, expected[1], torch.float32)
@@ -95,7 +107,10 @@ def test_pairs_of_any_integer_dtype(device, integer):
     pairs = torch.tensor(PAIRS, dtype=integer, device=device)
     assert ops.action_to_logit_index(pairs, table).tolist() == list(range(9))
     logits = make_logits(9, 9, device)
-    by_pair, by_index = ops.evaluate_actions(logits, pairs, table), ops.evaluate_actions(logits, pairs.new_tensor(range(9)))
+    by_pair, by_index = (
+        ops.evaluate_actions(logits, pairs, table),
+        ops.evaluate_actions(logits, pairs.new_tensor(range(9))),
+    )
     assert all(torch.equal(a, b) for a, b in zip(by_pair, by_index, strict=True))
 
 
@@ -274,7 +289,9 @@ def test_l2_init_loss(device, dtype):
     assert torch.equal(ops.l2_init_loss(params, initial, 0.25), loss)
 
 
-@pytest.mark.parametrize(("features", "width", "height", "tokens"), [(6, 11, 11, 40), (25, 11, 11, 100), (1, 3, 16, 33)])
+@pytest.mark.parametrize(
+    ("features", "width", "height", "tokens"), [(6, 11, 11, 40), (25, 11, 11, 100), (1, 3, 16, 33)]
+)
 def test_tokens_to_grid(device, features, width, height, tokens):
     rows = 3
     made = torch.randint(0, 256, (rows, tokens, 3), dtype=torch.uint8)
