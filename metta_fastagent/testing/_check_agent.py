@@ -1,15 +1,10 @@
-"""Checks for agents of your own: `check_agent` for one agent, `compare_agents` for one before and after migration.
-
-Both work on deep copies and on forked random number generators (CPU and CUDA), so that the agents, their memory and the
-program's random numbers stay as they were.
-"""
+"""`check_agent`: the guide's five checks on an agent of the user's own."""
 
 import copy
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -19,6 +14,14 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from metta_fastagent.action_space import ActionSpace
+from metta_fastagent.testing._shared import (
+    LOSS_KEYS,
+    clipped_parameters,
+    describe_error,
+    device_of,
+    random_actions,
+    seeded,
+)
 
 # Rows of the synthetic batches; all different, so that a mix-up of two of them shows.
 INFERENCE_ROWS = 5
@@ -30,12 +33,6 @@ LEARNING_RATE = 1e-3
 LOG_PROB_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # What an environment that says nothing is taken for.
 DEFAULT_TOKENS, DEFAULT_FEATURES, DEFAULT_WIDTH = 64, 25, 11
-CLIPPED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-# Outputs in the order in which a difference explains the later ones; any others follow by name.
-OUTPUT_ORDER = ("full_log_probs", "values", "value", "act_log_prob", "entropy", "actions")
-LOSS_KEYS = ("act_log_prob", "entropy", "value")
-STATE_KEYS = ("lstm_h", "lstm_c")
-
 SET_FIELDS = 'call self.set_tensordict_fields(td, td["env_obs"]) at the start of forward()'
 USE_INFERENCE = "end forward() with self.handle_inference_mode(td, logits, value) where action is None"
 USE_TRAINING = "end forward() with self.handle_training_mode(td, action, logits, value) where action is given"
@@ -45,20 +42,6 @@ SET_TABLES = "call activate_actions or MettaAgent.initialize_to_environment with
 
 class AgentCheckError(AssertionError):
     """At least one check of `check_agent` failed; the message is the report."""
-
-
-class AgentsDifferError(AssertionError):
-    """Two agents differ.
-
-    Attributes:
-        stage: where: "weights", "inference step 1", "inference step 2", "training", "gradients" or "clipping".
-        key: the entry that differs, None where there is none.
-        index: position of the largest difference in the entry, None where the values were not compared.
-    """
-
-    def __init__(self, stage: str, key: str | None, problem: str, index: tuple[int, ...] | None = None) -> None:
-        super().__init__(f"{stage}: {problem}" if key is None else f"{stage}: {key!r} {problem}")
-        self.stage, self.key, self.index = stage, key, index
 
 
 @dataclass(frozen=True)
@@ -200,12 +183,12 @@ class _Subject:
         return agent
 
     def inference_input(self) -> TensorDict:
-        return _as_input(self.observations.sample(INFERENCE_ROWS), _device_of(self.agent))
+        return _as_input(self.observations.sample(INFERENCE_ROWS), device_of(self.agent))
 
     def training_input(self) -> tuple[TensorDict, Tensor]:
         """A segment batch [B, T] and legal actions int64 [B, T, 2] for it."""
-        td = _as_input(self.observations.sample(TRAINING_ROWS, TRAINING_STEPS), _device_of(self.agent))
-        return td, _random_actions(self.space.action_index_tensor, td.batch_size).to(_device_of(self.agent))
+        td = _as_input(self.observations.sample(TRAINING_ROWS, TRAINING_STEPS), device_of(self.agent))
+        return td, random_actions(self.space.action_index_tensor, td.batch_size).to(device_of(self.agent))
 
 
 def _as_input(observations: Tensor, device: torch.device) -> TensorDict:
@@ -215,21 +198,12 @@ def _as_input(observations: Tensor, device: torch.device) -> TensorDict:
     return TensorDict(entries | {"truncateds": entries["dones"].clone()}, batch_size=rows).to(device)
 
 
-def _random_actions(action_index_tensor: Tensor, rows: Iterable[int]) -> Tensor:
-    return action_index_tensor.cpu().long()[torch.randint(action_index_tensor.shape[0], tuple(rows))]
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    tensors = [*module.parameters(), *module.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
-
-
 def _has_tables(agent: object) -> bool:
     return all(getattr(agent, name, None) is not None for name in ("cum_action_max_params", "action_index_tensor"))
 
 
 def _activate(agent: Any, space: ActionSpace) -> None:
-    device = _device_of(agent)
+    device = device_of(agent)
     if callable(getattr(agent, "activate_actions", None)):
         agent.activate_actions(space.action_names, space.action_max_params, device)
         return
@@ -237,18 +211,6 @@ def _activate(agent: Any, space: ActionSpace) -> None:
     agent.action_index_tensor = space.action_index_tensor.to(device)
     if callable(getattr(agent, "initialize_to_environment", None)):
         agent.initialize_to_environment(space.full_action_names, device)
-
-
-@contextmanager
-def _seeded(seed: int, *modules: nn.Module) -> Iterator[None]:
-    """Seed the CPU's generator and those of the modules' CUDA devices; put their states back afterwards."""
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    indices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
-    with torch.random.fork_rng(devices=indices, device_type="cuda"):
-        torch.default_generator.manual_seed(seed)
-        for index in indices:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        yield
 
 
 def check_agent(agent: nn.Module, env: Any, *, updates: int = 20, seed: int = 0) -> AgentReport:
@@ -320,19 +282,12 @@ def _action_space(agent: nn.Module, env: Any) -> ActionSpace:
 def _run_check(name: str, check: Callable[[_Subject, _Findings], None], subject: _Subject) -> CheckResult:
     findings = _Findings()
     try:
-        with _seeded(subject.seed, subject.agent), torch.enable_grad():
+        with seeded(subject.seed, subject.agent), torch.enable_grad():
             check(subject, findings)
     except Exception as error:
-        findings.problems.append(f"the agent raised {_describe_error(error)}")
+        findings.problems.append(f"the agent raised {describe_error(error)}")
     message = "\n".join(findings.problems) or findings.summary
     return CheckResult(name, not findings.problems, message, tuple(findings.warnings))
-
-
-def _describe_error(error: Exception) -> str:
-    """Type, message, and the innermost place in the code where it was raised."""
-    trace = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-    place = f" (in {trace[-1].function}, line {trace[-1].lineno} of {trace[-1].filename})" if trace else ""
-    return f"{type(error).__name__}: {error}{place}"
 
 
 def _check_configuration(subject: _Subject, findings: _Findings) -> None:
@@ -388,7 +343,7 @@ def _check_constructor(subject: _Subject, findings: _Findings) -> None:
         built = type(subject.agent)(**arguments, **_probe_arguments())
     except Exception as error:
         advice = "take **kwargs and hand them to extract_mixin_params"
-        findings.expect(False, f"{call} raised {_describe_error(error)}: {advice}")
+        findings.expect(False, f"{call} raised {describe_error(error)}: {advice}")
         return
     _check_arrival(built, call, findings)
 
@@ -422,7 +377,7 @@ def _check_clipping(subject: _Subject, findings: _Findings) -> None:
         for parameter in agent.parameters():
             if parameter.is_floating_point():
                 parameter.data.normal_()
-    clipped = _clipped_parameters(agent)
+    clipped = clipped_parameters(agent)
     if not clipped:
         findings.warnings.append("the agent has no Linear, Conv1d or Conv2d, so there is nothing to clip")
     _check_one_clip(agent, 0, {}, findings)
@@ -432,22 +387,10 @@ def _check_clipping(subject: _Subject, findings: _Findings) -> None:
     findings.summary = f"{len(bounds)} tensors are clipped (mode {mode}) and no others, none with clip_range 0"
 
 
-def _clipped_parameters(agent: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights and biases that clip_weights() is for, by name; computed weights of a parametrization are none."""
-    found = {}
-    for prefix, module in agent.named_modules():
-        if isinstance(module, CLIPPED_LAYERS):
-            for name in ("weight", "bias"):
-                parameter = module._parameters.get(name)
-                if parameter is not None:
-                    found[f"{prefix}.{name}" if prefix else name] = parameter
-    return found
-
-
 def _init_scaled_bounds(agent: Any) -> dict[str, float]:
     """Bounds of the clip mode "init_scaled": clip_range x largest initial weight x clip_scale, weights only."""
     bounds = {}
-    for name in _clipped_parameters(agent):
+    for name in clipped_parameters(agent):
         layer, _, kind = name.rpartition(".")
         largest = agent.initial_weight_magnitudes.get(layer or "root")
         if kind == "weight" and largest is not None:
@@ -498,7 +441,7 @@ def _check_fields(subject: _Subject, findings: _Findings) -> None:
             mode(subject, findings)
         except Exception as error:
             label = mode.__name__.split("_")[2]
-            findings.expect(False, f"{label}: the agent raised {_describe_error(error)}")
+            findings.expect(False, f"{label}: the agent raised {describe_error(error)}")
     findings.summary = "inference and training write every field with the right shape, dtype and values"
 
 
@@ -630,7 +573,7 @@ def _check_conversion(subject: _Subject, findings: _Findings) -> None:
         findings.expect(right, f"{name} is {table.tolist()}, {space} needs {expected.tolist()}: {SET_TABLES}")
     if findings.problems:
         return
-    index = torch.arange(space.num_actions, device=_device_of(agent))
+    index = torch.arange(space.num_actions, device=device_of(agent))
     _check_pairs(agent._convert_logit_index_to_action(index).cpu(), space, findings)
     for dtype in (torch.int64, torch.int32, torch.uint8):
         pairs = space.action_index_tensor.to(index.device, dtype)
@@ -729,232 +672,3 @@ CHECKS: dict[str, Callable[[_Subject, _Findings], None]] = {
     "action conversion": _check_conversion,
     "training stability": _check_stability,
 }
-
-
-def compare_agents(
-    old: nn.Module,
-    new: nn.Module,
-    td: TensorDictBase,
-    action: Tensor | None = None,
-    *,
-    rtol: float = 1e-5,
-    atol: float = 1e-6,
-) -> None:
-    """Last step of a migration: raise at the first difference between an agent and its rewritten self.
-
-    Compared in this order: the weights (state dict keys, shapes, dtypes, exact values); two steps of inference from
-    empty memory under one seed; training on the same segments; the gradients of a fixed loss of act_log_prob, entropy
-    and value; clip_range, and the weights after clip_weights() (with a range that bites where clip_range is 0).
-    Whatever the old agent writes, the new one must; it may write more. Both agents, `td` and the random numbers stay as
-    they were.
-
-    Args:
-        old, new: the agents, their action tables set; on any devices.
-        td: "env_obs" [N, M, 3] for inference or [B, T, M, 3] for training, and what else the agents read. The other
-            mode's input is made of it: the first step of each segment, or segments of length 1.
-        action: integer [B, T, 2] or [B * T, 2]; None takes random legal ones from the old agent's table, or what the
-            old agent drew in inference where it has no table.
-        rtol, atol: a computed value differs where |old - new| > atol + rtol |new|; integers must be equal.
-
-    Raises:
-        AgentsDifferError: they differ; the message has the stage, the entry, the largest difference and where it is.
-        TypeError, ValueError: an argument does not fit.
-    """
-    _check_comparison(old, new, td, action, rtol, atol)
-    tolerance = (float(rtol), float(atol))
-    _compare_weights("weights", old, new, (0.0, 0.0))
-    inference_td, training_td = _both_modes(td)
-    drawn = _compare_inference(old, new, inference_td, tolerance)
-    if action is None:
-        action = _actions_for(old, training_td, drawn)
-    _compare_training(old, new, training_td, action, tolerance)
-    _compare_clipping(old, new, tolerance)
-
-
-def _check_comparison(old: object, new: object, td: object, action: object, rtol: object, atol: object) -> None:
-    for name, agent in (("old", old), ("new", new)):
-        if not isinstance(agent, nn.Module):
-            raise TypeError(f"{name}: got {type(agent).__name__}, expected a torch.nn.Module")
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0:
-            raise ValueError(f"{name}: got {value!r}, expected a number >= 0")
-    if not isinstance(td, TensorDictBase):
-        raise TypeError(f"td: got {type(td).__name__}, expected a TensorDict")
-    observations = td.get("env_obs", None)
-    if not isinstance(observations, Tensor) or observations.dim() not in (3, 4):
-        found = list(observations.shape) if isinstance(observations, Tensor) else "no such entry"
-        raise ValueError(f"td['env_obs']: got {found}, expected [N, M, 3] or [B, T, M, 3]")
-    if action is None:
-        return
-    rows = tuple(observations.shape[:-2])
-    expected = f"an integer tensor {[*rows, 2]} or {[math.prod(rows), 2]}"
-    if not isinstance(action, Tensor) or action.is_floating_point() or action.is_complex():
-        raise TypeError(f"action: got {getattr(action, 'dtype', type(action).__name__)}, expected {expected}")
-    if tuple(action.shape) not in ((*rows, 2), (math.prod(rows), 2)):
-        raise ValueError(f"action: got shape {list(action.shape)}, expected {expected}")
-
-
-def _both_modes(td: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
-    """Inputs [N] for inference and [B, T] or [B] for training, made of the one that was given."""
-    if td["env_obs"].dim() == 3:
-        return td.exclude(*STATE_KEYS), td.unsqueeze(1)
-    # A segment's stored state has no place in inference, which keeps its own memory.
-    stripped = td.exclude(*STATE_KEYS)
-    if td.batch_dims == 2:
-        return stripped[:, 0], td
-    steps = td["env_obs"].shape[1]
-    first = stripped.clone(recurse=False)
-    for key, value in stripped.items():
-        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == steps:
-            first[key] = value[:, 0]
-    return first, td
-
-
-def _actions_for(old: Any, td: TensorDictBase, drawn: Tensor | None) -> Tensor:
-    rows = td["env_obs"].shape[:2]
-    if getattr(old, "action_index_tensor", None) is not None:
-        with _seeded(0):
-            return _random_actions(old.action_index_tensor, rows)
-    if drawn is None:
-        raise ValueError("action: got None, expected actions, for the old agent has no action table and draws none")
-    return drawn[:, None].expand(*rows, 2)
-
-
-def _copies(old: nn.Module, new: nn.Module) -> tuple[Any, Any]:
-    """Deep copies with empty memory."""
-    copies: tuple[Any, Any] = copy.deepcopy(old), copy.deepcopy(new)
-    for agent in copies:
-        if callable(getattr(agent, "reset_memory", None)):
-            agent.reset_memory()
-    return copies
-
-
-def _run_both(
-    stage: str, old: Any, new: Any, td: TensorDictBase, action: Tensor | None
-) -> tuple[TensorDictBase, TensorDictBase]:
-    """Results of both agents on clones of the input, under one seed."""
-    results = []
-    for name, agent in (("old", old), ("new", new)):
-        device = _device_of(agent)
-        arguments = {} if action is None else {"action": action.clone().to(device)}
-        try:
-            with _seeded(0, agent), torch.set_grad_enabled(action is not None):
-                out = agent(td.clone().to(device), **arguments)
-        except Exception as error:
-            if name == "old":
-                error.add_note(f"raised by the old agent in {stage}, before there was anything to compare")
-                raise
-            problem = f"the new agent raised {_describe_error(error)}, the old one did not"
-            raise AgentsDifferError(stage, None, problem) from error
-        if not isinstance(out, TensorDictBase):
-            raise AgentsDifferError(stage, None, f"the {name} agent returned {type(out).__name__}, no TensorDict")
-        results.append(out)
-    return results[0], results[1]
-
-
-def _compare_inference(
-    old: nn.Module, new: nn.Module, td: TensorDictBase, tolerance: tuple[float, float]
-) -> Tensor | None:
-    """Two steps, because the second one reads the memory that the first one stored; returns the old agent's actions."""
-    copies = _copies(old, new)
-    drawn = None
-    for step in (1, 2):
-        stage = f"inference step {step}"
-        results = _run_both(stage, *copies, td, None)
-        _compare_entries(stage, *results, tolerance)
-        drawn = results[0].get("actions", None)
-    return drawn
-
-
-def _compare_training(
-    old: nn.Module, new: nn.Module, td: TensorDictBase, action: Tensor, tolerance: tuple[float, float]
-) -> None:
-    copies = _copies(old, new)
-    for agent in copies:
-        agent.train()
-        agent.zero_grad()
-    results = _run_both("training", *copies, td, action)
-    _compare_entries("training", *results, tolerance)
-    for result in results:
-        loss = _fixed_loss(result)
-        if loss.requires_grad:
-            loss.backward()
-    gradients = [{name: parameter.grad for name, parameter in agent.named_parameters()} for agent in copies]
-    for name, gradient in gradients[0].items():
-        _compare_tensors("gradients", name, gradient, gradients[1][name], tolerance)
-
-
-def _fixed_loss(out: TensorDictBase) -> Tensor:
-    """A sum of the differentiable outputs with fixed random weights, so that no two of their entries cancel."""
-    generator = torch.Generator().manual_seed(0)
-    loss = torch.zeros(())
-    for key in LOSS_KEYS:
-        value = out.get(key, None)
-        if isinstance(value, Tensor):
-            weight = torch.randn(value.numel(), generator=generator).to(value.device)
-            loss = loss.to(value.device) + (value.flatten() * weight).mean()
-    return loss
-
-
-def _compare_clipping(old: nn.Module, new: nn.Module, tolerance: tuple[float, float]) -> None:
-    copies = _copies(old, new)
-    able = [callable(getattr(agent, "clip_weights", None)) for agent in copies]
-    if not able[0]:
-        return
-    if not able[1]:
-        raise AgentsDifferError("clipping", None, "the new agent has no clip_weights(), the old one has")
-    ranges = [getattr(agent, "clip_range", None) for agent in copies]
-    if ranges[0] != ranges[1]:
-        raise AgentsDifferError("clipping", None, f"clip_range: old {ranges[0]!r}, new {ranges[1]!r}")
-    biting = _biting_range(copies[0])
-    for agent in copies:
-        if ranges[0] == 0:
-            agent.clip_range = biting
-        agent.clip_weights()
-    _compare_weights("clipping", *copies, tolerance)
-
-
-def _biting_range(agent: nn.Module) -> float:
-    """Half the largest absolute value of the parameters that are clipped."""
-    largest = [float(p.detach().abs().max()) for p in _clipped_parameters(agent).values() if p.numel() > 0]
-    return 0.5 * max(largest, default=1.0) or 0.5
-
-
-def _compare_weights(stage: str, old: nn.Module, new: nn.Module, tolerance: tuple[float, float]) -> None:
-    olds, news = old.state_dict(), new.state_dict()
-    for key in sorted(olds.keys() ^ news.keys()):
-        where = "old" if key in olds else "new"
-        raise AgentsDifferError(stage, key, f"is in the {where} agent's state dict only")
-    for key, value in olds.items():
-        if isinstance(value, Tensor):
-            _compare_tensors(stage, key, value, news[key], tolerance)
-
-
-def _compare_entries(stage: str, old: TensorDictBase, new: TensorDictBase, tolerance: tuple[float, float]) -> None:
-    keys = [key for key, value in old.items() if isinstance(value, Tensor)]
-    order = {key: position for position, key in enumerate(OUTPUT_ORDER)}
-    for key in sorted(keys, key=lambda key: (order.get(key, len(order)), key)):
-        _compare_tensors(stage, key, old[key], new.get(key, None), tolerance)
-
-
-def _compare_tensors(stage: str, key: str, old: Any, new: Any, tolerance: tuple[float, float]) -> None:
-    """Raise where two tensors differ in presence, shape, dtype or by more than the tolerance."""
-    found = [f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else "none" for value in (old, new)]
-    if found[0] != found[1]:
-        raise AgentsDifferError(stage, key, f"differs in kind: old {found[0]}, new {found[1]}")
-    if old is None or old.numel() == 0:
-        return
-    exact = not old.is_floating_point()
-    rtol, atol = (0.0, 0.0) if exact else tolerance
-    old, new = (value.detach().cpu().to(torch.int64 if exact else torch.float64) for value in (old, new))
-    off = ~torch.isclose(old, new, rtol=rtol, atol=atol, equal_nan=True)
-    if not bool(off.any()):
-        return
-    # NaN or infinity on one side only counts as the largest difference there is.
-    distance = (old - new).abs().double().nan_to_num(math.inf, math.inf).where(off, -1.0)
-    largest = int(distance.argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(largest), old.shape))
-    values = f"old {old[index].item():.9g}, new {new[index].item():.9g}"
-    count = f"{int(off.sum())} of {off.numel()} entries differ (rtol {rtol:g}, atol {atol:g})"
-    gap = f"{distance.flatten()[largest].item():.3g} at index {list(index)}"
-    raise AgentsDifferError(stage, key, f"differs: largest difference {gap}: {values}; {count}", index)
