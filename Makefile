@@ -19,10 +19,10 @@ flag = $(if $($(1)),--$(2) "$($(1))")
 TRAIN_FLAGS = $(call flag,ENV,env) $(call flag,DEVICE,device) $(call flag,SEED,seed) $(call flag,STEPS,steps) \
 	$(call flag,OUT,out) $(call flag,RESUME,resume) $(ARGS)
 
-.PHONY: help setup train test lint
+.PHONY: help setup train test test-slow lint
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PYTHON=python3  the Python (>= 3.11) behind the virtual environment; a torch that it imports is reused"
 	@echo "  VENV=.venv      where the virtual environment goes"
@@ -36,9 +36,12 @@ train: ## train the Fast agent, for example: make train ENV=mettagrid DEVICE=cud
 	@$(SETUP) $(TRAIN_EXTRAS)
 	@$(RUN) metta_fastagent.train $(TRAIN_FLAGS)
 
-test: setup ## run the tests, then the kernels' in Triton's interpreter
-	@$(RUN) pytest $(PYTEST_ARGS)
+test: setup ## run the tests, then those of the kernels in Triton's interpreter
+	@$(RUN) pytest -m "not slow" $(PYTEST_ARGS)
 	@$(if $(PYTEST_ARGS),,TRITON_INTERPRET=1 $(RUN) pytest tests/kernels)
+
+test-slow: setup ## run the slow tests: learning on three seeds, with memory and without
+	@$(RUN) pytest -m slow --numprocesses 2 --dist load $(PYTEST_ARGS)
 
 lint: setup ## ruff and pyright
 	@$(RUN) ruff check .
