@@ -10,6 +10,8 @@ unexport ENV
 
 SETUP = $(PYTHON) tools/setup_env.py --venv "$(VENV)"
 RUN = "$(VENV)/bin/python" -m
+# One thread each: torch's threads of two processes on two cores wait for each other.
+TWO_PROCESSES = OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses 2
 DEV_EXTRAS = --extras triton,train,test,lint --optional mettagrid
 TRAIN_EXTRAS = --extras triton,train$(if $(filter mettagrid,$(ENV)),$(comma)mettagrid)
 comma := ,
@@ -37,11 +39,11 @@ train: ## train the Fast agent, for example: make train ENV=mettagrid DEVICE=cud
 	@$(RUN) metta_fastagent.train $(TRAIN_FLAGS)
 
 test: setup ## run the tests, then those of the kernels in Triton's interpreter
-	@$(RUN) pytest -m "not slow" $(PYTEST_ARGS)
-	@$(if $(PYTEST_ARGS),,TRITON_INTERPRET=1 $(RUN) pytest tests/kernels)
+	@$(TWO_PROCESSES) -m "not slow" $(PYTEST_ARGS)
+	@$(if $(PYTEST_ARGS),,TRITON_INTERPRET=1 $(TWO_PROCESSES) tests/kernels)
 
 test-slow: setup ## run the slow tests: learning on three seeds, with memory and without
-	@$(RUN) pytest -m slow --numprocesses 2 --dist load $(PYTEST_ARGS)
+	@$(TWO_PROCESSES) -m slow $(PYTEST_ARGS)
 
 lint: setup ## ruff and pyright
 	@$(RUN) ruff check .

@@ -28,7 +28,7 @@ def option(help: str, check: Check) -> Any:
 
 # What differs between the environments, and why. Everything else is in COMMON.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    # The plateau of walking to the board and pressing any switch is left after 50 to 250 thousand steps; the rest is climb.
+    # The plateau of walking to the board and pressing any switch is left after 50 to 250 thousand steps.
     "memory": {"steps": 400_000},
     # All rows start and end their 64-step episodes together: a segment is a whole episode, so that no update sees only
     # its beginning or its end, which made the policy forget the rest. Same minibatches as below, half the step size.
