@@ -6,7 +6,7 @@ walk; the others are the mixin's `clip_weights()`.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def make_providers(size: Mapping[str, int], device: torch.device, compiled: bool
     """upstream, foreach, torch.compile and the package."""
     inputs = make_inputs(size, device)
     data = [param.data for param in inputs.agent.parameters()]
-    shared = {"compared": lambda _: data, "reset": inputs.reset}
+    shared: dict[str, Any] = {"compared": lambda _: data, "reset": inputs.reset}
     return [
         Provider("upstream", lambda: clip_by_module(inputs.agent), **shared),
         Provider("foreach", lambda: clip_foreach(data), **shared),

@@ -91,7 +91,7 @@ def make_providers(size: Mapping[str, int], device: torch.device, compiled: bool
     """upstream, torch.compile, the package and peers."""
     inputs: Inputs = make_inputs(size, device)
     arguments = (inputs.logits, inputs.action_index_tensor)
-    shared = {"compared": lambda drawn: comparable(drawn, inputs.action_index_tensor)}
+    shared: dict[str, Any] = {"compared": lambda drawn: comparable(drawn, inputs.action_index_tensor)}
 
     def bind(draw: Callable[[Tensor, Tensor], Drawn]) -> Callable[[], Drawn]:
         return torch.no_grad()(lambda: draw(*arguments))

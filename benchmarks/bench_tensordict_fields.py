@@ -50,7 +50,7 @@ def make_providers(size: Mapping[str, int], device: torch.device, compiled: bool
         return inputs.td
 
     # The package keeps [rows, time] where upstream's TensorDict is flat.
-    shared = {"compared": lambda td: [td["bptt"].flatten(), td["batch"].flatten()]}
+    shared: dict[str, Any] = {"compared": lambda td: [td["bptt"].flatten(), td["batch"].flatten()]}
     return [
         Provider("upstream", lambda: upstream(*inputs), **shared),
         *package_providers(device, package, **shared),

@@ -1,9 +1,9 @@
 """Whole steps of the Fast agent: one rollout step, and one update (forward, loss, backward, SGD, clip).
 
-`upstream` is Fast with upstream's formulas in place of the package's operations: the actor head over all pairs of row and
-action, tokens scattered through boolean masks, log_softmax and gathers, `full` for the TensorDict's fields, the number of
-segments read back from the device, the L2-init loss and the clip module by module. Both run the package's LSTM, which
-resets rows inside a segment. Every provider has an agent of its own, and all begin with the same weights.
+`upstream` is Fast with upstream's formulas in place of the package's operations: the actor head over all pairs of row
+and action, tokens scattered through boolean masks, log_softmax and gathers, `full` for the TensorDict's fields, the
+number of segments read back from the device, the L2-init loss and the clip module by module. Both run the package's
+LSTM, which resets rows inside a segment. Every provider has an agent of its own, and all begin with the same weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,7 +57,7 @@ class UpstreamFast(Fast):
 
     def handle_inference_mode(self, td: Any, logits_list: Tensor, value: Tensor) -> Any:
         """log_softmax, exp, multinomial and gathers."""
-        _, log_prob, full_log_probs, pairs = draw_upstream(logits_list, self.action_index_tensor)
+        _, log_prob, full_log_probs, pairs = draw_upstream(logits_list, self._require_table("action_index_tensor"))
         return td.update(
             {"actions": pairs, "act_log_prob": log_prob, "values": value.flatten(), "full_log_probs": full_log_probs}
         )
@@ -65,7 +65,8 @@ class UpstreamFast(Fast):
     def handle_training_mode(self, td: Any, action: Tensor, logits_list: Tensor, value: Tensor) -> Any:
         """log_softmax and gathers on a flat TensorDict, whose segments are read back from its fields."""
         flat = td.reshape(td.batch_size.numel())
-        index = categorical.upstream_index(action.reshape(-1, 2), self.cum_action_max_params)
+        table = self._require_table("cum_action_max_params")
+        index = categorical.upstream_index(action.reshape(-1, 2), table)
         full_log_probs = torch.log_softmax(logits_list, dim=-1)
         flat["act_log_prob"] = full_log_probs[torch.arange(index.shape[0], device=index.device), index]
         flat["entropy"] = categorical.entropy_of(full_log_probs)
@@ -79,10 +80,10 @@ class UpstreamFast(Fast):
 
     def l2_init_loss(self) -> Tensor:
         """Module by module."""
-        total = torch.zeros((), device=self.cum_action_max_params.device)
+        total = torch.zeros((), device=next(self.parameters()).device)
         for name, module in self.named_modules():
             if self._is_regularizable_layer(module) and name in self.initial_weights:
-                total = total + ((module.weight - self.initial_weights[name]) ** 2).sum()
+                total = total + ((module.get_parameter("weight") - self.initial_weights[name]) ** 2).sum()
         return total
 
 

@@ -12,7 +12,10 @@ import torch
 
 from benchmarks import harness, machine
 
+# Of the shape that is under way; the suites' memory goes with it.
 _measured: dict[tuple[str, str], harness.Measurement] = {}
+# Provider to the reason why it does not run here.
+_skipped: dict[str, str] = {}
 
 
 def pytest_addoption(parser):
@@ -59,6 +62,7 @@ def run_case(benchmark, request):
         if name in measurement.refused:
             raise harness.Disagreement(measurement.refused[name])
         if name in measurement.skipped:
+            _skipped[name] = measurement.skipped[name]
             pytest.skip(measurement.skipped[name])
         benchmark.group = f"{suite.operation} {shape.label}"
         size = {"operation": suite.operation, "shape": shape.label, "size": dict(shape.size)}
@@ -76,11 +80,20 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.benchmark(timer=harness.CLOCK.now))
 
 
-def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.pop("node", None)
-    machine_info.update(machine.description(options_of(config).device))
-    machine_info["threads"] = config.getoption("--threads")
+def pytest_benchmark_generate_machine_info(config):
+    return machine.description(options_of(config).device) | {"threads": config.getoption("--threads")}
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    output_json["conditions"] = {"load_average": os.getloadavg(), "quick": config.getoption("--quick")}
+    output_json["conditions"] = {
+        "load_average": os.getloadavg(),
+        "cores": os.cpu_count(),
+        "quick": config.getoption("--quick"),
+        "skipped": _skipped,
+    }
+    # Folder and branch say nothing of the code; parameters hold addresses; single rounds would fill the repository.
+    for key in ("project", "branch"):
+        output_json["commit_info"].pop(key, None)
+    for entry in output_json["benchmarks"]:
+        entry["params"] = {"case": entry["param"]}
+        entry["stats"].pop("data", None)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 import metta_fastagent
 
@@ -28,7 +29,9 @@ MIN_ROUND_SECONDS = 2e-3
 MAX_ITERATIONS = 2000
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
 # Inductor takes seconds to minutes for each shape.
-MAX_COMPILED_SHAPES = 6
+MAX_COMPILED_SHAPES = 4
+# Tracing unrolls lists of tensors: thousands of them take minutes.
+MAX_COMPILED_TENSORS = 200
 # Memory of the copy is bounded; its rate does not change above.
 MAX_COPY_BYTES = 1 << 30
 GRAPH_REPLAYS = 20
@@ -93,7 +96,7 @@ class Options(NamedTuple):
 
     @property
     def seconds_per_shape(self) -> float:
-        return 0.5 if self.quick else 2.0
+        return 0.5 if self.quick else 2.0 if self.device.type == "cpu" else 1.0
 
 
 class Timing(NamedTuple):
@@ -154,7 +157,9 @@ def compiled_provider(
 ) -> Provider | Skipped:
     """`torch.compile` of a function; `bind` makes the provider's call of the compiled one."""
     if not wanted:
-        return Skipped("torch.compile", f"off (--compile on), or a shape after the first {MAX_COMPILED_SHAPES}")
+        return Skipped(
+            "torch.compile", "off (--compile on turns it on), or a shape left out because compiling takes long"
+        )
     torch._dynamo.reset()
     return Provider("torch.compile", bind(torch.compile(function, dynamic=False)), **options)
 
@@ -220,9 +225,7 @@ def _result(provider: Provider) -> Any:
     with provider.context():
         result = provider.compared(provider.call())
     # A copy: a later provider may work in the same memory.
-    return torch.utils._pytree.tree_map(
-        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, result
-    )
+    return _pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, result)
 
 
 def measure(suite: Suite, shape: Shape, options: Options) -> Measurement:
@@ -231,7 +234,8 @@ def measure(suite: Suite, shape: Shape, options: Options) -> Measurement:
     Raises:
         Disagreement: none is left to compare with the reference.
     """
-    compiled = options.compiled and shape in selected_shapes(suite, options)[:MAX_COMPILED_SHAPES]
+    few = shape in selected_shapes(suite, options)[:MAX_COMPILED_SHAPES]
+    compiled = options.compiled and few and shape.size.get("tensors", 0) <= MAX_COMPILED_TENSORS
     made = suite.make_providers(shape.size, options.device, compiled)
     skipped = {entry.name: entry.reason for entry in made if isinstance(entry, Skipped)}
     providers = [entry for entry in made if isinstance(entry, Provider)]
@@ -323,16 +327,22 @@ def device_figures(provider: Provider, device: torch.device) -> DeviceFigures:
             return DeviceFigures(None, launches, syncs, peak, f"not captured: {reason}")
 
 
-def _api_calls(call: Callable[[], Any]) -> tuple[float, float]:
-    """(launches, synchronisations) per call: the difference between one profiled call and three, halved."""
+def _api_calls(call: Callable[[], Any]) -> tuple[float | None, float | None]:
+    """(launches, synchronisations) per call: the difference between one profiled call and three, halved.
+
+    None where the profiler does not see the device.
+    """
     counts = []
     for calls in (1, 3):
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
             for _ in range(calls):
                 call()
-        counts.append(count_api_calls(event.name for event in profile.events()))
+        counts.append(count_api_calls(event.name for event in profile.events() or []))
     (first_launches, first_syncs), (last_launches, last_syncs) = counts
+    if last_launches == 0:
+        # The profiler saw nothing of the device.
+        return None, None
     return (last_launches - first_launches) / 2, (last_syncs - first_syncs) / 2
 
 
