@@ -19,7 +19,7 @@ flag = $(if $($(1)),--$(2) "$($(1))")
 TRAIN_FLAGS = $(call flag,ENV,env) $(call flag,DEVICE,device) $(call flag,SEED,seed) $(call flag,STEPS,steps) \
 	$(call flag,OUT,out) $(call flag,RESUME,resume) $(ARGS)
 
-.PHONY: help setup train test lint
+.PHONY: help setup train test bench lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,7 @@ help: ## this list
 	@echo "  VENV=.venv      where the virtual environment goes"
 	@echo "  train:          ENV=memory|mettagrid DEVICE=cpu|cuda SEED=0 STEPS=... OUT=folder RESUME=checkpoint ARGS='...'"
 	@echo "  test:           PYTEST_ARGS='-k clip'"
+	@echo "  bench:          QUICK=1 ARGS='--only clip,sample --device cpu'"
 
 setup: ## the virtual environment with everything that development needs
 	@$(SETUP) $(DEV_EXTRAS)
@@ -39,6 +40,9 @@ train: ## train the Fast agent, for example: make train ENV=mettagrid DEVICE=cud
 test: setup ## run the tests, then the kernels' in Triton's interpreter
 	@$(RUN) pytest $(PYTEST_ARGS)
 	@$(if $(PYTEST_ARGS),,TRITON_INTERPRET=1 $(RUN) pytest tests/kernels)
+
+bench: setup ## measure and report, for example: make bench QUICK=1 ARGS='--only clip,sample'
+	@$(RUN) benchmarks run $(if $(QUICK),--quick) $(ARGS)
 
 lint: setup ## ruff and pyright
 	@$(RUN) ruff check .

@@ -63,9 +63,12 @@ def _run(names: list[str], quick: bool, results: Path, others: list[str]) -> int
     selection = ["--quick"] if quick else []
     command = [sys.executable, "-m", "pytest", *suites, *options, *selection, *others]
     code = subprocess.run(command, cwd=FOLDER.parent).returncode
-    if unsorted.exists() and unsorted.stat().st_size > 0:
-        path = _sort_in(unsorted, results)
-        print("\n".join(map(str, [path, *report.write(path, path.parent)])))
+    if not unsorted.exists() or unsorted.stat().st_size == 0:
+        # pytest-benchmark makes the file before it knows whether there will be anything to write.
+        unsorted.unlink(missing_ok=True)
+        return code
+    path = _sort_in(unsorted, results)
+    print("\n".join(map(str, [path, *report.write(path, path.parent)])))
     return code
 
 

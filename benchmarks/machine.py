@@ -9,6 +9,8 @@ import torch
 
 import metta_fastagent
 
+PEERS = ("torchrl", "pufferlib-core")
+
 
 def processor_name() -> str:
     """The CPU's model."""
@@ -29,6 +31,7 @@ def description(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "tensordict": _version("tensordict"),
+        "peers": ", ".join(f"{name} {_version(name)}" for name in PEERS if _version(name) != "none") or "none",
         "python_version": platform.python_version(),
         "backend": metta_fastagent.backend(device),
     }

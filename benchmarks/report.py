@@ -24,6 +24,8 @@ STYLES = {
 FALLBACK_STYLE = ("#555555", "x")
 PLOTS_PER_ROW = 2
 PANEL_WIDTH_INCHES = 5.2
+INCHES_PER_BAR = 0.16
+CURVE_HEIGHT_IN_BARS = 11
 DPI = 120
 RATIO_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
@@ -95,6 +97,7 @@ def _circumstances(result: Mapping[str, Any]) -> list[str]:
         + (" with uncommitted changes" if commit.get("dirty") else ""),
         f"- device {info['device']}; processor {info['processor_name']}; GPU: {info['gpu']}",
         f"- torch {info['torch']}, Triton {info['triton']}, tensordict {info['tensordict']}, "
+        f"peers: {info['peers']}; "
         f"Python {info['python_version']}; CPU threads: {info['threads']}; the package runs {info['backend']}",
         f"- {'quick' if conditions['quick'] else 'full'} run; load average at its end "
         + ", ".join(f"{value:.1f}" for value in load)
@@ -186,13 +189,15 @@ def _plot(rows: Sequence[Row], title: str, out: Path, stem: str) -> list[Path]:
 def _draw(panels: Mapping[str, list[Row]], draw: Callable[[Any, list[Row]], None], title: str, target: Path) -> Path:
     from matplotlib import pyplot
 
-    lines = -(-len(panels) // PLOTS_PER_ROW)
-    most = max(len(own) for own in panels.values()) if draw is _draw_ratios else 12
-    height = max(2.6, 0.16 * most + 0.9)
+    entries = list(panels.values())
+    lines = [entries[start : start + PLOTS_PER_ROW] for start in range(0, len(entries), PLOTS_PER_ROW)]
+    bars = [max(map(len, line)) if draw is _draw_ratios else CURVE_HEIGHT_IN_BARS for line in lines]
+    heights = [INCHES_PER_BAR * count + 1.0 for count in bars]
     figure, axes = pyplot.subplots(
-        lines,
+        len(lines),
         PLOTS_PER_ROW,
-        figsize=(PANEL_WIDTH_INCHES * PLOTS_PER_ROW, height * lines + 0.5),
+        figsize=(PANEL_WIDTH_INCHES * PLOTS_PER_ROW, sum(heights) + 0.4),
+        height_ratios=heights,
         squeeze=False,
         layout="constrained",
     )
@@ -235,7 +240,7 @@ def _draw_ratios(axis: Any, rows: list[Row]) -> None:
     axis.set_xlim(min(0.45, *reached) / 1.1, max(2.2, *reached) * 1.1)
     axis.set_yticks(places, labels)
     axis.invert_yaxis()
-    axis.set_xlabel("wall time / upstream's, within a round (left of the line is faster)", fontsize=7)
+    axis.set_xlabel("wall time / upstream's (left of the line: faster)", fontsize=7)
 
 
 def _axis(rows: Sequence[Row]) -> tuple[str, dict[str, int]] | None:

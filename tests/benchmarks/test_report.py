@@ -38,6 +38,7 @@ def result(load=0.5):
             "torch": "2.13.0",
             "triton": "3.7.1",
             "tensordict": "0.10",
+            "peers": "torchrl 0.14",
             "python_version": "3.12.1",
             "backend": "eager",
             "threads": 1,
@@ -69,7 +70,13 @@ def test_markdown_and_plots(written, tmp_path, capsys):
     path = written(result())
     assert main(["report", str(path), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "run.md").read_text()
-    for fact in ("Some Processor(R) 9, 2 cores", "torch 2.13.0", "commit 012345678", "no triton: no CUDA device"):
+    for fact in (
+        "Some Processor(R) 9, 2 cores",
+        "torch 2.13.0",
+        "torchrl 0.14",
+        "commit 012345678",
+        "no triton: no CUDA device",
+    ):
         assert fact in text
     assert "| rows 10 | eager | 200 µs | 180 µs - 220 µs | 2.00 (1.80 - 2.20) | 2.00 |" in text
     assert "| rows 100 | eager | 500 µs | 450 µs - 550 µs | 0.50 (0.45 - 0.55) | 0.50 |" in text

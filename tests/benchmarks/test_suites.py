@@ -1,15 +1,20 @@
 """Every suite: its providers agree on its smallest shape, are the announced ones, and a changed result is refused."""
 
 import importlib
+import json
+import shutil
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, machine
 from benchmarks.__main__ import SUITES, main
 from benchmarks.harness import Provider, Suite
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -72,3 +77,31 @@ def test_an_unknown_suite_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--only", "clip,nonsense"])
     assert "nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_is_sorted_in_by_machine_and_reported(tmp_path):
+    run = ["run", "--quick", "--only", "tensordict_fields", "--results", str(tmp_path), "--device", "cpu"]
+    assert main([*run, "-k", "rows256"]) == 0
+    (result,) = tmp_path.glob("*/*.json")
+    content = json.loads(result.read_text())
+    assert result.parent.name == machine.folder(content["machine_info"]["name"])
+    assert content["machine_info"]["torch"] == torch.__version__
+    entries = {entry["extra_info"]["provider"]: entry for entry in content["benchmarks"]}
+    assert {"upstream", "eager"} <= entries.keys()
+    assert all(entry["stats"]["rounds"] >= harness.MIN_ROUNDS for entry in entries.values())
+    assert "native" in content["conditions"]["skipped"] or "native" in entries
+    assert "rows 256, time 0 | eager" in result.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_without_a_benchmark_leaves_nothing(tmp_path):
+    assert main(["run", "--only", "clip", "--results", str(tmp_path), "--device", "cpu", "-k", "nonsense"]) != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_bench_passes_its_arguments_on():
+    command = ["make", "-n", "bench", "VENV=.venv", "QUICK=1", "ARGS=--only clip"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[-1] == '".venv/bin/python" -m benchmarks run --quick --only clip'
