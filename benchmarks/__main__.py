@@ -5,6 +5,7 @@ python -m benchmarks report RESULT.json [RESULT.json ...] [--out FOLDER]
 """
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -46,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         unknown = sorted(set(known.only.split(",")) - set(SUITES))
         if unknown:
             parser.error(f"--only: got {', '.join(unknown)}, expected some of {', '.join(SUITES)}")
+        if importlib.util.find_spec("pytest_benchmark") is None:
+            parser.error("pytest-benchmark is not installed; the extra `test` brings it")
         return _run(known.only.split(","), known.quick, known.results, others)
     if others:
         parser.error(f"unknown arguments: {' '.join(others)}")

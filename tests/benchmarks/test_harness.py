@@ -207,3 +207,45 @@ def test_a_wrong_provider_fails_its_benchmark_and_no_other(run_bench):
     assert done.code == 1
     assert "ours computes something else than upstream" in done.text
     assert "1 failed, 2 passed" in done.text
+
+
+def test_what_waits_for_the_device_is_not_captured(monkeypatch):
+    monkeypatch.setattr(harness, "_api_calls", lambda call: (4.0, 1.0))
+    monkeypatch.setattr(harness, "_peak_extra_bytes", lambda call, device: 512)
+    monkeypatch.setattr(harness, "_replay_seconds", lambda call, device: pytest.fail("was captured"))
+    figures = harness.device_figures(Provider("waits", ones), torch.device("cuda"))
+    assert figures[:4] == (None, 4.0, 1.0, 512)
+    assert "waits for the device" in figures.note
+
+
+def test_a_failed_capture_is_told(monkeypatch):
+    def refuse(call, device):
+        raise RuntimeError("operation not permitted\nmore")
+
+    monkeypatch.setattr(harness, "_api_calls", lambda call: (4.0, 0.0))
+    monkeypatch.setattr(harness, "_peak_extra_bytes", lambda call, device: 0)
+    monkeypatch.setattr(harness, "_replay_seconds", refuse)
+    figures = harness.device_figures(Provider("odd", ones), torch.device("cuda"))
+    assert figures.gpu_seconds is None
+    assert figures.note == "not captured: operation not permitted"
+
+
+def test_the_cpu_has_no_device_figures():
+    assert harness.device_figures(Provider("upstream", ones), CPU) == harness.DeviceFigures()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_device_figures():
+    cuda = torch.device("cuda")
+    x = torch.ones(1 << 20, device=cuda)
+    doubled = harness.device_figures(Provider("doubled", lambda: x * 2), cuda)
+    assert doubled.gpu_seconds is not None
+    assert 0 < doubled.gpu_seconds < 1
+    assert doubled.launches == 1
+    assert doubled.host_syncs == 0
+    assert doubled.peak_extra_bytes == 4 << 20
+    read = harness.device_figures(Provider("read", lambda: (x * 2).sum().item()), cuda)
+    assert read.host_syncs is not None
+    assert read.host_syncs >= 1
+    assert read.gpu_seconds is None

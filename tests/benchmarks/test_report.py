@@ -1,6 +1,7 @@
 """The report of a result: its machine, every figure, those in which the package loses too, and plots."""
 
 import json
+import sys
 
 import pytest
 
@@ -108,3 +109,9 @@ def test_a_result_without_the_suites_is_refused(written, tmp_path):
 
 def test_folder_of_a_machine():
     assert report.folder_of(result()) == "some-processor-9-2-cores"
+
+
+def test_without_matplotlib_there_are_no_plots(written, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert [path.name for path in report.write(written(result()), tmp_path)] == ["run.md"]
+    assert ".png" not in (tmp_path / "run.md").read_text()

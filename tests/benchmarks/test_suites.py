@@ -79,6 +79,13 @@ def test_an_unknown_suite_is_named(capsys):
     assert "nonsense" in capsys.readouterr().err
 
 
+def test_without_pytest_benchmark_it_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["run", "--only", "clip"])
+    assert "pytest-benchmark is not installed" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_is_sorted_in_by_machine_and_reported(tmp_path):
     run = ["run", "--quick", "--only", "tensordict_fields", "--results", str(tmp_path), "--device", "cpu"]
