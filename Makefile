@@ -21,7 +21,7 @@ flag = $(if $($(1)),--$(2) "$($(1))")
 TRAIN_FLAGS = $(call flag,ENV,env) $(call flag,DEVICE,device) $(call flag,SEED,seed) $(call flag,STEPS,steps) \
 	$(call flag,OUT,out) $(call flag,RESUME,resume) $(ARGS)
 
-.PHONY: help setup train test test-slow lint
+.PHONY: help setup train test test-slow bench lint
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,7 @@ help: ## this list
 	@echo "  VENV=.venv      where the virtual environment goes"
 	@echo "  train:          ENV=memory|mettagrid DEVICE=cpu|cuda SEED=0 STEPS=... OUT=folder RESUME=checkpoint ARGS='...'"
 	@echo "  test:           PYTEST_ARGS='-k clip'"
+	@echo "  bench:          QUICK=1 ARGS='--only clip,sample --device cpu'"
 
 setup: ## the virtual environment with everything that development needs
 	@$(SETUP) $(DEV_EXTRAS)
@@ -44,6 +45,9 @@ test: setup ## run the tests, then those of the kernels in Triton's interpreter
 
 test-slow: setup ## run the slow tests: learning on three seeds, with memory and without
 	@$(TWO_PROCESSES) -m slow $(PYTEST_ARGS)
+
+bench: setup ## measure and report, for example: make bench QUICK=1 ARGS='--only clip,sample'
+	@$(RUN) benchmarks run $(if $(QUICK),--quick) $(ARGS)
 
 lint: setup ## ruff and pyright
 	@$(RUN) ruff check .

@@ -1,0 +1,1 @@
+"""Benchmarks of the operations and of whole training steps; see README.md."""

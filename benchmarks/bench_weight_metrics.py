@@ -1,0 +1,87 @@
+"""Singular-value metrics of an agent's Linear weights.
+
+`upstream` decomposes one weight after the other, in float32, and reads each figure from the device. The package works
+in float64, which costs time and tells a collapsed dimension from rounding.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Provider, Shape, Skipped, Suite, package_providers
+from metta_fastagent.weight_metrics import ZERO_SV, analyze_weights
+
+DELTA = 0.01
+# A float32 decomposition against a float64 one.
+RTOL, ATOL = 1e-3, 1e-4
+COMPARED = ("weight_norm", "mean_sv", "largest_sv", "sv_loglog_r2", "sv_loglog_slope", "effective_rank")
+
+
+def make_inputs(size: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:
+    """Normal weights of one shape."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (size["width"], size["width"] * 2)
+    return {f"layer{i}": torch.randn(*shape, device=device, generator=generator) for i in range(size["weights"])}
+
+
+def upstream(weights: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Metrics of each weight by itself, every value read by itself."""
+    return [_metrics(name, weight) for name, weight in weights.items()]
+
+
+def _metrics(name: str, weight: Tensor) -> dict[str, Any]:
+    values = torch.linalg.svdvals(weight)
+    live = values[values > ZERO_SV]
+    x = torch.arange(1, live.numel() + 1, device=weight.device, dtype=weight.dtype).log()
+    y = (live + ZERO_SV).log()
+    dx, dy = x - x.mean(), y - y.mean()
+    slope = (dx * dy).sum() / (dx * dx).sum()
+    residual = dy - slope * dx
+    shares = values.cumsum(0) / values.sum()
+    return {
+        "name": name,
+        "weight_norm": torch.linalg.norm(weight).item(),
+        "mean_sv": values.mean().item(),
+        "largest_sv": values.max().item(),
+        "sv_ratio": (live.max() / live.min()).item() if live.numel() else 0.0,
+        "collapsed_dim_%": (values <= ZERO_SV).float().mean().item(),
+        "sv_loglog_r2": (1 - (residual * residual).sum() / (dy * dy).sum()).item(),
+        "sv_loglog_slope": slope.item(),
+        "effective_rank": int((shares < 1 - DELTA).sum().item()) + 1,
+    }
+
+
+def compared(records: list[dict[str, Any]]) -> list[list[float]]:
+    """The figures that do not hang on the smallest singular value."""
+    return [[float(record.get(key, math.nan)) for key in COMPARED] for record in records]
+
+
+def make_providers(size: Mapping[str, int], device: torch.device, compiled: bool) -> list[Provider | Skipped]:
+    """upstream and the package, which has one implementation."""
+    weights = make_inputs(size, device)
+    package = package_providers(device, lambda: analyze_weights(weights, DELTA), compared=compared)
+    return [Provider("upstream", lambda: upstream(weights), compared=compared), package[0]]
+
+
+SUITES = [
+    Suite(
+        "weight_metrics",
+        ("upstream", "eager"),
+        [
+            Shape("quick", {"weights": 6, "width": 64}),
+            Shape("full", {"weights": 6, "width": 128}),
+            Shape("full", {"weights": 24, "width": 128}),
+            Shape("gpu", {"weights": 24, "width": 512}),
+        ],
+        make_providers,
+        rtol=RTOL,
+        atol=ATOL,
+    )
+]
+
+
+def test_providers(case, run_case):
+    run_case(case)

@@ -1,0 +1,99 @@
+"""pytest's side of the harness: options, one test for each provider of each shape, and what goes into the JSON.
+
+pytest-benchmark times one test after the other, which the harness must not do: so the first test of a shape has the
+harness measure all its providers in turn, and each test hands its own rounds to pytest-benchmark through a clock that
+replays them. Statistics, JSON, comparison and `--benchmark-compare-fail` are pytest-benchmark's own.
+"""
+
+import os
+
+import pytest
+import torch
+
+from benchmarks import harness, machine
+
+# Of the shape that is under way; the suites' memory goes with it.
+_measured: dict[tuple[str, str], harness.Measurement] = {}
+# Provider to the reason why it does not run here.
+_skipped: dict[str, str] = {}
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("metta_fastagent benchmarks")
+    group.addoption("--quick", action="store_true", help="few shapes and rounds: under a minute")
+    group.addoption("--device", default=None, help="cpu or cuda; default: cuda where there is one")
+    group.addoption("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on CUDA")
+    group.addoption("--threads", type=int, default=1, help="threads of the CPU's operations")
+
+
+def options_of(config):
+    """The harness's options from pytest's."""
+    device = torch.device(config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = config.getoption("--compile")
+    compiled = wanted == "on" or (wanted == "auto" and device.type == "cuda")
+    return harness.Options(device, config.getoption("--quick"), compiled)
+
+
+def pytest_generate_tests(metafunc):
+    if "case" not in metafunc.fixturenames:
+        return
+    cases, ids = [], []
+    for suite in metafunc.module.SUITES:
+        names = [*suite.provider_names, *([harness.COPY] if suite.count_bytes else [])]
+        for shape in harness.selected_shapes(suite, options_of(metafunc.config)):
+            cases += [(suite, shape, name) for name in names]
+            ids += [f"{suite.operation}-{shape.label}-{name}".replace(" ", "_") for name in names]
+    metafunc.parametrize("case", cases, ids=ids)
+
+
+@pytest.fixture
+def run_case(benchmark, request):
+    """A function that measures (once for each shape) and records one provider."""
+
+    def run(case):
+        suite, shape, name = case
+        options = options_of(request.config)
+        key = (suite.operation, shape.label)
+        if key not in _measured:
+            torch.set_num_threads(request.config.getoption("--threads"))
+            _measured.clear()
+            _measured[key] = harness.measure(suite, shape, options)
+        measurement = _measured[key]
+        if name in measurement.refused:
+            raise harness.Disagreement(measurement.refused[name])
+        if name in measurement.skipped:
+            _skipped[name] = measurement.skipped[name]
+            pytest.skip(measurement.skipped[name])
+        benchmark.group = f"{suite.operation} {shape.label}"
+        size = {"operation": suite.operation, "shape": shape.label, "size": dict(shape.size)}
+        benchmark.extra_info.update(size | harness.summary(measurement, name))
+        seconds = measurement.timings[name].seconds
+        harness.CLOCK.load(seconds)
+        benchmark.pedantic(harness.CLOCK.round, rounds=len(seconds))
+
+    return run
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "run_case" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=harness.CLOCK.now))
+
+
+def pytest_benchmark_generate_machine_info(config):
+    return machine.description(options_of(config).device) | {"threads": config.getoption("--threads")}
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    output_json["conditions"] = {
+        "load_average": os.getloadavg(),
+        "cores": os.cpu_count(),
+        "quick": config.getoption("--quick"),
+        "skipped": _skipped,
+    }
+    # Folder and branch say nothing of the code; parameters hold addresses; single rounds would fill the repository.
+    for key in ("project", "branch"):
+        output_json["commit_info"].pop(key, None)
+    for entry in output_json["benchmarks"]:
+        entry["params"] = {"case": entry["param"]}
+        entry["stats"].pop("data", None)
