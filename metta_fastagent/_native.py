@@ -126,7 +126,10 @@ def build(force: bool = False, sanitize: str | None = None) -> Path:
         raise CannotBuildError(obstacle)
     try:
         library = _build(force, sanitize)
-    except OSError as error:
+    except BuildError:
+        raise
+    except (OSError, RuntimeError) as error:
+        # RuntimeError: no home folder.
         raise BuildError(f"{type(error).__name__}: {error}") from error
     if not loaded():
         _outcome = None
@@ -164,7 +167,10 @@ def find_compiler() -> list[str]:
     Raises:
         CannotBuildError: there is none.
     """
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise CannotBuildError(f"no C++ compiler: CXX cannot be read: {error}") from error
     if chosen:
         if shutil.which(chosen[0]) is None:
             raise CannotBuildError(f"no C++ compiler: CXX names {chosen[0]!r}, which cannot be run")
@@ -204,7 +210,8 @@ def _try_to_load() -> _Outcome:
         torch.ops.load_library(record.library)
     except OSError as error:
         return _Outcome(False, f"cannot be loaded ({error}): run {COMMAND} --force")
-    return _Outcome(True, f"built with {record.compiler.splitlines()[0]} {record.flags}, {record.library}")
+    compiler = next(iter(record.compiler.splitlines()), "an unnamed compiler")
+    return _Outcome(True, f"built with {compiler} {record.flags}, {record.library}")
 
 
 def _why_not_built() -> str:
@@ -366,7 +373,12 @@ def _start(command: Sequence[str], output: IO[bytes]) -> subprocess.Popen:
     """A group of its own, so that the compiler's own processes can be ended with it."""
     try:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "LC_ALL": "C"},
+            start_new_session=True,
         )
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from error
