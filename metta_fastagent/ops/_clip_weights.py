@@ -92,6 +92,12 @@ def _make_table(tensors: Sequence[Tensor], bounds: Sequence[float], device: torc
     return _Table(upload(chunks, torch.int64, device), upload(limits, torch.float64, device))
 
 
+def _clip_weights_native_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
+    # It does nothing where there is a tensor that it does not take.
+    if not torch.ops.metta_fastagent_native.clip_weights_.default(tensors, bounds):
+        clip_weights_eager_(tensors, bounds)
+
+
 def clip_weights_eager_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
     """`clip_weights_` in plain PyTorch: the reference, and what runs where there is no kernel."""
     for tensor, bound in zip(tensors, bounds, strict=True):
@@ -105,6 +111,7 @@ _clip_weights_ = register(
     clip_weights_eager_,
     lambda tensors, bounds: None,
     _clip_weights_cuda_,
+    _clip_weights_native_,
 )
 
 
