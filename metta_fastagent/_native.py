@@ -42,7 +42,7 @@ SOURCES = _PACKAGE / "csrc" if (_PACKAGE / "csrc").is_dir() else _PACKAGE.parent
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 OPTIMIZATION = ("-O3",)
 # Tried in this order: not every compiler knows every processor, nor every assembler what its compiler writes.
-PROCESSOR_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+PROCESSOR_FLAGS = (("-march=native" if platform.machine() == "x86_64" else "-mcpu=native",), ())
 SANITIZERS = {
     "address": ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address"),
     "undefined": ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"),
@@ -146,7 +146,7 @@ def _build(force: bool, sanitize: str | None) -> Path:
         if present is None or force:
             raise
         return present
-    version = _run([[*compiler, "--version"]], VERSION_LIMIT_S)[0].strip()
+    version = _run([[*compiler, "--version"]], time.monotonic() + VERSION_LIMIT_S)[0].strip()
     if present is not None and record.compiler == version and not force:
         return present
     return _build_into(cache, key, compiler, version, sanitize, keeps_record=present is not None)
@@ -302,11 +302,12 @@ def _remove_abandoned(cache: Path) -> None:
 
 def _compile_as_possible(compiler: Sequence[str], sanitize: str | None, folder: Path) -> str:
     """Compile for this processor, else as the compiler can; returns the flags that it took."""
+    until = time.monotonic() + COMPILE_LIMIT_S
     failure: BuildError | None = None
     for processor in PROCESSOR_FLAGS:
         extra = (*processor, *(SANITIZERS[sanitize] if sanitize else OPTIMIZATION))
         try:
-            _compile(compiler, extra, folder)
+            _compile(compiler, extra, folder, until)
             return " ".join(extra)
         except BuildError as error:
             # The first failure tells more than one about a flag that was a second choice.
@@ -314,7 +315,7 @@ def _compile_as_possible(compiler: Sequence[str], sanitize: str | None, folder: 
     raise failure or BuildError("nothing was compiled")
 
 
-def _compile(compiler: Sequence[str], extra: Sequence[str], folder: Path) -> None:
+def _compile(compiler: Sequence[str], extra: Sequence[str], folder: Path, until: float) -> None:
     """Compile every source into `folder/native.so`."""
     root = Path(torch.__file__).parent
     flags = [*FLAGS, *extra]
@@ -324,23 +325,22 @@ def _compile(compiler: Sequence[str], extra: Sequence[str], folder: Path) -> Non
     compiles = [
         [*compiler, *flags, *headers, "-c", str(path), "-o", str(folder / f"{path.stem}.o")] for path in sources
     ]
-    _run(compiles, COMPILE_LIMIT_S)
+    _run(compiles, until)
     objects = [str(folder / f"{path.stem}.o") for path in sources]
     # A sanitizer's own symbols come from the executable or a preloaded library.
     complete = [] if any(flag.startswith("-fsanitize") for flag in flags) else ["-Wl,--no-undefined"]
     target = ["-shared", *complete, *objects, f"-L{root / 'lib'}", "-ltorch_cpu", "-o", str(folder / "native.so")]
-    _run([[*compiler, *flags, *target]], COMPILE_LIMIT_S)
+    _run([[*compiler, *flags, *target]], until)
     if not (folder / "native.so").is_file():
         raise BuildError(f"{compiler[0]} reported success and wrote no library")
 
 
-def _run(commands: Sequence[Sequence[str]], limit_s: float) -> list[str]:
+def _run(commands: Sequence[Sequence[str]], until: float) -> list[str]:
     """Run the commands, a few at once, and return what each printed.
 
-    BuildError where one cannot be started, fails, or where all take longer than `limit_s`; nothing is left running.
+    BuildError where one cannot be started, fails, or still runs when the clock says `until`; nothing is left running.
     """
     jobs = min(4, len(os.sched_getaffinity(0)))
-    until = time.monotonic() + limit_s
     waiting, running, printed = list(range(len(commands))), dict[int, subprocess.Popen](), [""] * len(commands)
     with ExitStack() as stack:
         # Files, not pipes, which a process that outlives its parent would keep open.
@@ -358,7 +358,7 @@ def _run(commands: Sequence[Sequence[str]], limit_s: float) -> list[str]:
                 if status != 0:
                     raise BuildError(_failure(commands[index][0], status, printed[index]))
             if time.monotonic() > until:
-                raise BuildError(f"{commands[0][0]} did not end within {limit_s:g} s")
+                raise BuildError(f"{commands[0][0]} did not end in time and was stopped")
     return printed
 
 

@@ -174,9 +174,8 @@ def test_a_compiler_that_does_not_know_the_processor(fake_compiler):
 
 def test_a_compiler_that_hangs_is_ended_with_all_its_processes(fake_compiler, tmp_path, monkeypatch):
     monkeypatch.setattr(_native, "COMPILE_LIMIT_S", 0.3)
-    monkeypatch.setattr(_native, "PROCESSOR_FLAGS", ((),))
     fake_compiler(f"sleep 1000 & echo $! > {tmp_path}/pid; wait")
-    with pytest.raises(_native.BuildError, match=r"did not end within 0\.3 s"):
+    with pytest.raises(_native.BuildError, match="did not end in time"):
         _native.build()
     status = Path(f"/proc/{int((tmp_path / 'pid').read_text())}/status")
     until = time.monotonic() + 10
