@@ -4,10 +4,10 @@ Nothing is ever compiled by an import or by a first use, and what is not built i
 eager PyTorch, and `reason` says why.
 
 The cache folder is `METTA_FASTAGENT_CACHE`, else `$XDG_CACHE_HOME/metta_fastagent`, else `~/.cache/metta_fastagent`. It
-may be deleted at any time. A library's file name is the SHA-256 of its bytes; a record, named by a key over all that
-the library depends on, says which library is the one. Both appear by rename, complete, and the bytes are compared with
-the name before they are loaded. So there is nothing to lock: of two builds at once the last record counts, and both
-libraries are right.
+may be deleted at any time. A library's file name is the SHA-256 of its bytes. A record, named by a key over sources,
+flags, PyTorch and CPU, says which library is the one and which compiler made it: loading needs no compiler, and `build`
+notices another one. Both files appear by rename, complete, and the bytes are compared with the name before they are
+loaded. So there is nothing to lock: of two builds at once the last record counts, and both libraries are right.
 """
 
 import hashlib
