@@ -45,14 +45,16 @@ void clip(T* x, int64_t count, double wide_bound) {
   }
 }
 
-// False, and nothing done, where a tensor is not float32 or float64 or does not fill its memory.
+// False, and nothing done, where a bound is negative or NaN, their number is wrong, or a tensor is not float32 or float64,
+// is elsewhere, or does not fill its memory.
 bool clip_all(const std::vector<Tensor>& tensors, const std::vector<double>& bounds) {
-  STD_TORCH_CHECK(tensors.size() == bounds.size(), "bounds: expected one for each tensor");
+  if (tensors.size() != bounds.size()) return false;
   std::vector<Clipped> parts;
   parts.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const ScalarType dtype = tensors[i].scalar_type();
-    if ((dtype != ScalarType::Float && dtype != ScalarType::Double) || !is_dense(tensors[i])) return false;
+    const bool taken = tensors[i].is_cpu() && (dtype == ScalarType::Float || dtype == ScalarType::Double);
+    if (!taken || !(bounds[i] >= 0) || !is_dense(tensors[i])) return false;
     parts.push_back({tensors[i].mutable_data_ptr(), bounds[i], dtype == ScalarType::Double});
   }
   const Run run(tensors);
@@ -76,6 +78,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) {
   m.def("clip_weights_(Tensor(a!)[] tensors, float[] bounds) -> bool");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(metta_fastagent_native, CPU, m) {
+// For every device, as a list may hold tensors of several.
+STABLE_TORCH_LIBRARY_IMPL(metta_fastagent_native, CompositeExplicitAutograd, m) {
   m.impl("clip_weights_", TORCH_BOX(&metta_fastagent::clip_all));
 }
