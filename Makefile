@@ -21,7 +21,18 @@ flag = $(if $($(1)),--$(2) "$($(1))")
 TRAIN_FLAGS = $(call flag,ENV,env) $(call flag,DEVICE,device) $(call flag,SEED,seed) $(call flag,STEPS,steps) \
 	$(call flag,OUT,out) $(call flag,RESUME,resume) $(ARGS)
 
-.PHONY: help setup train test test-slow bench lint
+# The C++ operators for the CPU. Where this fails it says why in one line, and eager PyTorch does their work.
+BUILD = $(RUN) metta_fastagent build --quiet
+# Those of the build and of the vector header need no run with the operators.
+NATIVE_TESTS = tests/ops tests/native tests/test_mixin_tensordict.py --ignore tests/native/test_build.py \
+	--ignore tests/native/test_vec.py
+# A sanitizer's runtime goes into the process first, and with it the C++ library whose exceptions it watches. Captured by
+# pytest, a report would be lost with the process.
+SANITIZED = METTA_FASTAGENT_BACKEND=native ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(RUN) pytest --capture=sys $(NATIVE_TESTS)
+library = $$($${CXX:-c++} -print-file-name=$(1).so)
+
+.PHONY: help setup train test test-slow bench lint sanitize
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,17 +48,32 @@ setup: ## the virtual environment with everything that development needs
 
 train: ## train the Fast agent, for example: make train ENV=mettagrid DEVICE=cuda
 	@$(SETUP) $(TRAIN_EXTRAS)
+	@$(BUILD) || true
 	@$(RUN) metta_fastagent.train $(TRAIN_FLAGS)
 
-test: setup ## run the tests, then those of the kernels in Triton's interpreter
-	@$(TWO_PROCESSES) -m "not slow" $(PYTEST_ARGS)
+# The last step: 3 means that this machine has no compiler; in CI, any other failure to build is a failure.
+test: setup ## run the tests, then the kernels' in Triton's interpreter, then the operations' in C++
+	@METTA_FASTAGENT_BACKEND=$${METTA_FASTAGENT_BACKEND:-eager} $(TWO_PROCESSES) -m "not slow" $(PYTEST_ARGS)
 	@$(if $(PYTEST_ARGS),,TRITON_INTERPRET=1 $(TWO_PROCESSES) tests/kernels)
+	@$(if $(PYTEST_ARGS),,status=0; $(BUILD) || status=$$?; \
+	case $$status in \
+	(0) METTA_FASTAGENT_BACKEND=native $(TWO_PROCESSES) $(NATIVE_TESTS) ;; \
+	(3) ;; \
+	(*) test -z "$$CI" ;; \
+	esac)
 
 test-slow: setup ## run the slow tests: learning on three seeds, with memory and without
 	@$(TWO_PROCESSES) -m slow $(PYTEST_ARGS)
 
 bench: setup ## measure and report, for example: make bench QUICK=1 ARGS='--only clip,sample'
+	@$(BUILD) || true
 	@$(RUN) benchmarks run $(if $(QUICK),--quick) $(ARGS)
+
+sanitize: setup ## run the operations' tests in C++ built with AddressSanitizer, then UndefinedBehaviorSanitizer (gcc)
+	@$(RUN) metta_fastagent build --sanitize address
+	@METTA_FASTAGENT_SANITIZE=address LD_PRELOAD="$(call library,libasan) $(call library,libstdc++)" $(SANITIZED)
+	@$(RUN) metta_fastagent build --sanitize undefined
+	@METTA_FASTAGENT_SANITIZE=undefined LD_PRELOAD="$(call library,libubsan) $(call library,libstdc++)" $(SANITIZED)
 
 lint: setup ## ruff and pyright
 	@$(RUN) ruff check .

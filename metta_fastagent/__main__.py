@@ -1,5 +1,52 @@
-"""`python -m metta_fastagent` says what runs on this machine and why."""
+"""`python -m metta_fastagent` says what runs on this machine and why; with `build`, it builds the CPU operators."""
 
-from metta_fastagent import explain
+import argparse
+import sys
+import time
+from collections.abc import Sequence
 
-print(explain())
+from metta_fastagent import _native, explain
+
+# Apart from a failure, for scripts that go on without a compiler but not with broken sources.
+CANNOT_BUILD = 3
+
+
+def build(options: argparse.Namespace) -> int:
+    """Build the operators and load them; the exit status."""
+    started = time.perf_counter()
+    try:
+        library = _native.build(options.force, options.sanitize)
+    except _native.BuildError as error:
+        text = str(error).splitlines()[0] if options.quiet else str(error)
+        instead = "what was built before" if _native.load() else "eager PyTorch"
+        print(f"metta_fastagent: native CPU operators not built, {instead} runs instead: {text}", file=sys.stderr)
+        return CANNOT_BUILD if isinstance(error, _native.CannotBuildError) else 1
+    # A sanitizer's runtime has to be in the process from its start.
+    if options.sanitize is None and not _native.load():
+        print(f"metta_fastagent: native CPU operators not in use: {_native.reason()}", file=sys.stderr)
+        return 1
+    if not options.quiet:
+        print(f"native CPU operators ready in {time.perf_counter() - started:.1f} s: {library}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m metta_fastagent", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    building = commands.add_parser(
+        "build",
+        help="compile the CPU operators into the cache",
+        epilog=f"Exit status: 0 ready, 1 failed, {CANNOT_BUILD} nothing to build with on this machine.",
+    )
+    building.add_argument("--force", action="store_true", help="compile even what was compiled before")
+    building.add_argument("--sanitize", choices=list(_native.SANITIZERS), help="a build with this sanitizer, for tests")
+    building.add_argument("--quiet", action="store_true", help="say nothing but one line where it fails")
+    options = parser.parse_args(arguments)
+    if options.command == "build":
+        return build(options)
+    print(explain())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,29 +1,34 @@
 """Which implementation runs an operation, and the library that the operations register in.
 
 Every operation is a `torch.library` operator, so PyTorch's dispatcher picks the implementation by device: the eager
-twin is registered for every device, and a kernel, where there is one, for its own. This module holds the one switch
-that overrides that choice (`METTA_FASTAGENT_BACKEND`, `use_backend`) and the functions that say what was chosen
-(`backend`, `explain`).
+twin is registered for every device, a Triton kernel, where there is one, for CUDA, and a C++ operator, where there is
+one and it was built, for the CPU. This module holds the one switch that overrides that choice
+(`METTA_FASTAGENT_BACKEND`, `use_backend`) and the functions that say what was chosen (`backend`, `explain`).
 """
 
 import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metta_fastagent import _triton
+from metta_fastagent import _native, _triton
 
-BACKENDS = ("auto", "triton", "eager")
+BACKENDS = ("auto", "triton", "native", "eager")
 ENVIRONMENT_VARIABLE = "METTA_FASTAGENT_BACKEND"
 
 LIBRARY = torch.library.Library("metta_fastagent", "FRAGMENT")
 
-# Operation name to whether it has a Triton kernel.
-_operations: dict[str, bool] = {}
+
+class _Kernels(NamedTuple):
+    triton: bool
+    native: bool
+
+
+_operations: dict[str, _Kernels] = {}
 
 
 def _checked_backend(name: object, source: str) -> str:
@@ -41,6 +46,7 @@ def register(
     eager: Callable,
     fake: Callable,
     cuda: Callable | None = None,
+    native: Callable | None = None,
     tags: tuple[torch.Tag, ...] = (torch.Tag.pt2_compliant_tag,),
 ) -> Callable:
     """Define the operator `metta_fastagent::<schema>` and return its overload.
@@ -50,23 +56,38 @@ def register(
         eager: implementation on every device without a kernel.
         fake: shapes and dtypes of the results, for tracing.
         cuda: launcher of the Triton kernel; `eager` runs in its place where Triton does not work.
+        native: caller of the C++ operator for the CPU; `eager` runs in its place where that was not built.
         tags: the operator's tags.
     """
     LIBRARY.define(schema, tags=tags)
     name = schema[: schema.index("(")]
     LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
     if cuda is not None:
-        LIBRARY.impl(name, _choosing(cuda, eager), "CUDA")
-        if _triton.INTERPRETED:
-            LIBRARY.impl(name, _choosing(cuda, eager), "CPU")
+        LIBRARY.impl(name, _choosing(cuda, native, eager), "CUDA")
+    if native is not None or (cuda is not None and _triton.INTERPRETED):
+        LIBRARY.impl(name, _choosing_on_cpu(cuda, native, eager), "CPU")
     torch.library.register_fake(f"metta_fastagent::{name}", fake, lib=LIBRARY)
-    _operations[name] = cuda is not None
+    _operations[name] = _Kernels(cuda is not None, native is not None)
     return getattr(torch.ops.metta_fastagent, name).default
 
 
-def _choosing(kernel: Callable, eager: Callable) -> Callable:
+def _choosing(cuda: Callable | None, native: Callable | None, eager: Callable) -> Callable:
+    implementations = {"triton": cuda or eager, "native": native or eager, "eager": eager}
+
     def run(*args: Any) -> Any:
-        return kernel(*args) if uses_triton(_device_of(args)) else eager(*args)
+        return implementations[backend(_device_of(args))](*args)
+
+    return run
+
+
+def _choosing_on_cpu(cuda: Callable | None, native: Callable | None, eager: Callable) -> Callable:
+    """As `_choosing`, in fewer steps: a call on the CPU is short."""
+    choose = _choosing(cuda, native, eager)
+
+    def run(*args: Any) -> Any:
+        if _requested == "auto" and native is not None and _native.loaded():
+            return native(*args)
+        return choose(*args)
 
     return run
 
@@ -96,13 +117,28 @@ def uses_triton(device: torch.device) -> bool:
     return works
 
 
+def uses_native(device: torch.device) -> bool:
+    """Whether the C++ operators run on `device` now.
+
+    Raises:
+        RuntimeError: backend "native" was asked for, this is the CPU, and they are not built or cannot be loaded.
+    """
+    if device.type != "cpu" or _requested not in ("auto", "native"):
+        return False
+    available = _native.load()
+    if not available and _requested == "native":
+        raise RuntimeError(f"backend 'native' was asked for and does not work: {_native.reason()}")
+    return available
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Choose the implementation for the calls inside the `with` block.
 
     Args:
-        name: "auto" (the fastest one that the device has), "triton" (an error on a CUDA device where it does not work)
-            or "eager" (plain PyTorch everywhere).
+        name: "auto" (the fastest one that the device has), "triton" (an error on a CUDA device where it does not work),
+            "native" (the C++ operators: an error on the CPU where they are not built; elsewhere as "auto") or "eager"
+            (plain PyTorch everywhere).
 
     Raises:
         ValueError: `name` is not a backend.
@@ -116,8 +152,15 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backend(device: torch.device | str) -> str:
-    """The name of the implementation that runs on `device`: "triton" or "eager"."""
-    return "triton" if uses_triton(torch.device(device)) else "eager"
+    """The name of the implementation that runs on `device`: "triton", "native" or "eager".
+
+    Raises:
+        RuntimeError: the backend that was asked for does not work on this device.
+    """
+    device = torch.device(device)
+    if uses_triton(device):
+        return "triton"
+    return "native" if uses_native(device) else "eager"
 
 
 def explain() -> str:
@@ -131,7 +174,8 @@ def explain() -> str:
         *_explain_cuda(),
         "other devices: eager, as there are no kernels for them",
         "operations: " + ", ".join(sorted(_operations)),
-        "without a Triton kernel: " + (", ".join(sorted(n for n, k in _operations.items() if not k)) or "none"),
+        "without a Triton kernel: " + (", ".join(sorted(n for n, k in _operations.items() if not k.triton)) or "none"),
+        "without a C++ operator: " + (", ".join(sorted(n for n, k in _operations.items() if not k.native)) or "none"),
     ]
     return "\n".join(lines)
 
@@ -139,7 +183,13 @@ def explain() -> str:
 def _explain_cpu() -> str:
     if uses_triton(torch.device("cpu")):
         return "triton in its interpreter, as TRITON_INTERPRET=1 and backend triton were asked for; slow, for tests"
-    return "eager"
+    if _requested in ("eager", "triton"):
+        return f"eager, as backend {_requested} was asked for"
+    if _native.load():
+        return f"native, {_native.reason()}"
+    if _requested == "native":
+        return f"an error, as backend native was asked for and does not work: {_native.reason()}"
+    return f"eager; native operators {_native.reason()}"
 
 
 def _explain_cuda() -> list[str]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from metta_fastagent import _triton, backend, explain, use_backend
+from metta_fastagent import _native, _triton, backend, explain, use_backend
 from metta_fastagent.ops import action_to_logit_index
 
 
@@ -29,7 +29,7 @@ def test_explain_names_versions_devices_and_the_request():
     assert torch.__version__ in text
     assert platform.python_version() in text
     lines = text.splitlines()
-    assert any(line.startswith("cpu: eager") for line in lines)
+    assert any(line.startswith(("cpu: eager", "cpu: native")) for line in lines)
     assert any(line.startswith("cuda") and ("not available" in line or "triton" in line) for line in lines)
     assert any(line.startswith("other devices: eager") for line in lines)
     assert "METTA_FASTAGENT_BACKEND" in text
@@ -47,9 +47,30 @@ def test_explain_lists_every_registered_operation():
     assert {"clip_weights_", "evaluate_actions_backward", "sample_actions"} <= registered
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta", torch.device("cpu")], ids=str)
-def test_backend_of_a_device(device):
-    assert backend(device) == "eager"
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")], ids=str)
+def test_backend_of_the_cpu(device):
+    with use_backend("auto"):
+        assert backend(device) == ("native" if _native.load() else "eager")
+    with use_backend("eager"):
+        assert backend(device) == "eager"
+
+
+def test_backend_of_a_device_without_kernels():
+    for name in ("auto", "native"):
+        with use_backend(name):
+            assert backend("meta") == "eager"
+
+
+def test_native_where_it_is_not_built(monkeypatch):
+    monkeypatch.setattr(_native, "load", lambda: False)
+    monkeypatch.setattr(_native, "reason", lambda: "not built: a reason")
+    with use_backend("auto"):
+        assert backend("cpu") == "eager"
+        assert "cpu: eager; native operators not built: a reason" in explain()
+    with use_backend("native"):
+        assert "cpu: an error, as backend native was asked for" in explain()
+        with pytest.raises(RuntimeError, match="backend 'native' was asked for and does not work: not built: a reason"):
+            action_to_logit_index(torch.tensor([[1, 2]]), torch.tensor([0, 1, 3]))
 
 
 def test_backend_refuses_what_is_no_device():
@@ -86,7 +107,7 @@ def test_a_wrong_backend_is_refused_and_changes_nothing(name):
     before = requested()
     with pytest.raises(ValueError) as caught, use_backend(name):
         pass
-    assert str(caught.value) == f"name: got {name!r}, expected one of auto, triton, eager"
+    assert str(caught.value) == f"name: got {name!r}, expected one of auto, triton, native, eager"
     assert requested() == before
 
 
@@ -111,9 +132,10 @@ def test_the_environment_variable_is_read_at_import():
 def test_a_wrong_environment_variable_is_refused_at_import():
     done = run("import metta_fastagent", METTA_FASTAGENT_BACKEND="fast")
     assert done.returncode != 0
-    assert "ValueError: METTA_FASTAGENT_BACKEND: got 'fast', expected one of auto, triton, eager" in done.stderr
+    assert "ValueError: METTA_FASTAGENT_BACKEND: got 'fast', expected one of auto, triton, native, eager" in done.stderr
 
 
+@use_backend("auto")
 def test_triton_missing_is_one_warning_and_eager_operations(monkeypatch):
     monkeypatch.setattr(_triton, "import_error", ImportError("No module named 'triton'"))
     monkeypatch.setattr(_triton, "_works", {})

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import nn
 from torch.nn import functional as F
 
-from metta_fastagent import Fast, MettaAgent
+from metta_fastagent import Fast, MettaAgent, use_backend
 
 NAMES, MAX_PARAMS = ["noop", "move", "use", "say"], [0, 3, 1, 14]
 ACTIONS = 22
@@ -373,6 +373,7 @@ def test_training_on_what_the_rollout_stored_gives_ratios_of_one():
     assert ((cold["act_log_prob"] - old).exp() - 1).abs().max() > 1e-3
 
 
+@use_backend("eager")
 def test_draws_equal_those_of_multinomial_under_the_same_seed():
     agent, env_obs = trained_fast(), observations(64)
     logits, _ = written_out(agent.state_dict(), grid_of(env_obs, 11, 11), ACTIONS)

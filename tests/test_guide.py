@@ -16,7 +16,7 @@ from agents_for_tests import (
 from tensordict import TensorDict
 from torch import nn
 
-from metta_fastagent import PyTorchAgentMixin
+from metta_fastagent import PyTorchAgentMixin, use_backend
 
 B, T = 3, 4
 
@@ -88,6 +88,7 @@ def assert_close(actual, expected):
 
 
 @both_bases
+@use_backend("eager")
 def test_inference_matches_the_formulas_over_steps_and_resets(cls):
     agent = make_agent(cls)
     state = None

@@ -19,7 +19,7 @@ from tensordict import NonTensorStack, TensorDict
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 
-from metta_fastagent import LSTMWrapper, PyTorchAgentMixin
+from metta_fastagent import LSTMWrapper, PyTorchAgentMixin, use_backend
 
 B, T = 3, 4
 TRAINING_KEYS = {"act_log_prob", "entropy", "full_log_probs", "value"}
@@ -287,6 +287,7 @@ def test_masked_logits_give_finite_entropy_and_gradients(net):
 @both_inference_names
 @pytest.mark.parametrize("value_shape", [(B, 1), (B,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@use_backend("eager")
 def test_inference_writes_into_the_given_tensordict(net, name, value_shape, dtype):
     logits, value = head_outputs(B, dtype)
     td = TensorDict({"env_obs": make_observations(B)}, batch_size=[B])
@@ -304,6 +305,7 @@ def test_inference_writes_into_the_given_tensordict(net, name, value_shape, dtyp
 
 
 @pytest.mark.parametrize("seed", range(3))
+@use_backend("eager")
 def test_draws_are_those_of_multinomial(net, seed):
     logits, value = head_outputs(500, seed=seed)
     torch.manual_seed(seed)
@@ -356,6 +358,7 @@ class ReversedLogits(Net):
 
 
 @pytest.mark.parametrize("cls", [ReversedLogits, type("Deeper", (ReversedLogits,), {})])
+@use_backend("eager")
 def test_overridden_conversions_are_honoured(cls):
     net = set_tables(cls())
     logits, value = head_outputs()
@@ -494,6 +497,7 @@ def test_overridden_conversions_compile(operators):
 
 
 @pytest.mark.filterwarnings("error:.*custom operator.*:UserWarning")
+@use_backend("eager")
 def test_inference_compiles_to_one_operator(net, operators):
     backend, names = operators
     logits, value = head_outputs(B)

@@ -1,6 +1,7 @@
 """The set-up behind `make`: what it reuses, pins, warns of and installs again, with no network and no installation."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -613,7 +614,44 @@ def test_make_train_passes_its_variables_on(monkeypatch):
 def test_make_test_sets_up_first_and_passes_arguments_on():
     first, second = dry_make("test", "PYTHON=python3.12", "PYTEST_ARGS=-k clip").splitlines()
     assert first.startswith("python3.12 tools/setup_env.py")
-    assert second.endswith('".venv/bin/python" -m pytest --numprocesses 2 -m "not slow" -k clip')
+    assert '".venv/bin/python" -m pytest ' in second and second.endswith(" -k clip")
+
+
+@pytest.mark.usefixtures("clean_variables")
+def test_make_test_runs_the_cpu_operations_both_ways(tmp_path):
+    steps = dry_make("test").replace("\\\n", "").splitlines()[1:]
+    chosen = [re.findall(r"METTA_FASTAGENT_BACKEND=\S*?(eager|native)", step) for step in steps]
+    assert chosen == [["eager"], [], ["native"]]
+    assert "tests/ops" in steps[-1]
+    # The last step, with a stand-in for the Python that builds (and fails with this status) and runs the tests.
+    stand_in = tmp_path / "python"
+    stand_in.write_text('#!/bin/sh\n[ "$3" = build ] && exit "$BUILD_STATUS"\necho "$METTA_FASTAGENT_BACKEND $2"\n')
+    stand_in.chmod(0o755)
+    outcomes = {}
+    for built, ci in (("0", ""), ("3", "true"), ("1", ""), ("1", "true")):
+        environment = os.environ | {"BUILD_STATUS": built, "CI": ci}
+        command = steps[-1].replace('".venv/bin/python"', str(stand_in))
+        done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True)
+        outcomes[built, ci] = (done.returncode, done.stdout.strip())
+    assert outcomes == {
+        ("0", ""): (0, "native pytest"),
+        ("3", "true"): (0, ""),
+        ("1", ""): (0, ""),
+        ("1", "true"): (1, ""),
+    }
+
+
+@pytest.mark.usefixtures("clean_variables")
+def test_make_train_goes_on_where_the_operators_do_not_build():
+    build = dry_make("train").splitlines()[-2]
+    assert build == '".venv/bin/python" -m metta_fastagent build --quiet || true'
+
+
+def test_the_wheel_carries_the_sources_of_the_operators():
+    wheel = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["metta_fastagent"]
+    assert wheel["force-include"] == {"csrc": "metta_fastagent/csrc"}
+    assert list((ROOT / "csrc").glob("*.cpp"))
 
 
 @pytest.mark.usefixtures("clean_variables")

@@ -19,7 +19,13 @@ from metta_fastagent._dispatch import register
 from metta_fastagent._triton import cdiv, device_guard, jit, tl
 from metta_fastagent.ops import _bad_action
 from metta_fastagent.ops._bad_action import report_index, report_pair
-from metta_fastagent.ops._checks import describe, is_integer, require_same_device, require_tensor
+from metta_fastagent.ops._checks import (
+    describe,
+    is_integer,
+    native_integers,
+    require_same_device,
+    require_tensor,
+)
 
 # One element per thread of four warps: a conversion moves 20 bytes a row, so it is launch-bound up to a million rows.
 BLOCK = 128
@@ -119,6 +125,26 @@ def _logit_index_to_action_cuda(index: Tensor, action_index_tensor: Tensor) -> T
     return pairs
 
 
+def _action_to_logit_index_native(actions: Tensor, cum_action_max_params: Tensor) -> Tensor:
+    index, bad_row = torch.ops.metta_fastagent_native.action_to_logit_index.default(
+        native_integers(actions).reshape(-1, 2), cum_action_max_params.contiguous()
+    )
+    if bad_row >= 0:
+        return action_to_logit_index_eager(actions, cum_action_max_params)
+    return index if actions.dim() == 2 else index.view(actions.shape[:-1])
+
+
+def _logit_index_to_action_native(index: Tensor, action_index_tensor: Tensor) -> Tensor:
+    if action_index_tensor.dtype not in (torch.int32, torch.int64):
+        return logit_index_to_action_eager(index, action_index_tensor)
+    pairs, bad_row = torch.ops.metta_fastagent_native.logit_index_to_action.default(
+        native_integers(index).reshape(-1), action_index_tensor.contiguous()
+    )
+    if bad_row >= 0:
+        return logit_index_to_action_eager(index, action_index_tensor)
+    return pairs if index.dim() == 1 else pairs.view((*index.shape, 2))
+
+
 def action_to_logit_index_eager(actions: Tensor, cum_action_max_params: Tensor) -> Tensor:
     """`action_to_logit_index` in plain PyTorch: the reference, and what runs where there is no kernel."""
     action_type, action_param = actions[..., 0].long(), actions[..., 1].long()
@@ -164,12 +190,14 @@ _action_to_logit_index = register(
     action_to_logit_index_eager,
     lambda actions, cum_action_max_params: actions.new_empty(actions.shape[:-1], dtype=torch.int64),
     _action_to_logit_index_cuda,
+    _action_to_logit_index_native,
 )
 _logit_index_to_action = register(
     "logit_index_to_action(Tensor index, Tensor action_index_tensor) -> Tensor",
     logit_index_to_action_eager,
     lambda index, action_index_tensor: action_index_tensor.new_empty((*index.shape, 2)),
     _logit_index_to_action_cuda,
+    _logit_index_to_action_native,
 )
 
 

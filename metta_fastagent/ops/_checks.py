@@ -5,6 +5,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+# What the C++ operators compute in; other floating-point dtypes pass through float32.
+NATIVE_DTYPES = (torch.float32, torch.float64)
+# What they read as integers; others are converted first.
+_NATIVE_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def describe(value: object) -> str:
     """A short description of `value` for an error message."""
@@ -63,3 +68,18 @@ def require_logits(logits: object) -> Tensor:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that arithmetic runs in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor in contiguous memory; None stays None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def native_logits(logits: Tensor) -> Tensor:
+    """Logits as the C++ operators take them: contiguous, float32 or float64."""
+    return (logits if logits.dtype in NATIVE_DTYPES else logits.float()).contiguous()
+
+
+def native_integers(values: Tensor) -> Tensor:
+    """Integers as the C++ operators take them, of any strides."""
+    return values if values.dtype in _NATIVE_INTEGERS else values.long()

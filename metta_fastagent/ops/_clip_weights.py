@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metta_fastagent._dispatch import register
+from metta_fastagent._dispatch import register, uses_native
 from metta_fastagent._triton import device_guard, jit, tl
 from metta_fastagent.ops._checks import require_floating_point, require_number
 from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS, cached, chunk_rows, is_dense, upload
@@ -92,6 +92,12 @@ def _make_table(tensors: Sequence[Tensor], bounds: Sequence[float], device: torc
     return _Table(upload(chunks, torch.int64, device), upload(limits, torch.float64, device))
 
 
+def _clip_weights_native_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
+    # It does nothing where there is a tensor that it does not take.
+    if not torch.ops.metta_fastagent_native.clip_weights_.default(tensors, bounds):
+        clip_weights_eager_(tensors, bounds)
+
+
 def clip_weights_eager_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
     """`clip_weights_` in plain PyTorch: the reference, and what runs where there is no kernel."""
     for tensor, bound in zip(tensors, bounds, strict=True):
@@ -105,6 +111,7 @@ _clip_weights_ = register(
     clip_weights_eager_,
     lambda tensors, bounds: None,
     _clip_weights_cuda_,
+    _clip_weights_native_,
 )
 
 
@@ -119,13 +126,41 @@ def clip_weights_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
         TypeError: a tensor does not hold floating-point numbers, or a bound is no number; nothing was clipped then.
         ValueError: the lists differ in length, or a bound is negative or NaN; nothing was clipped then.
     """
+    compiling = torch.compiler.is_compiling()
+    if (
+        not compiling
+        and _are_plain(tensors, bounds)
+        and uses_native(tensors[0].device)
+        and _clip_plain_(tensors, bounds)
+    ):
+        return
+    _check(tensors, bounds)
+    if compiling:
+        _clip_weights_([tensor.detach() for tensor in tensors], list(bounds))
+    else:
+        _clip_weights_([tensor.data for tensor in tensors], list(bounds))
+
+
+def _are_plain(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
+    """Whether there are tensors, of no class of their own, and bounds that are floats and nothing else."""
+    return (
+        len(tensors) > 0
+        and {Tensor, torch.nn.Parameter}.issuperset(map(type, tensors))
+        and {float}.issuperset(map(type, bounds))
+    )
+
+
+def _clip_plain_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
+    """Check and clip in the C++ operator alone; False, and nothing done, where something is wrong or not for it."""
+    # Autograd sees nothing of this, as the operator writes through pointers: `.data` of each would cost more than it.
+    with torch.no_grad():
+        return torch.ops.metta_fastagent_native.clip_weights_.default(tensors, bounds)
+
+
+def _check(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
     if len(tensors) != len(bounds):
         raise ValueError(f"bounds: got {len(bounds)} values, expected {len(tensors)}, one for each tensor")
     for position, (tensor, bound) in enumerate(zip(tensors, bounds, strict=True)):
         require_floating_point(f"tensors[{position}]", tensor)
         if not require_number(f"bounds[{position}]", bound, "a number >= 0") >= 0:
             raise ValueError(f"bounds[{position}]: got {bound!r}, expected a number >= 0")
-    if torch.compiler.is_compiling():
-        _clip_weights_([tensor.detach() for tensor in tensors], list(bounds))
-    else:
-        _clip_weights_([tensor.data for tensor in tensors], list(bounds))

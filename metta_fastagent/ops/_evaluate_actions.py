@@ -37,9 +37,13 @@ from metta_fastagent.ops._categorical import (
     tile_sums,
 )
 from metta_fastagent.ops._checks import (
+    NATIVE_DTYPES,
     compute_dtype,
+    contiguous,
     describe,
     is_integer,
+    native_integers,
+    native_logits,
     require_logits,
     require_same_device,
     require_tensor,
@@ -299,6 +303,38 @@ def _layout(
     return (cdiv(rows, tile_rows),), tile_kernel, {"ROWS": tile_rows, "BLOCK_A": columns, "num_warps": warps}
 
 
+def _evaluate_actions_forward_native(
+    logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = logits.dtype
+    # The eager twin's message for a bad action; the operator has stopped before any arithmetic.
+    *outputs, bad_row = torch.ops.metta_fastagent_native.evaluate_actions_forward.default(
+        native_logits(logits), native_integers(actions), contiguous(cum_action_max_params)
+    )
+    if bad_row >= 0:
+        return evaluate_actions_forward_eager(logits, actions, cum_action_max_params)
+    log_prob, entropy, full_log_probs, index = outputs
+    if log_prob.dtype == dtype:
+        return log_prob, entropy, full_log_probs, index
+    return log_prob.to(dtype), entropy.to(dtype), full_log_probs.to(dtype), index
+
+
+def _evaluate_actions_backward_native(
+    logits: Tensor,
+    index: Tensor,
+    grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_full_log_probs: Tensor | None,
+) -> Tensor:
+    grads = (grad_log_prob, grad_entropy, grad_full_log_probs)
+    if logits.dtype not in NATIVE_DTYPES:
+        grads = [None if grad is None else grad.float() for grad in grads]
+    grad_logits = torch.ops.metta_fastagent_native.evaluate_actions_backward.default(
+        native_logits(logits), index.contiguous(), grads[0], grads[1], contiguous(grads[2])
+    )
+    return grad_logits if grad_logits.dtype == logits.dtype else grad_logits.to(logits.dtype)
+
+
 def _checked_index(index: Tensor, num_actions: int) -> Tensor:
     # A copy: an operator's output may not be its input.
     index = index.to(torch.int64, copy=True)
@@ -384,6 +420,7 @@ _evaluate_actions_forward = register(
     evaluate_actions_forward_eager,
     _forward_fake,
     _evaluate_actions_forward_cuda,
+    _evaluate_actions_forward_native,
 )
 evaluate_actions_backward = register(
     "evaluate_actions_backward(Tensor logits, Tensor index, Tensor? grad_log_prob, Tensor? grad_entropy,"
@@ -391,6 +428,7 @@ evaluate_actions_backward = register(
     evaluate_actions_backward_eager,
     lambda logits, index, grad_log_prob, grad_entropy, grad_full_log_probs: logits.new_empty(logits.shape),
     _evaluate_actions_backward_cuda,
+    _evaluate_actions_backward_native,
 )
 
 

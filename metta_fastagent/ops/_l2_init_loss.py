@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import compute_type, device_guard, jit, next_power_of_2, tl
-from metta_fastagent.ops._checks import compute_dtype, describe, require_floating_point, require_number
+from metta_fastagent.ops._checks import NATIVE_DTYPES, compute_dtype, describe, require_floating_point, require_number
 from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS, cached, chunk_rows, is_dense, upload
 
 # Partial sums that the last program adds up at a time.
@@ -170,6 +170,20 @@ def _l2_init_loss_backward_cuda(
     ]
 
 
+def _l2_init_loss_forward_native(params: Sequence[Tensor], initial: Sequence[Tensor], scale: float) -> Tensor:
+    if params[0].dtype not in NATIVE_DTYPES or not _fits_kernel(params, initial):
+        return l2_init_loss_forward_eager(params, initial, scale)
+    return torch.ops.metta_fastagent_native.l2_init_loss_forward.default(params, initial, scale)
+
+
+def _l2_init_loss_backward_native(
+    params: Sequence[Tensor], initial: Sequence[Tensor], scale: float, grad: Tensor
+) -> list[Tensor]:
+    if params[0].dtype not in NATIVE_DTYPES or not _fits_kernel(params, initial):
+        return l2_init_loss_backward_eager(params, initial, scale, grad)
+    return torch.ops.metta_fastagent_native.l2_init_loss_backward.default(params, initial, scale, grad)
+
+
 def l2_init_loss_forward_eager(params: Sequence[Tensor], initial: Sequence[Tensor], scale: float) -> Tensor:
     """The 0-dim float32 loss in plain PyTorch."""
     total = params[0].new_zeros((), dtype=torch.float64 if params[0].device.type == "cpu" else torch.float32)
@@ -195,12 +209,14 @@ _l2_init_loss_forward = register(
     l2_init_loss_forward_eager,
     lambda params, initial, scale: params[0].new_empty((), dtype=torch.float32),
     _l2_init_loss_forward_cuda,
+    _l2_init_loss_forward_native,
 )
 _l2_init_loss_backward = register(
     "l2_init_loss_backward(Tensor[] params, Tensor[] initial, float scale, Tensor grad) -> Tensor[]",
     l2_init_loss_backward_eager,
     lambda params, initial, scale, grad: [torch.empty_like(param) for param in params],
     _l2_init_loss_backward_cuda,
+    _l2_init_loss_backward_native,
 )
 
 

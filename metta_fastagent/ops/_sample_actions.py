@@ -2,11 +2,11 @@
 
     full_log_probs = log_softmax(logits)         index ~ Categorical(exp(full_log_probs))
 
-The kernels draw by the inverse of the cumulative distribution from one uniform u of each row: the first column with e_j
-> 0 whose running sum of shifted exponentials exceeds u times their sum. Neither rounding nor u next to 1 can choose a
-masked action so. The eager twin draws as `log_softmax -> exp -> torch.multinomial` does, from PyTorch's generators, so
-`torch.manual_seed` reproduces it and the draws equal those of that formula. The gradient is that of `evaluate_actions`
-at the drawn index.
+The kernels and the C++ operator draw by the inverse of the cumulative distribution from one uniform u of each row: the
+first column with e_j > 0 whose running sum of shifted exponentials exceeds u times their sum. Neither rounding nor u
+next to 1 can choose a masked action so. The eager twin draws as `log_softmax -> exp -> torch.multinomial` does, and its
+draws equal that formula's. Each backend draws from PyTorch's generators, so `torch.manual_seed` reproduces it; for one
+seed the draws differ between backends. The gradient is that of `evaluate_actions` at the drawn index.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from metta_fastagent._dispatch import register, uses_triton
+from metta_fastagent._dispatch import backend, register
 from metta_fastagent._triton import cdiv, compute_type, device_guard, jit, tl
 from metta_fastagent.ops._action_index import check_action_index_tensor, logit_index_to_action_eager
 from metta_fastagent.ops._categorical import (
@@ -28,7 +28,14 @@ from metta_fastagent.ops._categorical import (
     tile_shape,
     tile_sums,
 )
-from metta_fastagent.ops._checks import compute_dtype, describe, require_logits, require_same_device
+from metta_fastagent.ops._checks import (
+    compute_dtype,
+    describe,
+    native_integers,
+    native_logits,
+    require_logits,
+    require_same_device,
+)
 from metta_fastagent.ops._evaluate_actions import (
     entropy_of,
     evaluate_actions_backward,
@@ -173,6 +180,35 @@ def _draw_cuda(
     return index, log_prob, entropy, full_log_probs, pair
 
 
+def _sample_actions_native(
+    logits: Tensor, action_index_tensor: Tensor | None, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.default_generator if generator is None else generator
+    state = generator.get_state()
+    uniform = torch.rand(logits.shape[0], dtype=compute_dtype(logits.dtype), generator=generator)
+    try:
+        return _draw_native(logits, action_index_tensor, uniform)
+    except ValueError:
+        # Refused logits change nothing.
+        generator.set_state(state)
+        raise
+
+
+def _draw_native(
+    logits: Tensor, action_index_tensor: Tensor | None, uniform: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The draw that belongs to the given uniforms [N]."""
+    dtype = logits.dtype
+    table = None if action_index_tensor is None else native_integers(action_index_tensor)
+    *outputs, bad_row = torch.ops.metta_fastagent_native.sample_actions.default(native_logits(logits), uniform, table)
+    index, log_prob, entropy, full_log_probs, pair = outputs
+    if bad_row >= 0:
+        _refuse_rows_without_distribution(full_log_probs)
+    if log_prob.dtype == dtype:
+        return index, log_prob, entropy, full_log_probs, pair
+    return index, log_prob.to(dtype), entropy.to(dtype), full_log_probs.to(dtype), pair
+
+
 def sample_actions_eager(
     logits: Tensor, action_index_tensor: Tensor | None, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -222,8 +258,11 @@ _sample_actions = register(
     sample_actions_eager,
     _fake,
     _sample_actions_cuda,
+    _sample_actions_native,
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
+
+_DRAWS = {"triton": _sample_actions_cuda, "native": _sample_actions_native, "eager": sample_actions_eager}
 
 
 class _SampleActions(torch.autograd.Function):
@@ -233,8 +272,7 @@ class _SampleActions(torch.autograd.Function):
             outputs = _sample_actions(logits, action_index_tensor)
         else:
             # A generator is no argument that a traced graph could hold, so this call goes past the operator.
-            draw = _sample_actions_cuda if uses_triton(logits.device) else sample_actions_eager
-            outputs = draw(logits, action_index_tensor, generator)
+            outputs = _DRAWS[backend(logits.device)](logits, action_index_tensor, generator)
         index, _, _, _, pair = outputs
         ctx.save_for_backward(logits, index)
         ctx.mark_non_differentiable(index, pair)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import device_guard, jit, tl
-from metta_fastagent.ops._checks import describe, require_same_device, require_tensor
+from metta_fastagent.ops._checks import compute_dtype, describe, require_same_device, require_tensor
 
 EMPTY_COORDINATE = 255
 
@@ -87,6 +87,15 @@ def _tokens_to_grid_cuda(
     return grid
 
 
+def _tokens_to_grid_native(
+    tokens: Tensor, num_features: int, width: int, height: int, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    grid = torch.ops.metta_fastagent_native.tokens_to_grid.default(
+        tokens.contiguous(), num_features, width, height, scale.to(compute_dtype(scale.dtype)).contiguous()
+    )
+    return grid.to(dtype)
+
+
 def tokens_to_grid_eager(
     tokens: Tensor, num_features: int, width: int, height: int, scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -124,6 +133,7 @@ _tokens_to_grid = register(
         (tokens.shape[0], num_features, width, height), dtype=dtype
     ),
     _tokens_to_grid_cuda,
+    _tokens_to_grid_native,
 )
 
 

@@ -1,0 +1,181 @@
+// Log-probability, entropy and all log-probabilities of given actions, and the gradient of the logits.
+// The formulas stand in ops/_evaluate_actions.py.
+
+#include "checks.h"
+
+#include <memory>
+#include <tuple>
+
+#include "categorical.h"
+
+namespace metta_fastagent {
+namespace {
+
+// Every index is one of a logit.
+template <class T>
+void forward_rows(const T* logits, const int64_t* index, T* log_prob, T* entropy, T* full, int64_t N, int64_t A) {
+  constexpr int64_t W = Lanes<T>::W;
+  parallel((N + W - 1) / W, W * A, [=](int64_t begin, int64_t end) {
+    const std::unique_ptr<T[]> columns(new T[A * W]);
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t row = group * W, live = std::min(W, N - row);
+      const Vec<T> top = load_columns(logits + row * A, live, A, columns.get());
+      const Sums<T> sums = shift_and_sum<T>(columns.get(), top, nullptr, A);
+      const Vec<T> log_s = log<T>(sums.s);
+      const auto value = [&](int64_t j) METTA_LAMBDA { return load(columns.get() + j * W) - log_s; };
+      store_columns<T>(live, A, full + row * A, value);
+      store_live<T>(entropy + row, log_s - sums.w / sums.s, live);
+      for (int64_t l = 0; l < live; ++l) log_prob[row + l] = columns[index[row + l] * W + l] - log_s[l];
+    }
+  });
+}
+
+// The index of each row's action, -1 where it is no logit; returns the first such row, or -1.
+int64_t read_actions(const Tensor& actions, const std::optional<Tensor>& table, int64_t N, int64_t A, int64_t* index) {
+  const Integers values(actions, "actions");
+  FirstBad bad;
+  const auto write = [&](int64_t row, int64_t wanted) {
+    const bool legal = wanted >= 0 && wanted < A;
+    if (!legal) bad.report(row);
+    index[row] = legal ? wanted : -1;
+  };
+  if (table.has_value()) {
+    require_shape(actions, "actions", {N, 2});
+    const ActionTable pairs(*table);
+    const int64_t step = actions.stride(0), next = actions.stride(1);
+    parallel(N, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t type = values.at(row * step), param = values.at(row * step + next);
+        write(row, pairs.legal(type, param) ? pairs.index(type, param) : -1);
+      }
+    });
+  } else {
+    require_shape(actions, "actions", {N});
+    const int64_t step = actions.stride(0);
+    parallel(N, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) write(row, values.at(row * step));
+    });
+  }
+  return bad.row();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> evaluate_forward(const Tensor& logits, const Tensor& actions,
+                                                            const std::optional<Tensor>& table) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "logits: expected a matrix");
+  const int64_t N = logits.size(0), A = logits.size(1);
+  const ScalarType dtype = logits.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "logits: expected float32 or float64");
+  require_dense(logits, "logits", dtype);
+  const Tensor log_prob = empty({N}, dtype), entropy = empty({N}, dtype), full = empty({N, A}, dtype);
+  const Tensor index = empty({N}, ScalarType::Long);
+  int64_t* chosen = static_cast<int64_t*>(index.mutable_data_ptr());
+  const int64_t bad = read_actions(actions, table, N, A, chosen);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    forward_rows<T>(static_cast<const T*>(logits.const_data_ptr()), chosen, static_cast<T*>(log_prob.mutable_data_ptr()),
+                    static_cast<T*>(entropy.mutable_data_ptr()), static_cast<T*>(full.mutable_data_ptr()), N, A);
+  };
+  if (bad < 0) dtype == ScalarType::Float ? run(float{}) : run(double{});
+  return {log_prob, entropy, full, index, bad};
+}
+
+// One value for each row, with any stride; 0 for all without a tensor.
+template <class T>
+struct PerRow {
+  const T* data = nullptr;
+  int64_t step = 0;
+
+  PerRow(const std::optional<Tensor>& tensor, const char* name, int64_t N, ScalarType dtype) {
+    if (!tensor.has_value()) return;
+    require_shape(*tensor, name, {N});
+    STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == dtype, name, ": expected the dtype of logits");
+    data = static_cast<const T*>(tensor->const_data_ptr());
+    step = tensor->stride(0);
+  }
+
+  METTA_INLINE Vec<T> read(int64_t row, int64_t live) const {
+    Vec<T> v{};
+    if (data != nullptr)
+      for (int64_t l = 0; l < Lanes<T>::W; ++l) v[l] = data[(row + std::min(l, live - 1)) * step];
+    return v;
+  }
+};
+
+template <class T>
+void backward_rows(const T* logits, const int64_t* index, PerRow<T> grad_log_prob, PerRow<T> grad_entropy,
+                   const T* grad_full, T* grad_logits, int64_t N, int64_t A) {
+  constexpr int64_t W = Lanes<T>::W;
+  parallel((N + W - 1) / W, W * A, [=](int64_t begin, int64_t end) {
+    const std::unique_ptr<T[]> scratch(new T[3 * A * W]);
+    T *columns = scratch.get(), *e = columns + A * W, *f = e + A * W;
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t row = group * W, live = std::min(W, N - row);
+      const Vec<T> top = load_columns(logits + row * A, live, A, columns);
+      const Sums<T> sums = shift_and_sum<T>(columns, top, e, A);
+      const Vec<T> inverse = T(1) / sums.s, mean = sums.w / sums.s;
+      const Vec<T> g = grad_log_prob.read(row, live), h = grad_entropy.read(row, live);
+      Vec<T> total = g;
+      if (grad_full != nullptr) {
+        load_columns(grad_full + row * A, live, A, f);
+        Vec<T> sum{};
+        for (int64_t j = 0; j < A; ++j) sum += load(f + j * W);
+        total += sum;
+      }
+      const auto gradient = [&](int64_t j) METTA_LAMBDA {
+        // As in the sums: finite where p = 0.
+        const Vec<T> information = above_lowest<T>(load(columns + j * W)) - mean;
+        const Vec<T> p = load(e + j * W) * inverse;
+        const Vec<T> grad = -p * (total + h * information);
+        return grad_full == nullptr ? grad : grad + load(f + j * W);
+      };
+      store_columns<T>(live, A, grad_logits + row * A, gradient);
+      if (grad_log_prob.data != nullptr)
+        for (int64_t l = 0; l < live; ++l)
+          grad_logits[(row + l) * A + std::clamp<int64_t>(index[row + l], 0, A - 1)] += g[l];
+    }
+  });
+}
+
+Tensor evaluate_backward(const Tensor& logits, const Tensor& index, const std::optional<Tensor>& grad_log_prob,
+                const std::optional<Tensor>& grad_entropy, const std::optional<Tensor>& grad_full) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "logits: expected a matrix");
+  const int64_t N = logits.size(0), A = logits.size(1);
+  const ScalarType dtype = logits.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "logits: expected float32 or float64");
+  require_dense(logits, "logits", dtype);
+  require_dense(index, "index", ScalarType::Long);
+  require_shape(index, "index", {N});
+  if (grad_full.has_value()) {
+    require_dense(*grad_full, "grad_full_log_probs", dtype);
+    require_shape(*grad_full, "grad_full_log_probs", {N, A});
+  }
+  const Tensor grad = empty({N, A}, dtype);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    backward_rows<T>(static_cast<const T*>(logits.const_data_ptr()),
+                     static_cast<const int64_t*>(index.const_data_ptr()),
+                     PerRow<T>(grad_log_prob, "grad_log_prob", N, dtype),
+                     PerRow<T>(grad_entropy, "grad_entropy", N, dtype),
+                     grad_full.has_value() ? static_cast<const T*>(grad_full->const_data_ptr()) : nullptr,
+                     static_cast<T*>(grad.mutable_data_ptr()), N, A);
+  };
+  dtype == ScalarType::Float ? run(float{}) : run(double{});
+  return grad;
+}
+
+}  // namespace
+}  // namespace metta_fastagent
+
+STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) {
+  m.def(
+      "evaluate_actions_forward(Tensor logits, Tensor actions, Tensor? cum_action_max_params)"
+      " -> (Tensor log_prob, Tensor entropy, Tensor full_log_probs, Tensor index, int bad_row)");
+  m.def(
+      "evaluate_actions_backward(Tensor logits, Tensor index, Tensor? grad_log_prob, Tensor? grad_entropy,"
+      " Tensor? grad_full_log_probs) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(metta_fastagent_native, CPU, m) {
+  m.impl("evaluate_actions_forward", TORCH_BOX(&metta_fastagent::evaluate_forward));
+  m.impl("evaluate_actions_backward", TORCH_BOX(&metta_fastagent::evaluate_backward));
+}

@@ -1,0 +1,112 @@
+// One action per row by the inverse of the cumulative distribution, with its log-probability and the entropy.
+
+#include "checks.h"
+
+#include <memory>
+#include <tuple>
+
+#include "categorical.h"
+
+namespace metta_fastagent {
+namespace {
+
+template <class T>
+struct Draw {
+  const T *logits, *uniform;
+  int64_t* index;
+  T *log_prob, *entropy, *full;
+  int64_t N, A;
+};
+
+// The column of each row at which the running sum of e first exceeds u times the whole sum. Running sums never fall and u
+// is below 1, so there is one, and e > 0 there. `e` becomes its running sums.
+template <class T>
+METTA_INLINE typename Lanes<T>::I first_above(T* e, Vec<T> u, int64_t A) {
+  constexpr int64_t W = Lanes<T>::W;
+  Vec<T> running{};
+  for (int64_t j = 0; j < A; ++j) {
+    running += load(e + j * W);
+    store(e + j * W, running);
+  }
+  const Vec<T> threshold = u * running;
+  typename Lanes<T>::I count{};
+  // A comparison gives -1 where it holds.
+  for (int64_t j = 0; j < A; ++j) count -= load(e + j * W) <= threshold;
+  return count;
+}
+
+template <class T>
+void draw_rows(const Draw<T>& d, FirstBad& bad) {
+  constexpr int64_t W = Lanes<T>::W;
+  const int64_t N = d.N, A = d.A;
+  parallel((N + W - 1) / W, W * A, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<T[]> scratch(new T[2 * A * W]);
+    T *columns = scratch.get(), *e = columns + A * W;
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t row = group * W, live = std::min(W, N - row);
+      const Vec<T> top = load_columns(d.logits + row * A, live, A, columns);
+      const Sums<T> sums = shift_and_sum<T>(columns, top, e, A);
+      const Vec<T> log_s = log<T>(sums.s);
+      const auto value = [&](int64_t j) METTA_LAMBDA { return load(columns + j * W) - log_s; };
+      store_columns<T>(live, A, d.full + row * A, value);
+      store_live<T>(d.entropy + row, log_s - sums.w / sums.s, live);
+      Vec<T> u{};
+      for (int64_t l = 0; l < live; ++l) u[l] = d.uniform[row + l];
+      const typename Lanes<T>::I drawn = first_above<T>(e, u, A);
+      for (int64_t l = 0; l < live; ++l) {
+        // The sum is NaN where the row holds NaN or +inf, or nothing but -inf.
+        if (!(sums.s[l] > T(0))) bad.report(row + l);
+        const int64_t chosen = std::min<int64_t>(drawn[l], A - 1);
+        d.index[row + l] = chosen;
+        d.log_prob[row + l] = columns[chosen * W + l] - log_s[l];
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> sample(const Tensor& logits, const Tensor& uniform,
+                                                                   const std::optional<Tensor>& table) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "logits: expected a matrix");
+  const int64_t N = logits.size(0), A = logits.size(1);
+  const ScalarType dtype = logits.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "logits: expected float32 or float64");
+  require_dense(logits, "logits", dtype);
+  require_dense(uniform, "uniform", dtype);
+  require_shape(uniform, "uniform", {N});
+  const Tensor index = empty({N}, ScalarType::Long), pair = empty({table.has_value() ? N : 0, 2}, ScalarType::Int);
+  const Tensor log_prob = empty({N}, dtype), entropy = empty({N}, dtype), full = empty({N, A}, dtype);
+  int64_t* chosen = static_cast<int64_t*>(index.mutable_data_ptr());
+  FirstBad bad;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    draw_rows<T>({static_cast<const T*>(logits.const_data_ptr()), static_cast<const T*>(uniform.const_data_ptr()), chosen,
+                  static_cast<T*>(log_prob.mutable_data_ptr()), static_cast<T*>(entropy.mutable_data_ptr()),
+                  static_cast<T*>(full.mutable_data_ptr()), N, A},
+                 bad);
+  };
+  dtype == ScalarType::Float ? run(float{}) : run(double{});
+  if (table.has_value()) {
+    const Integers pairs(*table, "action_index_tensor");
+    require_shape(*table, "action_index_tensor", {A, 2});
+    const int64_t step = table->stride(0), next = table->stride(1);
+    int32_t* out = static_cast<int32_t*>(pair.mutable_data_ptr());
+    for (int64_t row = 0; row < N; ++row) {
+      out[2 * row] = static_cast<int32_t>(pairs.at(chosen[row] * step));
+      out[2 * row + 1] = static_cast<int32_t>(pairs.at(chosen[row] * step + next));
+    }
+  }
+  return {index, log_prob, entropy, full, pair, bad.row()};
+}
+
+}  // namespace
+}  // namespace metta_fastagent
+
+STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) {
+  m.def(
+      "sample_actions(Tensor logits, Tensor uniform, Tensor? action_index_tensor)"
+      " -> (Tensor index, Tensor log_prob, Tensor entropy, Tensor full_log_probs, Tensor pair, int bad_row)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(metta_fastagent_native, CPU, m) {
+  m.impl("sample_actions", TORCH_BOX(&metta_fastagent::sample));
+}

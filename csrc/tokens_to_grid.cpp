@@ -1,0 +1,71 @@
+// Observation tokens to a normalised feature grid; of two tokens for one cell the later wins.
+
+#include "checks.h"
+
+#include <array>
+
+namespace metta_fastagent {
+namespace {
+
+constexpr int EMPTY_COORDINATE = 255;
+
+// Cell of each coordinate byte within a feature's plane, -1 where it lies outside of the window.
+std::array<int16_t, 256> cells_of_window(int64_t width, int64_t height) {
+  std::array<int16_t, 256> cells;
+  for (int coordinate = 0; coordinate < 256; ++coordinate) {
+    const int x = coordinate >> 4, y = coordinate & 15;
+    const bool inside = coordinate != EMPTY_COORDINATE && x < width && y < height;
+    cells[coordinate] = static_cast<int16_t>(inside ? x * height + y : -1);
+  }
+  return cells;
+}
+
+template <class T>
+void scatter_rows(const uint8_t* tokens, const T* scale, T* grid, int64_t N, int64_t M, int64_t features, int64_t width,
+                  int64_t height) {
+  const int64_t plane = width * height, row_cells = features * plane;
+  const std::array<int16_t, 256> cells = cells_of_window(width, height);
+  parallel(N, row_cells + M, [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      T* out = grid + row * row_cells;
+      std::fill(out, out + row_cells, T(0));
+      const uint8_t* token = tokens + row * M * 3;
+      for (int64_t m = 0; m < M; ++m, token += 3) {
+        const int64_t cell = cells[token[0]], feature = token[1];
+        if (cell >= 0 && feature < features) out[feature * plane + cell] = T(token[2]) / scale[feature];
+      }
+    }
+  });
+}
+
+// The grid has the dtype of `scale`.
+Tensor to_grid(const Tensor& tokens, int64_t features, int64_t width, int64_t height, const Tensor& scale) {
+  require_dense(tokens, "tokens", ScalarType::Byte);
+  STD_TORCH_CHECK(tokens.dim() == 3 && tokens.size(2) == 3, "tokens: expected shape [N, M, 3]");
+  STD_TORCH_CHECK(features >= 1 && features <= 256 && width >= 1 && width <= 16 && height >= 1 && height <= 16,
+                  "num_features, width, height: expected 1 to 256, 16 and 16");
+  const ScalarType dtype = scale.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "scale: expected float32 or float64");
+  require_dense(scale, "scale", dtype);
+  require_shape(scale, "scale", {features});
+  const int64_t N = tokens.size(0), M = tokens.size(1);
+  const Tensor grid = empty({N, features, width, height}, dtype);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    scatter_rows<T>(static_cast<const uint8_t*>(tokens.const_data_ptr()), static_cast<const T*>(scale.const_data_ptr()),
+                    static_cast<T*>(grid.mutable_data_ptr()), N, M, features, width, height);
+  };
+  dtype == ScalarType::Float ? run(float{}) : run(double{});
+  return grid;
+}
+
+}  // namespace
+}  // namespace metta_fastagent
+
+STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) {
+  m.def("tokens_to_grid(Tensor tokens, int num_features, int width, int height, Tensor scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(metta_fastagent_native, CPU, m) {
+  m.impl("tokens_to_grid", TORCH_BOX(&metta_fastagent::to_grid));
+}
