@@ -28,7 +28,8 @@ std::tuple<Tensor, int64_t> to_index(const Tensor& actions, const Tensor& cum_ac
 }
 
 template <class Entry>
-void copy_pairs(const Integers& index, int64_t step, const Entry* table, Entry* out, int64_t N, int64_t A, FirstBad& bad) {
+void copy_pairs(const Integers& index, int64_t step, const Entry* table, Entry* out, int64_t N, int64_t A,
+                FirstBad& bad) {
   parallel(N, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t wanted = index.at(row * step);
@@ -46,7 +47,8 @@ std::tuple<Tensor, int64_t> to_action(const Tensor& index, const Tensor& action_
   const int64_t N = index.size(0);
   const Integers wanted(index, "index");
   const ScalarType dtype = action_index_tensor.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, "action_index_tensor: expected int32 or int64");
+  STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long,
+                  "action_index_tensor: expected int32 or int64");
   require_dense(action_index_tensor, "action_index_tensor", dtype);
   STD_TORCH_CHECK(action_index_tensor.dim() == 2 && action_index_tensor.size(1) == 2,
                   "action_index_tensor: expected shape [A, 2]");

@@ -15,7 +15,7 @@ struct Sums {
   Vec<T> s, w;
 };
 
-// Columns of which `top` is the largest become shifted by it; their exponentials go to `exponentials` unless that is null.
+// Columns become shifted by `top`, their largest; their exponentials go to `exponentials` unless that is null.
 template <class T>
 METTA_INLINE Sums<T> shift_and_sum(T* columns, Vec<T> top, T* exponentials, int64_t A) {
   constexpr int64_t W = Lanes<T>::W;

@@ -1,4 +1,4 @@
-// What the operators share: their arguments checked so that no access leaves a tensor, results, and work split over threads.
+// What the operators share: arguments checked so that no access leaves a tensor, results, and work split over threads.
 //
 // The Python side has told the user what is wrong by then; these checks guard memory against a direct call.
 #pragma once

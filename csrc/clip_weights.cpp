@@ -49,8 +49,8 @@ void clip(T* x, int64_t count, double wide_bound) {
   }
 }
 
-// False, and nothing done, where a bound is negative or NaN, their number is wrong, or a tensor is not float32 or float64,
-// is elsewhere, or does not fill its memory.
+// False, and nothing done, where a bound is negative or NaN, their number is wrong, or a tensor is not float32 or
+// float64, is elsewhere, or does not fill its memory.
 bool clip_all(const std::vector<Tensor>& tensors, const std::vector<double>& bounds) {
   if (tensors.size() != bounds.size()) return false;
   std::vector<Clipped> parts;

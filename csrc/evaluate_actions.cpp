@@ -72,8 +72,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> evaluate_forward(const Tenso
   const int64_t bad = read_actions(actions, table, N, A, chosen);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    forward_rows<T>(static_cast<const T*>(logits.const_data_ptr()), chosen, static_cast<T*>(log_prob.mutable_data_ptr()),
-                    static_cast<T*>(entropy.mutable_data_ptr()), static_cast<T*>(full.mutable_data_ptr()), N, A);
+    forward_rows<T>(static_cast<const T*>(logits.const_data_ptr()), chosen,
+                    static_cast<T*>(log_prob.mutable_data_ptr()), static_cast<T*>(entropy.mutable_data_ptr()),
+                    static_cast<T*>(full.mutable_data_ptr()), N, A);
   };
   if (bad < 0) dtype == ScalarType::Float ? run(float{}) : run(double{});
   return {log_prob, entropy, full, index, bad};

@@ -7,7 +7,7 @@
 namespace metta_fastagent {
 namespace {
 
-// Elements whose squares are summed in the weights' dtype, lane by lane; the sums of chunks are added in float64, in order.
+// Elements whose squares are summed in the weights' dtype, lane by lane; chunks are added in float64, in order.
 constexpr int64_t CHUNK = 256;
 
 template <class T>

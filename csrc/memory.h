@@ -16,7 +16,8 @@ inline bool is_dense(const Tensor& tensor) {
   if (dims > MAX_DIMS) return false;
   std::array<int64_t, MAX_DIMS> order;
   for (int64_t d = 0; d < dims; ++d) order[d] = d;
-  std::sort(order.begin(), order.begin() + dims, [&](int64_t a, int64_t b) { return tensor.stride(a) < tensor.stride(b); });
+  const auto closer = [&](int64_t a, int64_t b) { return tensor.stride(a) < tensor.stride(b); };
+  std::sort(order.begin(), order.begin() + dims, closer);
   int64_t step = 1;
   for (int64_t i = 0; i < dims; ++i) {
     const int64_t size = tensor.size(order[i]);

@@ -18,8 +18,8 @@ struct Draw {
   int64_t N, A;
 };
 
-// The column of each row at which the running sum of e first exceeds u times the whole sum. Running sums never fall and u
-// is below 1, so there is one, and e > 0 there. `e` becomes its running sums.
+// The column of each row at which the running sum of e first exceeds u times the whole sum. Running sums never fall and
+// u is below 1, so there is one, and e > 0 there. `e` becomes its running sums.
 template <class T>
 METTA_INLINE typename Lanes<T>::I first_above(T* e, Vec<T> u, int64_t A) {
   constexpr int64_t W = Lanes<T>::W;
@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> sample(const Tensor&
   FirstBad bad;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    draw_rows<T>({static_cast<const T*>(logits.const_data_ptr()), static_cast<const T*>(uniform.const_data_ptr()), chosen,
-                  static_cast<T*>(log_prob.mutable_data_ptr()), static_cast<T*>(entropy.mutable_data_ptr()),
+    draw_rows<T>({static_cast<const T*>(logits.const_data_ptr()), static_cast<const T*>(uniform.const_data_ptr()),
+                  chosen, static_cast<T*>(log_prob.mutable_data_ptr()), static_cast<T*>(entropy.mutable_data_ptr()),
                   static_cast<T*>(full.mutable_data_ptr()), N, A},
                  bad);
   };

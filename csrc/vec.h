@@ -71,7 +71,7 @@ struct Constants<float> {
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f, log2_e = 1.44269504f;
   // Its exponential rounds to 0.
   static constexpr float exp_lowest = -104.0f;
-  // Terms of the Taylor series of exp for |r| <= ln 2 / 2, and of atanh's for |t| <= 0.172, that matter at this precision.
+  // Terms that matter at this precision of the Taylor series of exp, |r| <= ln 2 / 2, and of atanh, |t| <= 0.172.
   static constexpr int exp_terms = 8, atanh_terms = 5;
   static constexpr float subnormal_scale = 33554432.0f;
   static constexpr int subnormal_shift = 25;
