@@ -106,6 +106,10 @@ def prepare(options: dict[str, Any]) -> tuple[Trainer, Path, Log]:
     state = load_checkpoint(resume)
     trainer = make_trainer(resumed_config(state["config"], given))
     trainer.load_state_dict(state)
+    backend = metta_fastagent.backend(trainer.device)
+    if backend != state["backend"]:
+        was = f"the checkpoint was written with backend {state['backend']}, this run goes on with {backend}"
+        print(f"{PROGRAM}: note: {was}: its random draws differ", file=sys.stderr)
     folder = options["out"] or resume.parent
     _make_writable(folder)
     return trainer, folder, Log(folder, COLUMNS, source=resume.parent, after=trainer.updates)

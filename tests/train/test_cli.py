@@ -67,6 +67,15 @@ def test_a_resumed_run_continues_the_log_and_equals_the_whole_run(run, tmp_path)
     assert halves["counters"]["steps"] == 6 * UPDATE_STEPS
 
 
+def test_a_resumed_run_on_another_backend_says_so(run, capsys, monkeypatch):
+    assert run(*SMALL, "--quiet", "--steps", UPDATE_STEPS, "--out", "a") == 0
+    assert run("--quiet", "--resume", "a/checkpoint.pt", "--steps", 2 * UPDATE_STEPS, "--out", "b") == 0
+    assert "note:" not in capsys.readouterr().err
+    monkeypatch.setattr(cli.metta_fastagent, "backend", lambda device: "another")
+    assert run("--quiet", "--resume", "a/checkpoint.pt", "--steps", 2 * UPDATE_STEPS, "--out", "c") == 0
+    assert "this run goes on with another: its random draws differ" in capsys.readouterr().err
+
+
 def test_rows_after_the_checkpoint_are_dropped_on_resume(run, tmp_path):
     arguments = ("--quiet", "--steps", 2 * UPDATE_STEPS, "--analyze-weights-interval", 1)
     assert run(*SMALL, *arguments, "--out", "killed") == 0
