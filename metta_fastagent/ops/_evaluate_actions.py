@@ -368,8 +368,12 @@ def select_log_prob(full_log_probs: Tensor, index: Tensor) -> Tensor:
 
 def entropy_of(full_log_probs: Tensor) -> Tensor:
     """-sum p log p over the last dimension, a term with p = 0 counting 0."""
-    probs = full_log_probs.exp()
-    return -torch.where(probs == 0, 0.0, probs * full_log_probs).sum(-1)
+    return -(full_log_probs.exp() * _without_infinity(full_log_probs)).sum(-1)
+
+
+def _without_infinity(full_log_probs: Tensor) -> Tensor:
+    """Lowest finite number in place of -inf: p = 0 times it is 0. NaN stays NaN."""
+    return full_log_probs.clamp(min=torch.finfo(full_log_probs.dtype).min)
 
 
 def evaluate_actions_backward_eager(
@@ -383,19 +387,23 @@ def evaluate_actions_backward_eager(
     dtype = compute_dtype(logits.dtype)
     full_log_probs = torch.log_softmax(logits.to(dtype), dim=-1)
     probs = full_log_probs.exp()
-    grad = torch.zeros_like(probs)
-    if grad_log_prob is not None:
-        known = index.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-        upstream = grad_log_prob.to(dtype).unsqueeze(1)
-        grad -= upstream * probs
-        grad.scatter_add_(1, known, upstream)
-    if grad_entropy is not None:
-        information = torch.where(probs == 0, 0.0, full_log_probs)
+    if grad_entropy is None:
+        grad = torch.zeros_like(probs)
+    else:
+        information = _without_infinity(full_log_probs)
         entropy = -(probs * information).sum(-1, keepdim=True)
-        grad -= grad_entropy.to(dtype).unsqueeze(1) * probs * (information + entropy)
+        grad = information.add_(entropy).mul_(probs).mul_(-grad_entropy.to(dtype).unsqueeze(1))
+    # What every p_j is weighed with: the upstream gradients of the row's log-probabilities, summed.
+    total = torch.zeros_like(probs[:, :1])
+    if grad_log_prob is not None:
+        upstream = grad_log_prob.to(dtype).unsqueeze(1)
+        grad.scatter_add_(1, index.clamp(0, logits.shape[1] - 1).unsqueeze(1), upstream)
+        total += upstream
     if grad_full_log_probs is not None:
         upstream = grad_full_log_probs.to(dtype)
-        grad += upstream - probs * upstream.sum(-1, keepdim=True)
+        grad += upstream
+        total += upstream.sum(-1, keepdim=True)
+    grad.addcmul_(probs, total, value=-1)
     if index.device.type != "cpu":
         legal = (index >= 0) & (index < logits.shape[1])
         grad = torch.where(legal.unsqueeze(1), grad, 0.0)
