@@ -586,7 +586,7 @@ def test_project_names_no_package_registry():
 def clean_variables(monkeypatch):
     """No variable of a surrounding make or shell reaches the Makefile."""
     names = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "PYTHON", "VENV", "PYTEST_ARGS")
-    for name in (*names, "DEVICE", "SEED", "STEPS", "OUT", "RESUME", "ARGS"):
+    for name in (*names, "DEVICE", "SEED", "STEPS", "OUT", "RESUME", "ARGS", "QUICK"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -639,6 +639,13 @@ def test_make_test_runs_the_cpu_operations_both_ways(tmp_path):
         ("1", ""): (0, ""),
         ("1", "true"): (1, ""),
     }
+
+
+@pytest.mark.usefixtures("clean_variables")
+def test_make_bench_passes_its_arguments_on():
+    *_, build, run = dry_make("bench", "QUICK=1", "ARGS=--only clip").splitlines()
+    assert build == '".venv/bin/python" -m metta_fastagent build --quiet || true'
+    assert run == '".venv/bin/python" -m benchmarks run --quick --only clip'
 
 
 @pytest.mark.usefixtures("clean_variables")

@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,10 +103,3 @@ def test_a_run_is_sorted_in_by_machine_and_reported(tmp_path):
 def test_a_run_without_a_benchmark_leaves_nothing(tmp_path):
     assert main(["run", "--only", "clip", "--results", str(tmp_path), "--device", "cpu", "-k", "nonsense"]) != 0
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_bench_passes_its_arguments_on():
-    command = ["make", "-n", "bench", "VENV=.venv", "QUICK=1", "ARGS=--only clip"]
-    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines[-1] == '".venv/bin/python" -m benchmarks run --quick --only clip'
