@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 import metta_fastagent
-from metta_fastagent import Fast, MettaAgent
+from metta_fastagent import Fast, MettaAgent, ops
 from metta_fastagent.train import ppo
 from metta_fastagent.train.checkpoint import CheckpointError
 from metta_fastagent.train.config import TrainConfig
@@ -194,7 +194,11 @@ class Trainer:
         self.agent.reset_memory()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next update depends on, as `save_checkpoint` wants it."""
+        """Everything that the next update depends on, as `save_checkpoint` wants it.
+
+        Raises ValueError where a kernel has reported an action out of range: weights after that are not worth keeping.
+        """
+        ops.raise_if_reported(self.agent.cum_action_max_params, synchronize=True)
         rollout = ("observations", "dones", "truncateds", "episode_returns")
         return {
             "config": self.config.to_dict(),

@@ -50,7 +50,7 @@ def test_a_run_leaves_its_files_and_a_summary(run, tmp_path, capsys):
     assert {"policy.fc1", "policy.critic_1"} <= {layer["name"] for layer in metrics[0]["metrics"]}
     out, err = capsys.readouterr()
     assert err == ""
-    for text in ("random 0.", "scripted 1.000", "learned 0.", "score", "backend", "eager on cpu", "environment "):
+    for text in ("random 0.", "scripted 1.000", "learned 0.", "score", "backend", " on cpu", "environment "):
         assert text in out, text
     assert f"learning curve    {folder.relative_to(tmp_path)}/learning_curve.png" in out
     assert "resume" in out and "--resume runs/memory-seed3/checkpoint.pt --steps 384" in out
@@ -235,3 +235,13 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     out = capsys.readouterr().out
     for text in ("500/1000", "1,234 steps/s", "no episode ended", "learning 25 %"):
         assert text in out, text
+
+
+def test_no_checkpoint_after_an_action_out_of_range(run, tmp_path, monkeypatch):
+    def report(*args, **kwargs):
+        raise ValueError("actions[3]: got parameter 7")
+
+    monkeypatch.setattr("metta_fastagent.ops.raise_if_reported", report)
+    with pytest.raises(ValueError, match="parameter 7"):
+        run(*SMALL, "--quiet", "--steps", UPDATE_STEPS, "--out", "run")
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
