@@ -64,12 +64,12 @@ def _clip_weights_cuda_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> N
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for position, tensor in enumerate(tensors):
         if not is_dense(tensor):
-            tensor.clamp_(-bounds[position], bounds[position])
+            clip_weights_eager_([tensor], [bounds[position]])
         elif tensor.numel() > 0:
             groups.setdefault((tensor.device, tensor.dtype), []).append(position)
     for (device, dtype), members in groups.items():
         group = [tensors[position] for position in members]
-        limits = tuple(bounds[position] for position in members)
+        limits = tuple(_within_range(bounds[position], dtype) for position in members)
         key = ("clip", device, dtype, limits, *[t.data_ptr() for t in group], *[t.numel() for t in group])
         table = cached(key, partial(_make_table, group, limits, device), device)
         with device_guard(group[0]):
@@ -101,9 +101,13 @@ def _clip_weights_native_(tensors: Sequence[Tensor], bounds: Sequence[float]) ->
 def clip_weights_eager_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
     """`clip_weights_` in plain PyTorch: the reference, and what runs where there is no kernel."""
     for tensor, bound in zip(tensors, bounds, strict=True):
-        # A bound beyond the dtype's range clips infinities to its largest number.
-        bound = min(bound, torch.finfo(tensor.dtype).max) if math.isfinite(bound) else bound
+        bound = _within_range(bound, tensor.dtype)
         tensor.clamp_(-bound, bound)
+
+
+def _within_range(bound: float, dtype: torch.dtype) -> float:
+    """The bound, or the dtype's largest number where it is beyond that: infinities then clip to it."""
+    return min(bound, torch.finfo(dtype).max) if math.isfinite(bound) else bound
 
 
 _clip_weights_ = register(

@@ -15,25 +15,21 @@ gradient 0.
 
 # pyright: reportInvalidTypeForm=false
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metta_fastagent._dispatch import register
-from metta_fastagent._triton import cdiv, compute_type, device_guard, jit, tl
+from metta_fastagent._triton import compute_type, device_guard, jit, tl
 from metta_fastagent.ops import _bad_action
 from metta_fastagent.ops._action_index import action_to_logit_index_eager, check_pairs, pair_to_index
 from metta_fastagent.ops._bad_action import report_index, report_pair
 from metta_fastagent.ops._categorical import (
     MAX_ACTIONS,
-    MAX_COLUMNS,
-    ROWS_PER_PROGRAM,
+    choose_kernel,
     columns_sums,
     load_columns,
     load_tile,
-    tile_shape,
     tile_sums,
 )
 from metta_fastagent.ops._checks import (
@@ -233,7 +229,7 @@ def _evaluate_actions_forward_cuda(
     index = logits.new_empty(rows, dtype=torch.int64)
     pairs = cum_action_max_params is not None
     if rows > 0:
-        grid, kernel, layout = _layout(
+        grid, kernel, layout = choose_kernel(
             rows, num_actions, _evaluate_actions_fwd_columns_kernel, _evaluate_actions_fwd_tile_kernel
         )
         with device_guard(logits):
@@ -271,7 +267,7 @@ def _evaluate_actions_backward_cuda(
     logits = logits.contiguous()
     grad_logits = torch.empty_like(logits)
     if rows > 0:
-        grid, kernel, layout = _layout(
+        grid, kernel, layout = choose_kernel(
             rows, num_actions, _evaluate_actions_bwd_columns_kernel, _evaluate_actions_bwd_tile_kernel
         )
         with device_guard(logits):
@@ -291,16 +287,6 @@ def _evaluate_actions_backward_cuda(
                 **layout,
             )
     return grad_logits
-
-
-def _layout(
-    rows: int, num_actions: int, columns_kernel: Any, tile_kernel: Any
-) -> tuple[tuple[int], Any, dict[str, int]]:
-    """Grid, kernel and the arguments of its layout for this shape."""
-    if num_actions <= MAX_COLUMNS:
-        return (cdiv(rows, ROWS_PER_PROGRAM),), columns_kernel, {"ROWS": ROWS_PER_PROGRAM, "num_warps": 4}
-    tile_rows, columns, warps = tile_shape(num_actions)
-    return (cdiv(rows, tile_rows),), tile_kernel, {"ROWS": tile_rows, "BLOCK_A": columns, "num_warps": warps}
 
 
 def _evaluate_actions_forward_native(

@@ -16,16 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metta_fastagent._dispatch import backend, register
-from metta_fastagent._triton import cdiv, compute_type, device_guard, jit, tl
+from metta_fastagent._triton import compute_type, device_guard, jit, tl
 from metta_fastagent.ops._action_index import check_action_index_tensor, logit_index_to_action_eager
 from metta_fastagent.ops._categorical import (
     MAX_ACTIONS,
-    MAX_COLUMNS,
-    ROWS_PER_PROGRAM,
+    choose_kernel,
     columns_sums,
     load_columns,
     load_tile,
-    tile_shape,
     tile_sums,
 )
 from metta_fastagent.ops._checks import (
@@ -156,13 +154,9 @@ def _draw_cuda(
     pair = logits.new_empty((rows if pairs else 0, 2), dtype=torch.int32)
     if rows == 0:
         return index, log_prob, entropy, full_log_probs, pair
-    if num_actions <= MAX_COLUMNS:
-        kernel, layout = _sample_actions_columns_kernel, {"ROWS": ROWS_PER_PROGRAM, "num_warps": 4}
-    else:
-        tile_rows, columns, warps = tile_shape(num_actions)
-        kernel, layout = _sample_actions_tile_kernel, {"ROWS": tile_rows, "BLOCK_A": columns, "num_warps": warps}
+    grid, kernel, layout = choose_kernel(rows, num_actions, _sample_actions_columns_kernel, _sample_actions_tile_kernel)
     with device_guard(logits):
-        kernel[(cdiv(rows, layout["ROWS"]),)](
+        kernel[grid](
             logits,
             uniform,
             action_index_tensor.contiguous() if pairs else index,
