@@ -110,6 +110,9 @@ def _circumstances(result: Mapping[str, Any]) -> list[str]:
             "a round, and those of processor time, say more than times do."
         )
     lines += [f"- no {name}: {reason}" for name, reason in sorted(conditions["skipped"].items())]
+    left_out = conditions.get("left_out")
+    lines += [f"- left out, as the time was used up: {', '.join(left_out)}"] if left_out else []
+    lines += [f"- no results of {name}: it was stopped, its time was used up" for name in conditions.get("killed", ())]
     return lines
 
 
