@@ -31,6 +31,7 @@ GPU_TESTS = (
     "tests/kernels",
     "tests/benchmarks/test_harness.py",
     "tests/benchmarks/test_launch_kernels.py",
+    "tests/benchmarks/test_train_step.py",
     "tests/test_mixin_clip_weights.py",
     "tests/test_mixin_state.py",
     "tests/test_weight_metrics.py",

@@ -42,6 +42,7 @@ MAX_CALLS_IN_GRAPH = 50
 WARM_UP_CALLS = 3
 # Between two profiled calls: more than the clocks of host and device are apart.
 PROFILER_GAP_SECONDS = 1e-3
+MESSAGE_LENGTH = 160
 COPY = "copy"
 LEVELS = ("quick", "full", "gpu")
 # With the version that some releases of CUDA's profiling interface append: cudaGraphLaunch_v10000.
@@ -184,11 +185,14 @@ def compiled_provider(
 ) -> Provider | Skipped:
     """`torch.compile` of a function; `bind` makes the provider's call of the compiled one."""
     if not wanted:
-        return Skipped(
-            "torch.compile", "off (--compile on turns it on), or a shape left out because compiling takes long"
-        )
+        return not_compiled()
     torch._dynamo.reset()
     return Provider("torch.compile", bind(torch.compile(function, dynamic=False)), **options)
+
+
+def not_compiled() -> Skipped:
+    """What stands for `torch.compile` where it is not wanted."""
+    return Skipped("torch.compile", "off (--compile on turns it on), or a shape left out because compiling takes long")
 
 
 def selected_shapes(suite: Suite, options: Options) -> list[Shape]:
@@ -251,9 +255,10 @@ def disagreements(providers: Sequence[Provider], rtol: float, atol: float) -> di
 
 
 def first_line(error: BaseException) -> str:
-    """An error's kind and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+    """An error's kind and the first line of its message, with the next one where a colon announces it."""
+    first, *others = str(error).strip().splitlines() or [""]
+    told = f"{first} {others[0]}" if first.endswith(":") and others else first
+    return f"{type(error).__name__}: {told[:MESSAGE_LENGTH]}".removesuffix(": ")
 
 
 def _result(provider: Provider) -> Any:
@@ -519,30 +524,32 @@ def _median_gpu_seconds(call: Callable[[], Any]) -> float:
     return statistics.median(seconds)
 
 
-def captured_provider(
-    name: str,
-    step: Callable[[], Any],
-    twin: Callable[[], Any],
-    change_inputs: Callable[[], Any],
-    shared: Mapping[str, Any],
-    tolerance: tuple[float, float],
-    device: torch.device,
-) -> Entry:
-    """The provider that replays `step` from a CUDA graph, after it has agreed with eager calls of its twin.
+class Capturable(NamedTuple):
+    """A step to capture, and what it takes to compare its replays with calls without a graph."""
 
-    Args:
-        name: of the provider.
-        step: what is captured; reads its inputs from the same memory at each call.
-        twin: the same on an agent of its own in the same state, called without a graph.
-        change_inputs: writes other inputs into that memory, for each replay that is compared.
-        shared: further fields of the provider; "compared" is used here too.
-        tolerance: relative and absolute.
-        device: where it runs; off CUDA the provider is skipped.
+    # Reads its inputs from the same memory at each call.
+    step: Callable[[], Any]
+    # The same with a state of its own, equal at the start; called without a graph.
+    twin: Callable[[], Any]
+    # Writes other inputs into that memory.
+    change_inputs: Callable[[], Any]
+    # Puts the first inputs and the first state of `step` back.
+    reset: Callable[[], Any]
+    compared: Callable[[Any], Any]
+
+
+def captured_provider(
+    name: str, make: Callable[[], Capturable], tolerance: tuple[float, float], device: torch.device
+) -> Entry:
+    """The provider that replays a step from a CUDA graph, after it has agreed with eager calls of its twin.
+
+    Off CUDA, and where the capture fails, it is skipped; where a replay differs, it is refused.
     """
     if device.type != "cuda":
         return Skipped(name, f"{device}: CUDA graphs need a CUDA device")
     try:
-        graph, result = capture(step, device)
+        parts = make()
+        graph, result = capture(parts.step, device)
     except RuntimeError as error:
         return Skipped(name, f"not captured: {first_line(error)}")
 
@@ -550,10 +557,10 @@ def captured_provider(
         graph.replay()
         return result
 
-    text = replay_difference(replay, twin, change_inputs, shared["compared"], tolerance)
+    text = replay_difference(replay, parts.twin, parts.change_inputs, parts.compared, tolerance)
     if text is not None:
         return Refused(name, f"{name} computes something else than calls without a graph: {text}")
-    return Provider(name, replay, is_graph=True, **shared)
+    return Provider(name, replay, parts.compared, parts.reset, is_graph=True)
 
 
 def replay_difference(

@@ -367,8 +367,8 @@ def captured_from(monkeypatch, replayed, device="cuda"):
     """captured_provider of a twin that returns ones, whose graph was captured as `replayed` says."""
     graph = SimpleNamespace(replay=lambda: None)
     monkeypatch.setattr(harness, "capture", lambda step, device: (graph, replayed()))
-    shared = {"compared": lambda result: result}
-    return harness.captured_provider("captured", ones, ones, lambda: None, shared, (0, 0), torch.device(device))
+    parts = harness.Capturable(ones, ones, lambda: None, lambda: None, lambda result: result)
+    return harness.captured_provider("captured", lambda: parts, (0, 0), torch.device(device))
 
 
 def test_a_captured_step_that_agrees_is_a_provider(monkeypatch):
@@ -436,6 +436,6 @@ def test_a_step_is_captured_and_compared():
     inputs = torch.ones(2, device=cuda)
     step, twin = Counter(inputs), Counter(inputs)
     step.total, twin.total = step.total.cuda(), twin.total.cuda()
-    shared = {"compared": lambda result: result}
-    provider = harness.captured_provider("captured", step, twin, lambda: inputs.mul_(2), shared, (0, 0), cuda)
+    parts = harness.Capturable(step, twin, lambda: inputs.mul_(2), lambda: None, lambda result: result)
+    provider = harness.captured_provider("captured", lambda: parts, (0, 0), cuda)
     assert isinstance(provider, Provider)
