@@ -338,18 +338,19 @@ def _timed(provider: Provider, count: int, device: torch.device) -> tuple[float,
     gc.disable()
     try:
         with provider.context():
-            _wait(device)
+            wait(device)
             cpu, wall = time.process_time(), time.perf_counter()
             for _ in range(count):
                 call()
-            _wait(device)
+            wait(device)
             return time.perf_counter() - wall, time.process_time() - cpu
     finally:
         if collecting:
             gc.enable()
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -369,7 +370,7 @@ def _figures(provider: Provider, counts: "Counts | None", device: torch.device) 
         if counts and counts.host_syncs:
             return DeviceFigures(**known, note="not capturable: it waits for the device")
         try:
-            return DeviceFigures(_gpu_seconds(provider, device), **known)
+            return DeviceFigures(gpu_seconds(provider, device), **known)
         except RuntimeError as error:
             return DeviceFigures(**known, note=f"not captured: {first_line(error)}")
 
@@ -453,8 +454,10 @@ def _peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int:
     return peak - before
 
 
-def _gpu_seconds(provider: Provider, device: torch.device) -> float:
-    """Median seconds of the device in one call, from replays of a captured graph."""
+def gpu_seconds(provider: Provider, device: torch.device) -> float | None:
+    """Median seconds of the device in one call, from replays of a captured graph; None off CUDA."""
+    if device.type != "cuda":
+        return None
     if provider.is_graph:
         return _median_gpu_seconds(provider.call)
     with _refusing_to_wait():

@@ -298,7 +298,7 @@ def figures_of(monkeypatch, gpu_seconds, **counts):
     counted = {"op": harness.Counts(**{"launches": 4, "kernels": 4, "host_syncs": 0, **counts})}
     monkeypatch.setattr(harness, "_api_calls", lambda providers, device: counted)
     monkeypatch.setattr(harness, "_peak_extra_bytes", lambda call, device: 512)
-    monkeypatch.setattr(harness, "_gpu_seconds", gpu_seconds)
+    monkeypatch.setattr(harness, "gpu_seconds", gpu_seconds)
     return harness.device_figures([Provider("op", ones)], torch.device("cuda"))["op"]
 
 
@@ -321,7 +321,7 @@ def test_a_failed_capture_is_told(monkeypatch):
 def test_a_provider_that_the_profiler_missed_is_timed_still(monkeypatch):
     monkeypatch.setattr(harness, "_api_calls", lambda providers, device: {})
     monkeypatch.setattr(harness, "_peak_extra_bytes", lambda call, device: 512)
-    monkeypatch.setattr(harness, "_gpu_seconds", lambda *_: 1e-3)
+    monkeypatch.setattr(harness, "gpu_seconds", lambda *_: 1e-3)
     figures = harness.device_figures([Provider("op", ones)], torch.device("cuda"))["op"]
     assert figures == harness.DeviceFigures(1e-3, None, None, None, 512)
 
