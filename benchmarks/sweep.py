@@ -161,15 +161,22 @@ def make_chunk(size: Size, device: torch.device) -> Made:
     return made._replace(variants=variants)
 
 
+def make_partials(size: Size, device: torch.device) -> Made:
+    """Partial sums that the last program of the L2 loss adds up at a time: PARTIALS_BLOCK."""
+    made = list_calls({**size, "op": "l2 forward"}, device)
+    blocks = (256, 1024, 2048, 4096, 8192)
+    patches = {block: [(_l2_init_loss, "PARTIALS_BLOCK", block)] for block in blocks}
+    return made._replace(variants=[Variant(f"{block} partial sums", made.call, patches[block]) for block in blocks])
+
+
 def list_calls(size: Size, device: torch.device) -> Made:
-    """clip, or the L2 loss forward or backward, on square tensors; `std` says how many weights are out of range."""
+    """clip, or the L2 loss forward or backward, on square tensors."""
     width = round((size["parameters"] / size["tensors"]) ** 0.5)
     generator = torch.Generator(device).manual_seed(0)
 
     def draw() -> list[Tensor]:
-        std = size.get("std", 1.0)
         shape = (width, width)
-        return [std * torch.randn(shape, device=device, generator=generator) for _ in range(size["tensors"])]
+        return [torch.randn(shape, device=device, generator=generator) for _ in range(size["tensors"])]
 
     params, initial = draw(), draw()
     if size["op"] == "clip":
@@ -188,7 +195,7 @@ def list_calls(size: Size, device: torch.device) -> Made:
 
 
 @_triton.jit
-def _clip_always_storing_kernel(example, chunks, bounds, COMPUTE: tl.constexpr, CHUNK: tl.constexpr):  # pyright: ignore
+def _clip_storing_kernel(example, chunks, bounds, COMPUTE: tl.constexpr, CHUNK: tl.constexpr, LOOKS: tl.constexpr):
     chunk = tl.program_id(0).to(tl.int64)
     start = tl.load(chunks + chunk * 3).to(example.dtype)
     length = tl.load(chunks + chunk * 3 + 1)
@@ -199,7 +206,13 @@ def _clip_always_storing_kernel(example, chunks, bounds, COMPUTE: tl.constexpr, 
         start = tl.multiple_of(start, 16)
         x = tl.load(start + offset).to(COMPUTE)
         clipped = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
-        tl.store(start + offset, clipped.to(example.dtype.element_ty))
+        if LOOKS:
+            # -1, which the compiler does not know: it looks for something out of range, and stores in any case.
+            least = 0 - (bound >= 0).to(tl.int32)
+            if tl.max(((x > bound) | (x < -bound)).to(tl.int32), 0) > least:
+                tl.store(start + offset, clipped.to(example.dtype.element_ty))
+        else:
+            tl.store(start + offset, clipped.to(example.dtype.element_ty))
     else:
         inside = offset < length
         x = tl.load(start + offset, mask=inside, other=0.0).to(COMPUTE)
@@ -207,11 +220,29 @@ def _clip_always_storing_kernel(example, chunks, bounds, COMPUTE: tl.constexpr, 
         tl.store(start + offset, clipped.to(example.dtype.element_ty), mask=inside)
 
 
+class _Storing:
+    """The kernel above in place of the package's."""
+
+    def __init__(self, looks: bool) -> None:
+        self._looks = looks
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return lambda *args, **options: _clip_storing_kernel[grid](*args, **options, LOOKS=self._looks)
+
+
 def make_stores(size: Size, device: torch.device) -> Made:
-    """The clip that stores every chunk, against the package's that skips those within range."""
+    """The clip where everything is within range and nothing is stored, against kernels that store all of it.
+
+    The second of these is what the package's kernel does where each chunk holds something out of range. Calls that are
+    repeated find everything within range, so that case cannot be timed by itself.
+    """
     made = list_calls({**size, "op": "clip"}, device)
-    always = (_clip_weights, "_clip_weights_kernel", _clip_always_storing_kernel)
-    return made._replace(variants=[Variant("always stores", made.call, [always])])
+    kinds = {"always stores": False, "looks, then stores": True}
+    variants = [
+        Variant(name, made.call, [(_clip_weights, "_clip_weights_kernel", _Storing(looks))])
+        for name, looks in kinds.items()
+    ]
+    return made._replace(variants=variants)
 
 
 def make_grid(size: Size, device: torch.device) -> Made:
@@ -323,12 +354,14 @@ EXPERIMENTS = [
         [{"op": op, "tensors": 2, "parameters": 5000} for op in ("clip", "l2 forward", "l2 backward")],
         make_chunk,
     ),
-    # Everything within range; a part of each chunk outside.
     Experiment(
-        "stores",
-        [{"tensors": 200, "parameters": 100_000_000, "std": std} for std in (0.05, 0.4)],
-        [{"tensors": 2, "parameters": 5000, "std": 0.4}],
-        make_stores,
+        "partials",
+        [{"tensors": 200, "parameters": parameters} for parameters in (30_000_000, 100_000_000)],
+        [{"tensors": 2, "parameters": 5000}],
+        make_partials,
+    ),
+    Experiment(
+        "stores", [{"tensors": 200, "parameters": 100_000_000}], [{"tensors": 2, "parameters": 5000}], make_stores
     ),
     Experiment("grid", [{"rows": r, "tokens": 200} for r in (FEW, 16384)], [{"rows": 2, "tokens": 40}], make_grid),
     Experiment("conversion", [{"rows": r} for r in (FEW, 1 << 20)], [{"rows": 5}], make_conversion),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,15 @@ if _triton.triton is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
 from benchmarks import sweep
-from metta_fastagent.ops import _categorical, _chunk_table, _clip_weights, _evaluate_actions, _tokens_to_grid
+from metta_fastagent.ops import (
+    _action_index,
+    _categorical,
+    _chunk_table,
+    _clip_weights,
+    _evaluate_actions,
+    _l2_init_loss,
+    _tokens_to_grid,
+)
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -119,3 +128,22 @@ def test_a_kept_kernel_is_launched_with_all_arguments_in_order():
     assert kernel.launches == [((3,), ("e", "c"), {"CHUNK": 4096, "COMPUTE": "fp32", "num_warps": 8})] * 2
     launch.kept()
     assert compiled.launches == [((3, 1, 1), ("e", "c", "fp32", 4096), {})]
+
+
+def test_the_tuning_page_names_the_experiments_and_the_constants_as_they_are():
+    text = (ROOT / "benchmarks" / "TUNING.md").read_text()
+    _, _, experiments = text.partition("## Experiments")
+    rows = [line.split(" | ") for line in experiments.splitlines() if line.startswith("| ") and " | ---" not in line]
+    assert [row[0].removeprefix("| ") for row in rows[1:]] == [each.name for each in sweep.EXPERIMENTS]
+    stated = dict(re.findall(r"`([A-Z_]+)` = (\d+)", experiments))
+    modules = (_categorical, _chunk_table, _action_index, _l2_init_loss, _tokens_to_grid)
+    actual = {name: str(vars(module)[name]) for name in stated for module in modules if name in vars(module)}
+    assert stated == actual
+    assert {"MAX_COLUMNS", "CHUNK", "PARTIALS_BLOCK", "TOKEN_BLOCK", "BLOCK"} <= stated.keys()
+
+
+@pytest.mark.parametrize("page", ["README.md", "TUNING.md"])
+def test_links_of_the_pages_lead_somewhere(page):
+    folder = ROOT / "benchmarks"
+    links = re.findall(r"\]\(([^)#]+)\)", (folder / page).read_text())
+    assert [link for link in links if not (folder / link).exists()] == []
