@@ -22,22 +22,24 @@ from benchmarks import report
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
-SUITES = (
-    "clip",
-    "conversions",
-    "evaluate",
-    "sample",
-    "l2_init",
-    "tokens_to_grid",
-    "tensordict_fields",
-    "weight_metrics",
-    "train_step",
-)
+# In the order in which they run, with their shares of a run's time where that is limited.
+SHARES = {
+    "clip": 2,
+    "conversions": 1,
+    "evaluate": 3,
+    "sample": 2,
+    "l2_init": 2,
+    "tokens_to_grid": 1,
+    "tensordict_fields": 1,
+    "weight_metrics": 1,
+    "train_step": 4,
+}
+SUITES = tuple(SHARES)
 # pytest's, where no benchmark was selected.
 NOTHING_SELECTED = 5
-# For the shape that is under way when a suite's time is used up; what takes longer is killed, and its suite's results
-# with it.
-GRACE_SECONDS = 45.0
+# A suite is killed, and its results are lost, after this multiple of its share and these seconds: the shape that is
+# under way when the share is used up may compile for the first time.
+HARD_SHARES, HARD_SECONDS = 2.0, 15.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,7 +82,8 @@ def _run(names: Sequence[str], quick: bool, results: Path, seconds: float, other
     with tempfile.TemporaryDirectory() as folder:
         for position, group in enumerate(groups):
             part = Path(folder) / f"{position}.json"
-            share = (deadline - time.monotonic()) / (len(groups) - position)
+            weights = [sum(SHARES[name] for name in each) for each in groups[position:]]
+            share = (deadline - time.monotonic()) * weights[0] / sum(weights)
             code = run_suites(group, part, share, deadline, options)
             killed += group if code is None else []
             codes += [] if code is None else [code]
@@ -116,7 +119,7 @@ def run_suites(names: Sequence[str], result: Path, share: float, deadline: float
         return None
     process = subprocess.Popen([*command, f"--seconds={share:.1f}"], cwd=FOLDER.parent, start_new_session=True)
     try:
-        return process.wait(min(share + GRACE_SECONDS, left))
+        return process.wait(min(HARD_SHARES * share + HARD_SECONDS, left))
     except subprocess.TimeoutExpired:
         return None
     finally:

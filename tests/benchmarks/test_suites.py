@@ -157,7 +157,8 @@ def test_a_suite_that_overruns_is_killed_with_its_children(tmp_path, monkeypatch
     (folder / "bench_made_up.py").write_text(SUITE)
     (folder / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--seconds')\n")
     monkeypatch.setattr(entry, "FOLDER", folder)
-    monkeypatch.setattr(entry, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(entry, "HARD_SHARES", 1.0)
+    monkeypatch.setattr(entry, "HARD_SECONDS", 0.0)
     monkeypatch.setenv("SLEEP", sleep)
     deadline = time.monotonic() + 100
     assert entry.run_suites(["made_up"], tmp_path / "result.json", 8.0, deadline, ["-p", "no:importnb"]) == code
@@ -188,3 +189,19 @@ def test_shapes_are_left_out_when_the_time_is_used_up(monkeypatch):
     assert conftest._share_left(None) == 1
     assert conftest._share_left(120) == pytest.approx(0.5, abs=0.05)
     assert conftest._share_left(30) < 0
+
+
+def test_suites_run_for_their_shares_and_pass_on_what_is_left(monkeypatch, tmp_path, capsys):
+    now, begun = [0.0], []
+
+    def run_suites(names, result, share, deadline, options):
+        begun.append((names, round(share), deadline))
+        now[0] += 10.0
+        return None if names == ["sample"] else 0
+
+    monkeypatch.setattr(entry.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(entry, "run_suites", run_suites)
+    assert main(["run", "--only", "clip,sample,train_step", "--seconds", "160", "--results", str(tmp_path)]) == 1
+    # 2, 2 and 4 parts: of 160, of what is left after 10 seconds, and after 20.
+    assert begun == [(["clip"], 40, 160), (["sample"], 50, 160), (["train_step"], 140, 160)]
+    assert "sample was stopped, its time was used up" in capsys.readouterr().err
