@@ -74,7 +74,7 @@ bench: setup ## measure and report, for example: make bench QUICK=1 ARGS='--only
 	@$(RUN) benchmarks run $(if $(QUICK),--quick) $(ARGS)
 
 gpu: ## on a CUDA machine, without installing anything: tests, sanitizers, a training, benchmarks, one report
-	@PYTHON="$(GPU_PYTHON)" bash tools/gpu.sh $(if $(QUICK),--quick) $(ARGS) "$(if $(OUT),$(OUT),runs/gpu)"
+	@PYTHON="$(GPU_PYTHON)" bash tools/gpu.sh $(if $(QUICK),--quick) $(ARGS) "$(if $(OUT),$(OUT),runs/gpu-$$(date +%Y-%m-%d-%H%M%S))"
 
 sanitize: setup ## run the operations' tests in C++ built with AddressSanitizer, then UndefinedBehaviorSanitizer (gcc)
 	@$(RUN) metta_fastagent build --sanitize address

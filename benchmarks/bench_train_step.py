@@ -301,8 +301,9 @@ def capturable(kind: Kind, inputs: Inputs, size: Mapping[str, int], device: torc
             tensor.copy_(first)
         clear_memory(agent)
 
-    steps = (kind.make_step(each, own, device.type == "cuda") for each in (agent, twin))
-    return Capturable(*steps, rotate, reset, kind.compared)
+    on_cuda = device.type == "cuda"
+    step, own_twin = kind.make_step(agent, own, on_cuda), kind.make_step(twin, own, on_cuda)
+    return Capturable(step, own_twin, rotate, reset, kind.compared)
 
 
 def clear_memory(agent: Fast) -> None:

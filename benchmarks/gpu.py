@@ -84,13 +84,15 @@ class Result(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where no stage failed or overran, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for logs and results")
+    parser.add_argument("out", type=Path, help="folder for logs and results, new or empty")
     parser.add_argument("--quick", action="store_true", help=f"fits in {QUICK_SECONDS / 60:g} minutes")
     parser.add_argument("--only", help="comma-separated, of " + ", ".join(stage_names()) + "; sweep runs only if named")
     parser.add_argument("--seconds", type=float, help=f"for everything; default {FULL_SECONDS:g}")
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        parser.error(f"OUT: {options.out} is not empty")
     stages = make_stages(out, options.quick)
     wanted = set(options.only.split(",")) if options.only else set(stage_names()) - {"sweep"}
     if wanted - set(stage_names()):
@@ -119,7 +121,7 @@ def make_stages(out: Path, quick: bool) -> list[Stage]:
     training = ("--env", "memory", "--device", "cuda", "--seed", "1", "--steps", steps, "--quiet")
     bench = ("--device", "cuda", "--results", f"{out}/results", "--seconds", "{seconds}")
     return [
-        Stage("versions", [*python, "benchmarks.machine"], limit(25, 25), needs_gpu=False, judge=judge_versions),
+        Stage("versions", [*python, "benchmarks.machine"], limit(40, 40), needs_gpu=False, judge=judge_versions),
         Stage("explain", [*python, "metta_fastagent"], limit(20, 20), needs_gpu=False),
         Stage("tests", test_command(out), limit(95, 55), modules=("pytest",), judge=judge_tests),
         Stage("kernels", [*python, "benchmarks.launch_kernels"], limit(25, 20)),

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from benchmarks import categorical, harness, machine
 from metta_fastagent import _triton, ops, use_backend
@@ -302,7 +303,11 @@ class Launch:
     """A kernel whose last launch can be repeated, through Triton and through the compiled kernel that it returned."""
 
     def __init__(self, kernel: Any) -> None:
-        self._kernel, self.compiled = kernel, None
+        self._kernel = kernel
+        self.compiled: Any = None
+        self._grid: tuple[int, ...] = ()
+        self._args: tuple[Any, ...] = ()
+        self._options: dict[str, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         def launch(*args: Any, **options: Any) -> Any:
@@ -407,7 +412,7 @@ def expected_of(made: Made, size: Size, device: torch.device) -> Any:
 
 
 def _copied(result: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
+    return _pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
 
 
 def measure(

@@ -160,7 +160,15 @@ def test_a_stage_that_is_unknown_is_named(tmp_path, capsys):
     assert "nonsense" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("quick", "seconds", "least"), [(True, gpu.QUICK_SECONDS, 50), (False, gpu.FULL_SECONDS, 140)])
+def test_results_of_two_runs_are_not_mixed(tmp_path, capsys):
+    (tmp_path / "summary.md").write_text("of another run")
+    with pytest.raises(SystemExit):
+        gpu.main([str(tmp_path)])
+    assert f"OUT: {tmp_path} is not empty" in capsys.readouterr().err
+    assert (tmp_path / "summary.md").read_text() == "of another run"
+
+
+@pytest.mark.parametrize(("quick", "seconds", "least"), [(True, gpu.QUICK_SECONDS, 40), (False, gpu.FULL_SECONDS, 120)])
 def test_the_limits_leave_the_benchmarks_some_time(tmp_path, quick, seconds, least):
     stages = gpu.make_stages(tmp_path, quick)
     assert [each.name for each in stages] == gpu.stage_names()
