@@ -262,6 +262,84 @@ def test_the_training_prints_what_is_read_off_it(tmp_path, capsys):
     assert why.endswith(" on cpu")
 
 
+def command_of(name, out, quick=True):
+    """Module and arguments of a stage, filled in for 100 seconds."""
+    (made,) = [each for each in gpu.make_stages(out, quick) if each.name == name]
+    python, option, module, *arguments = gpu.filled_in(made.command, out, 100)
+    assert (python, option) == (sys.executable, "-m")
+    return module, arguments
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_training_takes_the_arguments_that_it_gets(tmp_path, quick):
+    from metta_fastagent.train import cli
+
+    module, arguments = command_of("training", tmp_path, quick)
+    options = vars(cli.make_parser().parse_args(arguments))
+    assert module == "metta_fastagent.train"
+    assert (options["device"], options["quiet"], options["out"]) == ("cuda", True, tmp_path / "training")
+    assert options["steps"] == (gpu.QUICK_STEPS if quick else gpu.FULL_STEPS)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_benchmarks_take_the_arguments_that_they_get(tmp_path, monkeypatch, quick):
+    from benchmarks import __main__ as entry
+
+    calls = []
+    monkeypatch.setattr(entry, "_run", lambda *arguments: calls.append(arguments) or 0)
+    module, arguments = command_of("bench", tmp_path, quick)
+    assert (module, entry.main(arguments)) == ("benchmarks", 0)
+    seconds = 100 - gpu.BENCH_RESERVE_SECONDS
+    assert calls == [(list(entry.SUITES), quick, tmp_path / "results", seconds, ["--device", "cuda"])]
+
+
+def test_the_report_takes_the_arguments_that_it_gets(tmp_path, monkeypatch):
+    from benchmarks import __main__ as entry
+
+    written = tmp_path / "results" / "some-gpu" / "run.json"
+    written.parent.mkdir(parents=True)
+    written.write_text("{}")
+    calls = []
+    monkeypatch.setattr(entry.report, "write", lambda path, out: calls.append((path, out)) or [])
+    module, arguments = command_of("report", tmp_path)
+    assert (module, entry.main(arguments)) == ("benchmarks", 0)
+    assert calls == [(written, tmp_path / "report")]
+
+
+def test_the_sweep_takes_the_arguments_that_it_gets(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks import sweep
+
+    monkeypatch.setattr(sweep, "EXPERIMENTS", [sweep.EXPERIMENTS[0]._replace(sizes=[])])
+    module, arguments = command_of("sweep", tmp_path)
+    assert (module, sweep.main(arguments)) == ("benchmarks.sweep", 0)
+    assert json.loads((tmp_path / "sweep.json").read_text())["rows"] == []
+
+
+# Runs the program that it is given in Triton's interpreter, and says what the real one says.
+SANITIZER = """#!/usr/bin/env bash
+while [ "$1" != "$PYTHON" ]; do shift; done
+TRITON_INTERPRET=1 "$@" --device cpu || exit 1
+echo "========= ERROR SUMMARY: $ERRORS errors"
+[ "$ERRORS" = 0 ] || exit 86
+"""
+
+
+@pytest.mark.parametrize(("errors", "status"), [("0", PASSED), ("2", FAILED)])
+def test_a_sanitizer_watches_every_kernel(tmp_path, monkeypatch, errors, status):
+    pytest.importorskip("triton")
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER)
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu, "find_sanitizer", lambda: str(tool))
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("ERRORS", errors)
+    result = run(tmp_path, gpu.sanitizer_stage("memcheck", 90))["memcheck"]
+    assert result.status == status
+    assert f"ERROR SUMMARY: {errors} errors" in result.why
+    assert " launches of " in (tmp_path / "memcheck.log").read_text()
+
+
 def test_every_file_with_a_test_for_a_gpu_is_run():
     # Written in two parts, so that this file is none of them.
     mark = "pytest.mark." + "gpu"
