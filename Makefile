@@ -32,10 +32,14 @@ SANITIZED = METTA_FASTAGENT_BACKEND=native ASAN_OPTIONS=detect_leaks=0:halt_on_e
 	$(RUN) pytest --capture=sys $(NATIVE_TESTS)
 library = $$($${CXX:-c++} -print-file-name=$(1).so)
 
-.PHONY: help setup train test test-slow bench lint sanitize
+# The oldest Triton whose compiler the kernels are held to, beside the one of constraints.txt.
+OLDEST_TRITON = 3.6.0
+OLDEST_TRITON_FOLDER = $(VENV)/triton-$(OLDEST_TRITON)
+
+.PHONY: help setup train test test-slow test-oldest-triton bench lint sanitize
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PYTHON=python3  the Python (>= 3.11) behind the virtual environment; a torch that it imports is reused"
 	@echo "  VENV=.venv      where the virtual environment goes"
@@ -64,6 +68,15 @@ test: setup ## run the tests, then the kernels' in Triton's interpreter, then th
 
 test-slow: setup ## run the slow tests: learning on three seeds, with memory and without
 	@$(TWO_PROCESSES) -m slow $(PYTEST_ARGS)
+
+# Into a folder of its own, which replaces the environment's Triton for this one command.
+test-oldest-triton: setup ## compile the kernels with the oldest Triton that they support, for GPUs that need not be there
+	@test -d "$(OLDEST_TRITON_FOLDER)" || { rm -rf "$(OLDEST_TRITON_FOLDER).unfinished" && \
+	$(RUN) pip install --quiet --no-deps --target "$(OLDEST_TRITON_FOLDER).unfinished" triton==$(OLDEST_TRITON) && \
+	mv "$(OLDEST_TRITON_FOLDER).unfinished" "$(OLDEST_TRITON_FOLDER)"; }
+	@export PYTHONPATH="$(abspath $(OLDEST_TRITON_FOLDER))$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	"$(VENV)/bin/python" -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton.__version__' && \
+	$(RUN) pytest tests/test_kernel_report.py
 
 bench: setup ## measure and report, for example: make bench QUICK=1 ARGS='--only clip,sample'
 	@$(BUILD) || true

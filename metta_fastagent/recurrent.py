@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from metta_fastagent import ops
 from metta_fastagent.ops._checks import describe
 
 Memory = tuple[dict[int, Tensor], dict[int, Tensor]]
@@ -123,6 +124,8 @@ class LSTMWrapper(nn.Module):
         sequence = hidden.view(B, TT, -1).transpose(0, 1)
         h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device)
         resets = _resets(td, B, TT, hidden.device)
+        _require_sequence_first(self.lstm)
+        # A single step was reset with its state, above.
         if TT == 1 or resets is None:
             output, (h, c) = self.lstm(sequence, (h, c))
         else:
@@ -273,29 +276,39 @@ def _resets(td: TensorDictBase, B: int, TT: int, device: torch.device) -> Tensor
     return resets
 
 
+def _require_sequence_first(lstm: nn.Module) -> None:
+    """An LSTM that a subclass put in place of ours has to have its layout of input and state."""
+    for name in ("batch_first", "bidirectional", "proj_size"):
+        value = getattr(lstm, name, False)
+        if value:
+            raise ValueError(f"lstm: got {name}={value}, expected nn.LSTM's default: time first, one direction")
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """What nn.LSTM casts its input, state and weights to: under autocast its dtype, but float64 stays as it is."""
+    device_type = tensor.device.type
+    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled and tensor.dtype != torch.float64 else tensor.dtype
+
+
 def _lstm_with_resets(
-    lstm: nn.LSTM, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor
+    lstm: nn.Module, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`lstm(sequence, (h, c))` with the state of row b zeroed before step t where resets[t, b].
 
-    One matrix product projects a layer's whole input; the loop over time holds only what depends on the step before.
-    The
-    first step is not reset here: `_manage_lstm_state` has done it.
+    One matrix product projects a layer's whole input; `lstm_layer` holds only what depends on the step before.
     """
-    keep = (~resets).to(h.dtype).unsqueeze(-1).unbind(0)
+    if not isinstance(lstm, nn.LSTM):
+        raise TypeError(f"lstm: got {type(lstm).__name__}, expected nn.LSTM to reset rows inside a segment")
+    dtype = _autocast_dtype(sequence)
+    sequence, h, c = sequence.to(dtype), h.to(dtype), c.to(dtype)
     last_h, last_c = [], []
-    for layer in range(lstm.num_layers):
-        weight_ih, weight_hh, bias_ih, bias_hh = lstm.all_weights[layer]
-        projected = nn.functional.linear(sequence, weight_ih, bias_ih + bias_hh).unbind(0)
-        hidden, cell, outputs = h[layer], c[layer], []
-        for step, gates in enumerate(projected):
-            if step > 0:
-                hidden, cell = hidden * keep[step], cell * keep[step]
-            gate_i, gate_f, gate_g, gate_o = torch.addmm(gates, hidden, weight_hh.t()).chunk(4, dim=1)
-            cell = gate_f.sigmoid() * cell + gate_i.sigmoid() * gate_g.tanh()
-            hidden = gate_o.sigmoid() * cell.tanh()
-            outputs.append(hidden)
-        sequence = torch.stack(outputs)
+    for layer, (weight_ih, weight_hh, *biases) in enumerate(lstm.all_weights):
+        if layer > 0:
+            sequence = nn.functional.dropout(sequence, lstm.dropout, lstm.training)
+        bias = biases[0].to(dtype) + biases[1].to(dtype) if biases else None
+        projected = nn.functional.linear(sequence, weight_ih.to(dtype), bias)
+        sequence, hidden, cell = ops.lstm_layer(projected, weight_hh.to(dtype), h[layer], c[layer], resets)
         last_h.append(hidden)
         last_c.append(cell)
     return sequence, (torch.stack(last_h), torch.stack(last_c))
