@@ -24,8 +24,8 @@ TRAIN_FLAGS = $(call flag,ENV,env) $(call flag,DEVICE,device) $(call flag,SEED,s
 # The C++ operators for the CPU. Where this fails it says why in one line, and eager PyTorch does their work.
 BUILD = $(RUN) metta_fastagent build --quiet
 # Those of the build and of the vector header need no run with the operators.
-NATIVE_TESTS = tests/ops tests/native tests/test_mixin_tensordict.py --ignore tests/native/test_build.py \
-	--ignore tests/native/test_vec.py
+NATIVE_TESTS = tests/ops tests/native tests/test_mixin_tensordict.py tests/train/test_ratio.py \
+	--ignore tests/native/test_build.py --ignore tests/native/test_vec.py
 # A sanitizer's runtime goes into the process first, and with it the C++ library whose exceptions it watches. Captured by
 # pytest, a report would be lost with the process.
 SANITIZED = METTA_FASTAGENT_BACKEND=native ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -58,7 +58,7 @@ train: ## train the Fast agent, for example: make train ENV=mettagrid DEVICE=cud
 # The last step: 3 means that this machine has no compiler; in CI, any other failure to build is a failure.
 test: setup ## run the tests, then the kernels' in Triton's interpreter, then the operations' in C++
 	@METTA_FASTAGENT_BACKEND=$${METTA_FASTAGENT_BACKEND:-eager} $(TWO_PROCESSES) -m "not slow" $(PYTEST_ARGS)
-	@$(if $(PYTEST_ARGS),,TRITON_INTERPRET=1 $(TWO_PROCESSES) tests/kernels)
+	@$(if $(PYTEST_ARGS),,TRITON_INTERPRET=1 $(TWO_PROCESSES) tests/kernels tests/train/test_ratio.py)
 	@$(if $(PYTEST_ARGS),,status=0; $(BUILD) || status=$$?; \
 	case $$status in \
 	(0) METTA_FASTAGENT_BACKEND=native $(TWO_PROCESSES) $(NATIVE_TESTS) ;; \
