@@ -48,6 +48,7 @@ COMMON: dict[str, Any] = {
     # both games pay within a dozen steps
     "gamma": 0.95,
     "gae_lambda": 0.9,
+    "bootstrap_truncations": True,
     "clip_coef": 0.2,
     "vf_coef": 0.5,
     # at 0.01 the learned policy of the memory task stays half random
@@ -84,6 +85,7 @@ class TrainConfig:
     anneal_lr: bool = option("let the learning rate fall linearly to 0 over --steps", FLAG)
     gamma: float = option("discount per step", FRACTION)
     gae_lambda: float = option("decay of the advantage estimator", FRACTION)
+    bootstrap_truncations: bool = option("let the value of the final observation follow a truncated episode", FLAG)
     clip_coef: float = option("PPO's clip of the importance ratio", POSITIVE)
     vf_coef: float = option("weight of the value loss", NON_NEGATIVE)
     ent_coef: float = option("weight of the entropy bonus", NON_NEGATIVE)

@@ -14,7 +14,7 @@ from metta_fastagent import Fast, MettaAgent, ops
 from metta_fastagent.train import ppo
 from metta_fastagent.train.checkpoint import CheckpointError
 from metta_fastagent.train.config import TrainConfig
-from metta_fastagent.train.environments import make_environment
+from metta_fastagent.train.environments import Step, make_environment
 from metta_fastagent.train.experience import Experience
 from metta_fastagent.train.stopwatch import PHASES, Stopwatch
 
@@ -133,7 +133,7 @@ class Trainer:
             with self.stopwatch("environment"):
                 step = self.env.step(actions)
             results = {"rewards": step.rewards, "terminals": step.terminals, "truncations": step.truncations}
-            experience.put(t, **results)
+            experience.put(t, **results, cut_values=self._cut_values(step))
             self.observations, self.dones, self.truncateds = step.observations, step.terminals, step.truncations
             ends = step.terminals | step.truncations
             self.episode_returns += step.rewards
@@ -144,8 +144,8 @@ class Trainer:
     def advantages(self) -> Tensor:
         """Advantages of the collected rollout, float [B, T].
 
-        Nothing follows the end of an episode, be it a termination or a truncation: what counts in both environments is
-        the return within the time limit. The rollout's last step bootstraps from the next observation.
+        A termination is followed by nothing, a truncation by the value that `collect` estimated, the rollout's last
+        step by the value of the next observation.
         """
         experience = self.experience
         return ppo.generalized_advantages(
@@ -153,25 +153,48 @@ class Trainer:
             experience.values,
             experience.terminals | experience.truncations,
             self.next_value(),
-            torch.zeros_like(experience.values),
+            experience.cut_values,
             self.config.gamma,
             self.config.gae_lambda,
         )
 
     @torch.no_grad()
     def next_value(self) -> Tensor:
-        """Value of the observation after the rollout, float [B], by a segment of one step.
+        """Value of the observation after the rollout, float [B]."""
+        with self.stopwatch("inference"):
+            return self._value(self.observations, self.memory(), self._starts())
+
+    def _cut_values(self, step: Step) -> Tensor:
+        """Values of the final observations where `step` cut an episode, float [B]; 0 elsewhere.
+
+        The episode might have gone on, so its end is no reset: the state is the one that the step has left.
+        """
+        values = torch.zeros_like(step.rewards)
+        if not self.config.bootstrap_truncations:
+            return values
+        with self.stopwatch("inference"):
+            if self.device.type != "cpu":
+                # every row, because choosing the truncated ones would wait for the device
+                found = self._value(step.final_observations, self.memory(), self._no_starts(len(values)))
+                return torch.where(step.truncations, found, values)
+            rows = step.truncations.nonzero().squeeze(1)
+            if len(rows):
+                h, c = self.memory()
+                state = h[:, rows], c[:, rows]
+                values[rows] = self._value(step.final_observations[rows], state, self._no_starts(len(rows)))
+        return values
+
+    def _value(self, observations: Tensor, memory: tuple[Tensor, Tensor], starts: dict[str, Tensor]) -> Tensor:
+        """Values, float [b], of observations [b, M, 3] that meet `memory`, by a segment of one step.
 
         The training mode neither advances the rollout memory nor draws random numbers.
         """
-        with self.stopwatch("inference"):
-            h, c = self.memory()
-            entries: dict[str, Any] = {"env_obs": self.observations, **self._starts()}
-            entries = {name: value.unsqueeze(1) for name, value in entries.items()}
-            entries |= {"lstm_h": h.transpose(0, 1), "lstm_c": c.transpose(0, 1)}
-            any_action = torch.zeros_like(self.experience.actions[:, :1])
-            out = self.agent(TensorDict(entries, batch_size=self.dones.shape), action=any_action)
-            return out["value"].reshape(-1)
+        entries: dict[str, Any] = {"env_obs": observations, **starts}
+        entries = {name: value.unsqueeze(1) for name, value in entries.items()}
+        entries |= {"lstm_h": memory[0].transpose(0, 1), "lstm_c": memory[1].transpose(0, 1)}
+        any_action = torch.zeros_like(self.experience.actions[: len(observations), :1])
+        out = self.agent(TensorDict(entries, batch_size=observations.shape[:1]), action=any_action)
+        return out["value"].reshape(-1)
 
     def memory(self) -> tuple[Tensor, Tensor]:
         """The agent's rollout memory (h, c), each [layers, B, hidden]; zeros before the first step."""
@@ -185,6 +208,11 @@ class Trainer:
         """What the agent is told of episode starts; in the ablation each step is one."""
         dones = torch.ones_like(self.dones) if self.config.reset_state_every_step else self.dones
         return {"dones": dones, "truncateds": self.truncateds}
+
+    def _no_starts(self, rows: int) -> dict[str, Tensor]:
+        """The same of `rows` observations that go on with an episode."""
+        going_on = torch.zeros_like(self.dones[:rows])
+        return {"dones": going_on | self.config.reset_state_every_step, "truncateds": going_on}
 
     def _restart_environment(self, seed: int) -> None:
         self.observations = self.env.reset(seed)
