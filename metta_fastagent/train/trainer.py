@@ -11,10 +11,10 @@ from torch import Tensor
 
 import metta_fastagent
 from metta_fastagent import Fast, MettaAgent, ops
-from metta_fastagent.train import ppo
+from metta_fastagent.train import ppo, ranks
 from metta_fastagent.train.checkpoint import CheckpointError
 from metta_fastagent.train.config import TrainConfig
-from metta_fastagent.train.environments import Step, make_environment
+from metta_fastagent.train.environments import Step, VectorEnvironment, make_environment
 from metta_fastagent.train.experience import Experience
 from metta_fastagent.train.stopwatch import PHASES, Stopwatch
 
@@ -23,7 +23,7 @@ ADAM_EPSILON = 1e-8
 COLUMNS = (
     *("update", "steps", "seconds", "cpu_seconds", "steps_per_second", "episodes", "mean_return"),
     *ppo.STATISTICS,
-    *("explained_variance", "lr"),
+    *("explained_variance", "epochs", "lr"),
     *(f"{phase}_seconds" for phase in PHASES),
 )
 
@@ -35,26 +35,36 @@ class TrainingDiverged(RuntimeError):
 
 
 class Trainer:
-    """One run of recurrent PPO with `Fast` on the environment that `config` names.
+    """One run of recurrent PPO with `Fast` on the environment that `config` names, or one rank's part in it.
+
+    Each rank has its own environment, whose rows it collects and learns from; gradients and statistics are averages
+    over all ranks.
 
     Attributes:
         config: TrainConfig.
-        env: the vector environment.
+        device: this rank's device.
+        env: this rank's vector environment.
         agent: MettaAgent around Fast.
+        learner: what the loss is computed with: `agent`, or with several ranks DistributedDataParallel around it.
         updates: updates done.
-        steps: environment steps done, over all rows.
+        steps: environment steps done, over all rows and ranks.
+        last_update: updates in the whole run.
         seconds, cpu_seconds: wall and process CPU time spent in updates, also before a resume.
 
-    Seeds torch's global generators. `config.threads` is for the caller to set, it concerns the whole process.
+    Seeds torch's global generators, see `ranks.seed`. `config.threads` is for the caller to set, it concerns the whole
+    process.
     Raises what `make_environment` raises (ImportError where the environment's package is missing).
     """
 
     def __init__(self, config: TrainConfig, **options: Any) -> None:
         torch.manual_seed(config.seed)
         self.config = config
-        self.device = torch.device(config.device)
-        self.env = make_environment(config.env, config.num_envs, self.device, config.seed, **options)
+        self.device = ranks.together(lambda: ranks.device(config.device))
+        self.env = ranks.together(lambda: self._make_environment(**options))
         self.agent = make_agent(config, self.env)
+        self.learner = ranks.wrap(self.agent, self.device)
+        if not ranks.is_first():
+            torch.manual_seed(ranks.seed(config.seed))
         self.optimizer = torch.optim.Adam(
             self.agent.parameters(), lr=config.lr, eps=ADAM_EPSILON, fused=self.device.type in ("cpu", "cuda")
         )
@@ -62,50 +72,62 @@ class Trainer:
         lstm = self.agent.policy.lstm
         sizes = (config.segment_length, self.env.num_tokens, lstm.num_layers, lstm.hidden_size)
         self.experience = Experience(config.num_envs, *sizes, self.device)
+        self.last_update = config.updates(ranks.count())
         self.updates, self.steps, self.seconds, self.cpu_seconds = 0, 0, 0.0, 0.0
-        self._restart_environment(config.seed)
+        self._restart_environment(ranks.seed(config.seed))
+
+    def _make_environment(self, **options: Any) -> VectorEnvironment:
+        config = self.config
+        return make_environment(config.env, config.num_envs, self.device, ranks.seed(config.seed), **options)
 
     def run(self, after_update: Callable[[dict[str, float]], None]) -> None:
-        """Train up to `config.updates`, calling `after_update` with each update's row of COLUMNS."""
-        while self.updates < self.config.updates:
+        """Train up to `last_update`, calling `after_update` with each update's row of COLUMNS."""
+        while self.updates < self.last_update:
             after_update(self.train_update())
 
     def train_update(self) -> dict[str, float]:
-        """One rollout and one PPO update; returns the row for the log. Raises TrainingDiverged."""
+        """One rollout and one PPO update; returns the row for the log, which is the same on all ranks but for times.
+
+        Raises TrainingDiverged or, where `config.check_ranks` says to look, ranks.RanksDiffer; on all ranks.
+        """
         config = self.config
         wall, cpu = time.perf_counter(), time.process_time()
-        lr = config.lr * (1 - self.updates / config.updates) if config.anneal_lr else config.lr
+        lr = config.lr * (1 - self.updates / self.last_update) if config.anneal_lr else config.lr
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         episodes = self.collect()
         advantages = self.advantages()
         returns = advantages + self.experience.values
         self.agent.train()
-        statistics = ppo.update(
-            self.agent, self.optimizer, self.experience, advantages, returns, config, self.stopwatch
+        statistics, epochs = ppo.update(
+            self.learner, self.optimizer, self.experience, advantages, returns, config, self.stopwatch
         )
         explained = ppo.explained_variance(self.experience.values, returns)
-        # the only read of the update
-        values = torch.cat([statistics, explained.view(1), episodes]).tolist()
+        # the only read of the update, but for the one that target_kl asks for
+        values = ranks.mean(torch.cat([statistics, explained.view(1), episodes])).tolist()
         self.updates += 1
-        self.steps += config.steps_per_update
+        self.steps += config.steps_per_update(ranks.count())
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         self.seconds += wall
         self.cpu_seconds += cpu
-        return self._row(values, lr, wall)
+        row = self._row(values, epochs, lr, wall)
+        if config.check_ranks and self.updates % config.check_ranks == 0:
+            ranks.check_same(self.agent, f"after update {self.updates}")
+        return row
 
-    def _row(self, values: list[float], lr: float, wall: float) -> dict[str, float]:
+    def _row(self, values: list[float], epochs: int, lr: float, wall: float) -> dict[str, float]:
         *statistics, explained, finished, return_sum = values
         row = {
             "update": self.updates,
             "steps": self.steps,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
-            "steps_per_second": self.config.steps_per_update / wall,
-            "episodes": finished,
+            "steps_per_second": self.config.steps_per_update(ranks.count()) / wall,
+            "episodes": finished * ranks.count(),
             "mean_return": return_sum / finished if finished else math.nan,
             **dict(zip(ppo.STATISTICS, statistics, strict=True)),
             "explained_variance": explained if math.isfinite(explained) else math.nan,
+            "epochs": epochs,
             "lr": lr,
             **{f"{phase}_seconds": seconds for phase, seconds in self.stopwatch.read().items()},
         }
@@ -222,12 +244,12 @@ class Trainer:
         self.agent.reset_memory()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next update depends on, as `save_checkpoint` wants it.
+        """Everything that the next update depends on, as `save_checkpoint` wants it; the whole of it on every rank.
 
         Raises ValueError where a kernel has reported an action out of range: weights after that are not worth keeping.
+        A rank where none was reported raises ranks.RankError then.
         """
-        ops.raise_if_reported(self.agent.cum_action_max_params, synchronize=True)
-        rollout = ("observations", "dones", "truncateds", "episode_returns")
+        own = ranks.together(self._rank_state)
         return {
             "config": self.config.to_dict(),
             "counters": {name: getattr(self, name) for name in ("updates", "steps", "seconds", "cpu_seconds")},
@@ -237,15 +259,24 @@ class Trainer:
             "action_names": list(self.env.action_names),
             "max_action_args": list(self.env.max_action_args),
             "feature_mapping": self.agent.get_original_feature_mapping(),
-            "memory": self.agent.get_memory(),
-            "environment": self._environment_state(),
-            "rollout": {name: getattr(self, name) for name in rollout},
-            "random": _random_state(self.device),
+            "ranks": ranks.gather(own),
             "package_version": metta_fastagent.__version__,
             # its own class, which a file read with weights_only may not hold
             "torch_version": str(torch.__version__),
             "backend": metta_fastagent.backend(self.device),
         }
+
+    def _rank_state(self) -> dict[str, Any]:
+        """What is this rank's own, on the CPU."""
+        ops.raise_if_reported(self.agent.cum_action_max_params, synchronize=True)
+        rollout = ("observations", "dones", "truncateds", "episode_returns")
+        state = {
+            "memory": self.agent.get_memory(),
+            "environment": self._environment_state(),
+            "rollout": {name: getattr(self, name) for name in rollout},
+            "random": _random_state(self.device),
+        }
+        return _on_cpu(state)
 
     def _environment_state(self) -> dict[str, Any] | None:
         try:
@@ -256,8 +287,9 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; an environment that could not be saved starts new episodes.
 
-        Raises CheckpointError where the state belongs to another network or environment.
+        Raises CheckpointError where the state belongs to another network, environment or number of ranks.
         """
+        self._check_ranks(state)
         self._check_environment(state)
         try:
             self.agent.policy.load_state_dict(state["model"])
@@ -265,12 +297,13 @@ class Trainer:
             self.agent.policy.initial_weights = {k: v.to(self.device) for k, v in state["initial_weights"].items()}
             for name, value in state["counters"].items():
                 setattr(self, name, value)
-            if state["environment"] is None:
+            own = state["ranks"][ranks.index()]
+            if own["environment"] is None:
                 # another seed than at the start, so that the same episodes do not come again
-                self._restart_environment(self.config.seed + self.updates)
+                self._restart_environment(ranks.seed(self.config.seed + self.updates))
             else:
-                self._restore_environment(state)
-            _set_random_state(state["random"], self.device)
+                self._restore_environment(own)
+            _set_random_state(own["random"], self.device)
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint does not fit this run ({str(error).splitlines()[0]})") from error
 
@@ -280,6 +313,14 @@ class Trainer:
             setattr(self, name, value.to(self.device))
         h, c = ({key: value.to(self.device) for key, value in part.items()} for part in state["memory"])
         self.agent.set_memory((h, c))
+
+    def _check_ranks(self, state: dict[str, Any]) -> None:
+        saved, now = len(state["ranks"]), ranks.count()
+        if saved != now:
+            raise CheckpointError(
+                f"the checkpoint is of {saved} ranks and this run has {now}; "
+                f"go on with {ranks.START.replace('=N', f'={saved}')}"
+            )
 
     def _check_environment(self, state: dict[str, Any]) -> None:
         now = {
@@ -294,16 +335,24 @@ class Trainer:
 
 def make_agent(config: TrainConfig, env: Any) -> MettaAgent:
     """Fast inside its host, tied to `env`."""
-    device = torch.device(config.device)
     policy = Fast(
         env,
         clip_range=config.clip_range,
         clip_mode=config.clip_mode,
         analyze_weights_interval=config.analyze_weights_interval,
     )
-    agent = MettaAgent(env, policy, device)
-    agent.initialize_to_environment(env.features, env.action_names, env.max_action_args, device)
+    agent = MettaAgent(env, policy, env.device)
+    agent.initialize_to_environment(env.features, env.action_names, env.max_action_args, env.device)
     return agent
+
+
+def _on_cpu(state: Any) -> Any:
+    """`state`, nested dicts and tuples, with every tensor on the CPU."""
+    if isinstance(state, dict):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    if isinstance(state, tuple):
+        return tuple(map(_on_cpu, state))
+    return state.cpu() if isinstance(state, Tensor) else state
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -159,9 +159,13 @@ def test_a_foreign_file_is_refused(tmp_path, monkeypatch, content, message):
         (lambda state: state["model"].pop("lstm.weight_ih_l0"), "does not fit"),
         (lambda state: state["action_names"].append("jump"), "action_names"),
         (lambda state: state["feature_mapping"].clear(), "feature_mapping"),
-        (lambda state: state["environment"].clear(), "does not fit"),
+        (lambda state: state["ranks"][0]["environment"].clear(), "does not fit"),
+        (
+            lambda state: state["ranks"].append({}),
+            "of 2 ranks and this run has 1; go on with torchrun",
+        ),
     ],
-    ids=["model", "actions", "features", "environment"],
+    ids=["model", "actions", "features", "environment", "ranks"],
 )
 def test_a_checkpoint_of_another_run_is_refused(saved, change, message):
     _, path = saved
