@@ -18,6 +18,7 @@ REQUIRED = (
     "model",
     "optimizer",
     "initial_weights",
+    "initial_weight_magnitudes",
     "action_names",
     "max_action_args",
     "feature_mapping",

@@ -54,7 +54,7 @@ def _run(arguments: list[str] | None) -> int:
         return _fail(error, 2)
     try:
         train(trainer, folder, log, options["quiet"])
-        ranks.together(lambda: log and report(trainer, folder, log))
+        ranks.together(lambda: None if log is None else report(trainer, folder, log))
     except (TrainingDiverged, ranks.RanksDiffer) as error:
         return _fail(error, 1)
     except (OSError, ranks.RankError) as error:

@@ -180,8 +180,9 @@ def wrap(agent: MettaAgent, device: torch.device) -> MettaAgent | DistributedMet
     if count() == 1:
         return agent
     learner = DistributedMettaAgent(agent, device)
-    # where weights are initialised a little differently on another machine
+    # other machines may have initialised their weights a little differently
     agent.update_l2_init_weight_copy()
+    agent.policy.initial_weight_magnitudes = gather(agent.policy.initial_weight_magnitudes)[0]
     return learner
 
 

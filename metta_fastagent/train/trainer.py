@@ -75,10 +75,23 @@ class Trainer:
         self.last_update = config.updates(ranks.count())
         self.updates, self.steps, self.seconds, self.cpu_seconds = 0, 0, 0.0, 0.0
         self._restart_environment(ranks.seed(config.seed))
+        if ranks.count() > 1:
+            self._settle()
 
     def _make_environment(self, **options: Any) -> VectorEnvironment:
         config = self.config
         return make_environment(config.env, config.num_envs, self.device, ranks.seed(config.seed), **options)
+
+    def _settle(self) -> None:
+        """One backward that counts for nothing.
+
+        After its first one DistributedDataParallel arranges the gradients anew, which changes the order of the sums
+        over the ranks. With that done here, a resumed run adds up as the one that it goes on with.
+        """
+        segments = _one_step_segments(self.observations, self.memory(), self._starts())
+        out = self.learner(segments, action=torch.zeros_like(self.experience.actions[:, :1]))
+        (out["act_log_prob"].sum() + out["value"].sum()).backward()
+        self.optimizer.zero_grad()
 
     def run(self, after_update: Callable[[dict[str, float]], None]) -> None:
         """Train up to `last_update`, calling `after_update` with each update's row of COLUMNS."""
@@ -123,7 +136,7 @@ class Trainer:
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "steps_per_second": self.config.steps_per_update(ranks.count()) / wall,
-            "episodes": finished * ranks.count(),
+            "episodes": round(finished * ranks.count()),
             "mean_return": return_sum / finished if finished else math.nan,
             **dict(zip(ppo.STATISTICS, statistics, strict=True)),
             "explained_variance": explained if math.isfinite(explained) else math.nan,
@@ -211,11 +224,8 @@ class Trainer:
 
         The training mode neither advances the rollout memory nor draws random numbers.
         """
-        entries: dict[str, Any] = {"env_obs": observations, **starts}
-        entries = {name: value.unsqueeze(1) for name, value in entries.items()}
-        entries |= {"lstm_h": memory[0].transpose(0, 1), "lstm_c": memory[1].transpose(0, 1)}
         any_action = torch.zeros_like(self.experience.actions[: len(observations), :1])
-        out = self.agent(TensorDict(entries, batch_size=observations.shape[:1]), action=any_action)
+        out = self.agent(_one_step_segments(observations, memory, starts), action=any_action)
         return out["value"].reshape(-1)
 
     def memory(self) -> tuple[Tensor, Tensor]:
@@ -256,6 +266,7 @@ class Trainer:
             "model": self.agent.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "initial_weights": dict(self.agent.policy.initial_weights),
+            "initial_weight_magnitudes": dict(self.agent.policy.initial_weight_magnitudes),
             "action_names": list(self.env.action_names),
             "max_action_args": list(self.env.max_action_args),
             "feature_mapping": self.agent.get_original_feature_mapping(),
@@ -295,6 +306,7 @@ class Trainer:
             self.agent.policy.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.agent.policy.initial_weights = {k: v.to(self.device) for k, v in state["initial_weights"].items()}
+            self.agent.policy.initial_weight_magnitudes = dict(state["initial_weight_magnitudes"])
             for name, value in state["counters"].items():
                 setattr(self, name, value)
             own = state["ranks"][ranks.index()]
@@ -344,6 +356,14 @@ def make_agent(config: TrainConfig, env: Any) -> MettaAgent:
     agent = MettaAgent(env, policy, env.device)
     agent.initialize_to_environment(env.features, env.action_names, env.max_action_args, env.device)
     return agent
+
+
+def _one_step_segments(observations: Tensor, memory: tuple[Tensor, Tensor], starts: dict[str, Tensor]) -> TensorDict:
+    """What the agent trains on, of observations [b, M, 3] that meet `memory`, each a segment of its own."""
+    entries: dict[str, Any] = {"env_obs": observations, **starts}
+    entries = {name: value.unsqueeze(1) for name, value in entries.items()}
+    entries |= {"lstm_h": memory[0].transpose(0, 1), "lstm_c": memory[1].transpose(0, 1)}
+    return TensorDict(entries, batch_size=observations.shape[:1])
 
 
 def _on_cpu(state: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 # importlib mode puts no test folder on the path, and the ranks import their jobs by name
 sys.path.insert(0, str(Path(__file__).parent))
 
-from rank_pool import RankPool
+from rank_pool import RankPool, running
 
 
 @pytest.fixture(scope="session")
@@ -18,12 +18,6 @@ def pools():
     yield started
     for pool in started.values():
         pool.close()
-
-
-def running(pools: dict[int, RankPool], count: int) -> RankPool:
-    if count not in pools or not pools[count].alive:
-        pools[count] = RankPool(count)
-    return pools[count]
 
 
 @pytest.fixture

@@ -71,6 +71,13 @@ class RankPool:
             return False, "the process died"
 
 
+def running(pools: dict[int, RankPool], count: int) -> RankPool:
+    """The pool of `count` ranks, started where there is none that works."""
+    if count not in pools or not pools[count].alive:
+        pools[count] = RankPool(count)
+    return pools[count]
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -74,6 +74,18 @@ def test_the_file_holds_what_the_next_update_depends_on(saved):
         assert torch.equal(state["initial_weights"][name], value), name
 
 
+def test_clip_bounds_of_the_initial_weights_come_from_the_file():
+    # another version of torch may initialise the weights a little differently
+    made, resumed = (trainer(clip_range=0.5, clip_mode="init_scaled") for _ in range(2))
+    state = made.state_dict()
+    assert state["initial_weight_magnitudes"]["policy.fc1"] > 0
+    state["initial_weight_magnitudes"]["policy.fc1"] = 0.125
+    resumed.load_state_dict(state)
+    assert resumed.agent.policy.initial_weight_magnitudes == state["initial_weight_magnitudes"]
+    resumed.agent.clip_weights()
+    assert resumed.agent.policy.policy.fc1.weight.abs().max().item() == 0.0625
+
+
 def test_saving_leaves_the_run_as_it_was(tmp_path):
     undisturbed, saving = trainer(), trainer()
     torch.manual_seed(7)
