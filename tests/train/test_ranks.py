@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import rank_jobs
 import torch
 from rank_pool import RankPool, running
 
-from metta_fastagent.train import ranks
+from metta_fastagent.train import cli, ranks
 from metta_fastagent.train.checkpoint import load_checkpoint
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.trainer import Trainer
@@ -194,6 +195,21 @@ def test_broken_launch_variables_are_named(changes, message):
     with pytest.raises(ranks.LaunchError) as raised:
         ranks.read_launch(variables)
     assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("broken", ["RANK", "MASTER_PORT"])
+def test_the_command_fails_in_one_line_where_ranks_can_not_meet(monkeypatch, capsys, broken):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        # rank 0 is to listen there itself
+        variables = LAUNCH | {"RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in (variables | ({"RANK": "9"} if broken == "RANK" else {})).items():
+            monkeypatch.setenv(name, value)
+        assert cli.main([*SMALL]) == 2
+    err = capsys.readouterr().err
+    assert "RANK must be" in err if broken == "RANK" else "rank 0 did not find the others at 127.0.0.1:" in err
+    assert err.count("error:") == 1 and ranks.count() == 1
 
 
 def test_launch_variables():
