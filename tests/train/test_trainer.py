@@ -28,7 +28,7 @@ class Recorder:
         step = made.env.step
 
         def recorded(actions):
-            self.memories.append(made.memory())
+            self.memories.append(tuple(part.clone() for part in made.memory()))
             self.steps.append(step(actions))
             return self.steps[-1]
 
