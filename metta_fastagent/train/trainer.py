@@ -229,12 +229,8 @@ class Trainer:
         return out["value"].reshape(-1)
 
     def memory(self) -> tuple[Tensor, Tensor]:
-        """The agent's rollout memory (h, c), each [layers, B, hidden]; zeros before the first step."""
-        h, c = self.agent.get_memory()
-        if 0 not in h:
-            zeros = torch.zeros_like(self.experience.lstm_h.transpose(0, 1))
-            return zeros, zeros
-        return h[0], c[0]
+        """The agent's rollout memory (h, c), each [layers, B, hidden]: no copy, it changes with the next step."""
+        return self.agent.policy.lstm_h[0], self.agent.policy.lstm_c[0]
 
     def _starts(self) -> dict[str, Tensor]:
         """What the agent is told of episode starts; in the ablation each step is one."""
@@ -352,6 +348,7 @@ def make_agent(config: TrainConfig, env: Any) -> MettaAgent:
         clip_range=config.clip_range,
         clip_mode=config.clip_mode,
         analyze_weights_interval=config.analyze_weights_interval,
+        num_envs=config.num_envs,
     )
     agent = MettaAgent(env, policy, env.device)
     agent.initialize_to_environment(env.features, env.action_names, env.max_action_args, env.device)

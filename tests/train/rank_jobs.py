@@ -30,7 +30,11 @@ def share(values: torch.Tensor) -> torch.Tensor:
 
 
 def learn(
-    config: TrainConfig, dtype: torch.dtype, model: dict[str, Any], rollout: dict[str, torch.Tensor]
+    config: TrainConfig,
+    dtype: torch.dtype,
+    model: dict[str, Any],
+    rollout: dict[str, torch.Tensor],
+    optimizer_type: type[torch.optim.Optimizer] = torch.optim.Adam,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
     """One `ppo.update` on this rank's share of `rollout`: parameters, this rank's statistics, passes."""
     config = replace(config, num_envs=config.num_envs // ranks.count())
@@ -38,7 +42,7 @@ def learn(
     agent.policy.load_state_dict(model)
     agent.update_l2_init_weight_copy()
     learner = ranks.wrap(agent.to(dtype), CPU)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=config.lr, eps=1e-8)
+    optimizer = optimizer_type(agent.parameters(), lr=config.lr)
     tokens = rollout["observations"].shape[2]
     experience = Experience(config.num_envs, config.segment_length, tokens, *rollout["lstm_h"].shape[1:], CPU)
     for name in ENTRIES:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from metta_fastagent.train import ppo
+from metta_fastagent.train.config import TrainConfig
+from metta_fastagent.train.trainer import Trainer
 
 
 def slow_advantages(rewards, values, ends, next_value, cut_values, gamma, lam):
