@@ -1,9 +1,9 @@
 """LSTMWrapper: the LSTM base class of agents, its rollout memory and its training-time state.
 
-In rollout (3-d observations) the state lives in a memory keyed by `training_env_id_start`, and a row whose `dones` or
-`truncateds` is set starts from zeros, because that observation is the first of an episode. In training (4-d
-observations) the rollout memory is neither read nor changed: a segment starts from the state stored with it (`lstm_h`,
-`lstm_c`; zeros where absent), and rows are reset inside the segment wherever `dones` or `truncateds` is set.
+In rollout (3-d observations) the state lives in a memory, at the place that `training_env_id_start` names, and a row
+whose `dones` or `truncateds` is set starts from zeros, because that observation is the first of an episode. In training
+(4-d observations) the rollout memory is neither read nor changed: a segment starts from the state stored with it
+(`lstm_h`, `lstm_c`; zeros where absent), and rows are reset inside the segment wherever `dones` or `truncateds` is set.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,13 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from metta_fastagent import ops
+from metta_fastagent._rollout_memory import DeviceRows, memory_rows, read_rows, spoiled, whole_number, write_rows
 from metta_fastagent.ops._checks import describe
 
 Memory = tuple[dict[int, Tensor], dict[int, Tensor]]
+# what `_manage_lstm_state` hands to `_store_lstm_state`: a key or a first row, rows known to the device, or nothing
+MemoryId = int | DeviceRows | None
 
 
 class LSTMWrapper(nn.Module):
@@ -27,9 +31,21 @@ class LSTMWrapper(nn.Module):
         input_size: features of the LSTM's input.
         hidden_size: features of the LSTM's state.
         num_layers: layers of the LSTM.
+        num_envs: rows of a rollout memory that is allocated at once, on the device of the LSTM's weights, and updated
+            in place; None keeps a memory for each environment id instead.
+
+    Without `num_envs`, `training_env_id_start` is a key: each id has a memory of as many rows as its steps have.
+    With it, `training_env_id_start` s in a step of B rows (0 where absent) means rows s .. s + B - 1 of the one memory.
+    A number out of range is a ValueError before anything is changed. A tensor (any shape, its first element counts) on
+    the device is not read back, so that a captured CUDA graph follows it and whatever is written to the memory; out of
+    range there, that call computes from NaN, which its outputs show, and no environment's memory changes.
 
     Attributes:
         lstm: `nn.LSTM(input_size, hidden_size, num_layers)`, weights orthogonal, biases 1.
+        num_envs: rows of the memory, or None.
+        lstm_h, lstm_c: the memory, dicts from environment id to a tensor [num_layers, rows, hidden_size]; with
+            `num_envs` they have the one entry 0 of `num_envs` rows, which stays the same tensor until the agent is
+            moved or cast.
         action_index_tensor, cum_action_max_params: tables that the host sets; None until then.
 
     Raises:
@@ -37,12 +53,21 @@ class LSTMWrapper(nn.Module):
     """
 
     def __init__(
-        self, env: Any, policy: nn.Module, input_size: int = 128, hidden_size: int = 128, num_layers: int = 2
+        self,
+        env: Any,
+        policy: nn.Module,
+        input_size: int = 128,
+        hidden_size: int = 128,
+        num_layers: int = 2,
+        *,
+        num_envs: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(policy, nn.Module):
             raise TypeError(f"policy: got {policy!r}, expected the nn.Module that holds the agent's encoder and heads")
         check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        if num_envs is not None:
+            check_sizes(num_envs=num_envs)
         self.obs_shape = getattr(getattr(env, "single_observation_space", None), "shape", None)
         self.policy = policy
         self.input_size = input_size
@@ -57,48 +82,89 @@ class LSTMWrapper(nn.Module):
                 nn.init.orthogonal_(param, 1)
         self.action_index_tensor: Tensor | None = None
         self.cum_action_max_params: Tensor | None = None
-        # One tensor [num_layers, rows, hidden_size] for each environment id.
+        self.num_envs: int | None = None
         self.lstm_h: dict[int, Tensor] = {}
         self.lstm_c: dict[int, Tensor] = {}
+        if num_envs is not None:
+            self.allocate_memory(num_envs)
 
     def has_memory(self) -> bool:
         """True: the agent carries state from step to step."""
         return True
 
+    def allocate_memory(self, num_envs: int) -> None:
+        """Start anew with zeros for `num_envs` environments, in tensors that are updated in place from then on.
+
+        A graph captured before goes on with the tensors that were there before.
+
+        Raises:
+            ValueError: `num_envs` is not a positive integer.
+        """
+        check_sizes(num_envs=num_envs)
+        self.num_envs = num_envs
+        # Usable outside of inference mode even where it is called in it.
+        with torch.inference_mode(False):
+            self.lstm_h, self.lstm_c = ({0: self._zero_state(num_envs, self._weight().device)} for _ in range(2))
+
     def get_memory(self) -> Memory:
-        """A copy of the memory: (h, c), each a dict from environment id to a tensor [num_layers, rows, hidden_size]."""
+        """A copy of the memory: (h, c), each a dict from environment id to a tensor [num_layers, rows, hidden_size].
+
+        With `num_envs` the one id is 0 and its rows are all environments.
+        """
         return _cloned(self.lstm_h), _cloned(self.lstm_c)
 
     def set_memory(self, memory: Memory) -> None:
         """Replace the memory by a copy of `memory`, which is what `get_memory` returned.
 
+        With `num_envs` the copy goes into the tensors that are there; an empty pair is a memory of zeros.
+
         Raises:
-            TypeError, ValueError: not a pair of dicts with the same ids and tensors [num_layers, rows, hidden_size].
+            TypeError, ValueError: not a pair of dicts with the same ids and tensors [num_layers, rows, hidden_size];
+                with `num_envs`, another id than 0 or another number of rows. The memory is unchanged then.
         """
+        h, c = self._checked_memory(memory)
+        if self.num_envs is None:
+            self.lstm_h, self.lstm_c = _cloned(h, self._weight()), _cloned(c, self._weight())
+            return
+        if not h:
+            self.reset_memory()
+            return
+        for kept, given in ((self.lstm_h, h), (self.lstm_c, c)):
+            kept[0].copy_(given[0].detach())
+
+    def _checked_memory(self, memory: Any) -> Memory:
         expected = "a pair of dicts from environment id to a tensor [num_layers, rows, hidden_size]"
         if not isinstance(memory, (tuple, list)) or len(memory) != 2 or not all(isinstance(m, dict) for m in memory):
             raise TypeError(f"memory: got {type(memory).__name__}, expected {expected}")
         h, c = memory
         if h.keys() != c.keys():
             raise ValueError(f"memory: got ids {sorted(h)} for h and {sorted(c)} for c, expected the same ids")
+        if self.num_envs is not None and not h.keys() <= {0}:
+            raise ValueError(f"memory: got ids {sorted(h)}, expected id 0 alone, with num_envs={self.num_envs} rows")
         for name, states in (("h", h), ("c", c)):
             for env_id, state in states.items():
                 rows = h[env_id].shape[1] if isinstance(h[env_id], Tensor) and h[env_id].dim() == 3 else "rows"
-                layout = [self.num_layers, rows, self.hidden_size]
+                layout = [self.num_layers, rows if self.num_envs is None else self.num_envs, self.hidden_size]
                 got = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
                 if got != layout:
                     raise ValueError(f"memory: {name} of environment {env_id} is {got}, expected a tensor {layout}")
-        self.lstm_h, self.lstm_c = _cloned(h, self._weight()), _cloned(c, self._weight())
+        return h, c
 
     def reset_memory(self) -> None:
-        """Forget the state of every environment."""
-        self.lstm_h.clear()
-        self.lstm_c.clear()
+        """Forget the state of every environment; with `num_envs`, zero it in place."""
+        for memory in (self.lstm_h, self.lstm_c):
+            if self.num_envs is None:
+                memory.clear()
+            else:
+                memory[0].zero_()
 
     def reset_env_memory(self, env_id: int) -> None:
-        """Forget the state of one environment id; an unknown id is ignored."""
-        self.lstm_h.pop(env_id, None)
-        self.lstm_c.pop(env_id, None)
+        """Forget the state of one environment id; with `num_envs`, zero its row in place. An unknown id is ignored."""
+        for memory in (self.lstm_h, self.lstm_c):
+            if self.num_envs is None:
+                memory.pop(env_id, None)
+            elif env_id in range(self.num_envs):
+                memory[0][:, int(env_id)].zero_()
 
     def run_lstm(self, td: TensorDictBase, hidden: Tensor, B: int, TT: int) -> Tensor:
         """Run the LSTM over encoded observations, with the state and the resets that `td` asks for.
@@ -118,11 +184,13 @@ class LSTMWrapper(nn.Module):
 
     def _advance_lstm(
         self, td: TensorDictBase, hidden: Tensor, B: int, TT: int
-    ) -> tuple[Tensor, Tensor, Tensor, int | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, MemoryId]:
         """(output [B * TT, hidden_size], h, c, env_id): `run_lstm` before it stores the state."""
         sequence = hidden.view(B, TT, -1).transpose(0, 1)
         h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device)
         resets = _resets(td, B, TT, hidden.device)
+        _require_sequence_first(self.lstm)
+        # A single step was reset with its state, above.
         if TT == 1 or resets is None:
             output, (h, c) = self.lstm(sequence, (h, c))
         else:
@@ -131,16 +199,18 @@ class LSTMWrapper(nn.Module):
 
     def _manage_lstm_state(
         self, td: TensorDictBase, B: int, TT: int, device: torch.device
-    ) -> tuple[Tensor, Tensor, int | None]:
+    ) -> tuple[Tensor, Tensor, MemoryId]:
         """State before the first of TT steps, rows that start an episode there zeroed.
 
         Returns:
-            (h, c, env_id): tensors [num_layers, B, hidden_size], and the id to hand to `_store_lstm_state`, which is
-            None in training, where the rollout memory stays as it is.
+            (h, c, env_id): tensors [num_layers, B, hidden_size], and what to hand to `_store_lstm_state`, which is None
+            in training, where the rollout memory stays as it is.
         """
-        env_id = None if _is_training(td, TT) else _environment_id(td)
+        env_id = None if _is_training(td, TT) else self._memory_id(td, B)
         if env_id is None:
             h, c = self._segment_start(td, "lstm_h", B, TT, device), self._segment_start(td, "lstm_c", B, TT, device)
+        elif isinstance(env_id, DeviceRows) or self.num_envs is not None:
+            h, c = read_rows(self.lstm_h[0], env_id, B), read_rows(self.lstm_c[0], env_id, B)
         elif env_id in self.lstm_h and env_id in self.lstm_c:
             h, c = self.lstm_h[env_id], self.lstm_c[env_id]
             if h.shape[1] != B:
@@ -154,11 +224,21 @@ class LSTMWrapper(nn.Module):
         if resets is not None:
             first = resets[0].view(1, B, 1)
             h, c = h.masked_fill(first, 0), c.masked_fill(first, 0)
-        return h, c, env_id
+        return spoiled(h, env_id), spoiled(c, env_id), env_id
 
-    def _store_lstm_state(self, lstm_h: Tensor, lstm_c: Tensor, env_id: int | None) -> None:
+    def _memory_id(self, td: TensorDictBase, B: int) -> int | DeviceRows:
+        env_id = _environment_id(td)
+        if self.num_envs is None:
+            return whole_number(env_id)
+        return memory_rows(env_id, B, self.num_envs, self.lstm_h[0].device)
+
+    def _store_lstm_state(self, lstm_h: Tensor, lstm_c: Tensor, env_id: MemoryId) -> None:
         """Keep a detached state as the memory of `env_id`; None, the id of training, keeps nothing."""
         if env_id is None:
+            return
+        if isinstance(env_id, DeviceRows) or self.num_envs is not None:
+            write_rows(self.lstm_h[0], env_id, lstm_h)
+            write_rows(self.lstm_c[0], env_id, lstm_c)
             return
         for memory, state in ((self.lstm_h, lstm_h), (self.lstm_c, lstm_c)):
             kept = memory.get(env_id)
@@ -206,7 +286,7 @@ class LSTMWrapper(nn.Module):
         reference = self._weight()
         for memory in (self.lstm_h, self.lstm_c):
             for env_id, state in memory.items():
-                memory[env_id] = state.to(reference.device, reference.dtype)
+                memory[env_id] = _moved(state, reference)
         return self
 
 
@@ -220,6 +300,14 @@ def _owned(state: Tensor) -> Tensor:
     """A detached copy, usable outside of inference mode even where `state` was made in it."""
     with torch.inference_mode(False):
         return state.detach().clone()
+
+
+def _moved(state: Tensor, like: Tensor) -> Tensor:
+    """`state` with the device and dtype of `like`; zeros where it comes from the meta device, which holds no values."""
+    with torch.inference_mode(False):
+        if state.is_meta and not like.is_meta:
+            return torch.zeros_like(state, device=like.device, dtype=like.dtype)
+        return state.to(like.device, like.dtype)
 
 
 def _is_training(td: TensorDictBase, TT: int) -> bool:
@@ -243,19 +331,16 @@ def _entry(td: TensorDictBase, key: str, device: torch.device) -> Tensor:
     return entry
 
 
-def _environment_id(td: TensorDictBase) -> int:
+def _environment_id(td: TensorDictBase) -> Any:
+    """What `training_env_id_start` holds: the first element of a tensor or list, 0 where there is nothing."""
     if "training_env_id_start" not in td.keys():
         return 0
     env_id = td["training_env_id_start"]
     if isinstance(env_id, Tensor) and env_id.numel() > 0:
-        env_id = env_id.flatten()[0].item()
-    elif isinstance(env_id, list) and env_id:
+        return env_id[(0,) * env_id.dim()]
+    if isinstance(env_id, list) and env_id:
         env_id = env_id[0]
-    if env_id is None:
-        return 0
-    if not isinstance(env_id, (int, float)) or env_id != int(env_id):
-        raise ValueError(f"td['training_env_id_start']: got {describe(env_id)}, expected an integer")
-    return int(env_id)
+    return 0 if env_id is None else env_id
 
 
 def _resets(td: TensorDictBase, B: int, TT: int, device: torch.device) -> Tensor | None:
@@ -273,29 +358,39 @@ def _resets(td: TensorDictBase, B: int, TT: int, device: torch.device) -> Tensor
     return resets
 
 
+def _require_sequence_first(lstm: nn.Module) -> None:
+    """An LSTM that a subclass put in place of ours has to have its layout of input and state."""
+    for name in ("batch_first", "bidirectional", "proj_size"):
+        value = getattr(lstm, name, False)
+        if value:
+            raise ValueError(f"lstm: got {name}={value}, expected nn.LSTM's default: time first, one direction")
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """What nn.LSTM casts its input, state and weights to: under autocast its dtype, but float64 stays as it is."""
+    device_type = tensor.device.type
+    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled and tensor.dtype != torch.float64 else tensor.dtype
+
+
 def _lstm_with_resets(
-    lstm: nn.LSTM, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor
+    lstm: nn.Module, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`lstm(sequence, (h, c))` with the state of row b zeroed before step t where resets[t, b].
 
-    One matrix product projects a layer's whole input; the loop over time holds only what depends on the step before.
-    The
-    first step is not reset here: `_manage_lstm_state` has done it.
+    One matrix product projects a layer's whole input; `lstm_layer` holds only what depends on the step before.
     """
-    keep = (~resets).to(h.dtype).unsqueeze(-1).unbind(0)
+    if not isinstance(lstm, nn.LSTM):
+        raise TypeError(f"lstm: got {type(lstm).__name__}, expected nn.LSTM to reset rows inside a segment")
+    dtype = _autocast_dtype(sequence)
+    sequence, h, c = sequence.to(dtype), h.to(dtype), c.to(dtype)
     last_h, last_c = [], []
-    for layer in range(lstm.num_layers):
-        weight_ih, weight_hh, bias_ih, bias_hh = lstm.all_weights[layer]
-        projected = nn.functional.linear(sequence, weight_ih, bias_ih + bias_hh).unbind(0)
-        hidden, cell, outputs = h[layer], c[layer], []
-        for step, gates in enumerate(projected):
-            if step > 0:
-                hidden, cell = hidden * keep[step], cell * keep[step]
-            gate_i, gate_f, gate_g, gate_o = torch.addmm(gates, hidden, weight_hh.t()).chunk(4, dim=1)
-            cell = gate_f.sigmoid() * cell + gate_i.sigmoid() * gate_g.tanh()
-            hidden = gate_o.sigmoid() * cell.tanh()
-            outputs.append(hidden)
-        sequence = torch.stack(outputs)
+    for layer, (weight_ih, weight_hh, *biases) in enumerate(lstm.all_weights):
+        if layer > 0:
+            sequence = nn.functional.dropout(sequence, lstm.dropout, lstm.training)
+        bias = biases[0].to(dtype) + biases[1].to(dtype) if biases else None
+        projected = nn.functional.linear(sequence, weight_ih.to(dtype), bias)
+        sequence, hidden, cell = ops.lstm_layer(projected, weight_hh.to(dtype), h[layer], c[layer], resets)
         last_h.append(hidden)
         last_c.append(cell)
     return sequence, (torch.stack(last_h), torch.stack(last_c))

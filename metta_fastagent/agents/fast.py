@@ -38,6 +38,7 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         hidden_size: features of the LSTM's state.
         num_layers: layers of the LSTM.
         max_actions: rows of the action embedding, the largest number of actions.
+        num_envs: rows of a preallocated rollout memory, or None; see `LSTMWrapper`.
         kwargs: the mixin's parameters, see `PyTorchAgentMixin.init_mixin`.
     """
 
@@ -52,13 +53,14 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         num_layers: int = 2,
         *,
         max_actions: int = 100,
+        num_envs: int | None = None,
         **kwargs: Any,
     ) -> None:
         mixin_params = self.extract_mixin_params(kwargs)
         check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         if policy is None:
             policy = FastPolicy(env, input_size, hidden_size, max_actions)
-        super().__init__(env, policy, input_size, hidden_size, num_layers=num_layers)
+        super().__init__(env, policy, input_size, hidden_size, num_layers=num_layers, num_envs=num_envs)
         self.init_mixin(**mixin_params)
 
     @torch._dynamo.disable

@@ -5,6 +5,7 @@ from metta_fastagent.ops._bad_action import raise_if_reported
 from metta_fastagent.ops._clip_weights import clip_weights_
 from metta_fastagent.ops._evaluate_actions import evaluate_actions
 from metta_fastagent.ops._l2_init_loss import l2_init_loss
+from metta_fastagent.ops._lstm_layer import lstm_layer
 from metta_fastagent.ops._sample_actions import sample_actions
 from metta_fastagent.ops._segment_fields import segment_fields
 from metta_fastagent.ops._tokens_to_grid import tokens_to_grid
@@ -15,6 +16,7 @@ __all__ = [
     "evaluate_actions",
     "l2_init_loss",
     "logit_index_to_action",
+    "lstm_layer",
     "raise_if_reported",
     "sample_actions",
     "segment_fields",

@@ -178,6 +178,8 @@ class _Subject:
         agent: Any = copy.deepcopy(self.agent, memo)
         if callable(getattr(agent, "reset_memory", None)):
             agent.reset_memory()
+        if (getattr(agent, "num_envs", None) or INFERENCE_ROWS) < INFERENCE_ROWS:
+            agent.allocate_memory(INFERENCE_ROWS)
         if not _has_tables(agent):
             _activate(agent, self.space)
         return agent

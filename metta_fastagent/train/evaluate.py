@@ -1,5 +1,6 @@
 """Mean returns of the learned, a random and a scripted policy in the same worlds, and how they compare."""
 
+import copy
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -111,18 +112,20 @@ def evaluate(agent: Any, config: TrainConfig, worlds: int = WORLDS, limit: int =
 
     The agent's rollout memory and torch's random state are as before afterwards. `options` go to `make_environment`.
     """
-    device = torch.device(config.device)
+    device = agent.device
     env = make_environment(config.env, ROWS, device, FIRST_SEED, **options)
-    memory = agent.get_memory()
+    # the same weights, with a memory of its own
+    player = copy.copy(agent.policy)
+    player.allocate_memory(ROWS)
     returns: dict[str, list[float]] = {"random": [], "learned": [], "scripted": []}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for seed in range(FIRST_SEED, FIRST_SEED + worlds):
             torch.manual_seed(seed)
-            agent.reset_memory()
+            player.reset_memory()
             generator = torch.Generator(device).manual_seed(seed)
             policies = {
                 "random": random_policy(env, generator),
-                "learned": learned_policy(agent, config.reset_state_every_step),
+                "learned": learned_policy(player, config.reset_state_every_step),
                 "scripted": scripted_policy(env),
             }
             for name, policy in policies.items():
@@ -131,7 +134,6 @@ def evaluate(agent: Any, config: TrainConfig, worlds: int = WORLDS, limit: int =
                 except NotImplementedError:
                     if name != "scripted":
                         raise
-    agent.set_memory(memory)
     env.close()
     scripted = tuple(returns["scripted"]) or None
     return Evaluation(tuple(returns["random"]), tuple(returns["learned"]), scripted)

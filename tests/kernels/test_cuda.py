@@ -19,13 +19,17 @@ ROWS, STEPS, TOKENS = 64, 8, 20
 NAMES, MAX_PARAMS = ["noop", "move", "press"], [0, 3, 3]
 
 
-@pytest.fixture
-def agent():
+def make_agent(num_envs=None):
     torch.manual_seed(0)
     env = SimpleNamespace(feature_normalizations=dict.fromkeys(range(6), 10.0))
-    agent = Fast(env, clip_range=0.05).cuda()
+    agent = Fast(env, clip_range=0.05, num_envs=num_envs).cuda()
     agent.activate_actions(NAMES, MAX_PARAMS)
     return agent
+
+
+@pytest.fixture
+def agent():
+    return make_agent()
 
 
 def make_observations(*shape):
@@ -35,8 +39,9 @@ def make_observations(*shape):
     return tokens
 
 
-def rollout_step(agent, observations, dones):
-    td = TensorDict({"env_obs": observations, "dones": dones, "truncateds": torch.zeros_like(dones)}, batch_size=[ROWS])
+def rollout_step(agent, observations, dones, **entries):
+    entries |= {"env_obs": observations, "dones": dones, "truncateds": torch.zeros_like(dones)}
+    td = TensorDict(entries, batch_size=[ROWS])
     with torch.no_grad():
         return agent(td)
 
@@ -92,6 +97,45 @@ def test_a_rollout_step_replays_from_a_graph(agent):
     assert not torch.equal(drawn[0], drawn[1])
 
 
+def test_a_rollout_step_replays_with_other_environments_and_another_memory():
+    agent = make_agent(num_envs=3 * ROWS)
+    observations, dones = make_observations(ROWS), torch.zeros(ROWS, dtype=torch.bool, device="cuda")
+    env_id = torch.zeros(ROWS, dtype=torch.int64, device="cuda")
+    graph, results = captured(lambda: rollout_step(agent, observations, dones, training_env_id_start=env_id))
+    other = copy.deepcopy(agent)
+    saved = other.get_memory()
+    for step, start in enumerate((0, 2 * ROWS, 70, 2 * ROWS, 1, 0)):
+        observations.copy_(make_observations(ROWS))
+        dones.copy_(torch.arange(ROWS, device="cuda") % 3 == step)
+        env_id.fill_(start)
+        for each in (agent, other):
+            if step == 2:
+                each.reset_env_memory(70)
+            elif step == 4:
+                each.set_memory(saved)
+            elif step == 5:
+                each.reset_memory()
+        expected = rollout_step(other, observations, dones, training_env_id_start=start)
+        graph.replay()
+        torch.testing.assert_close(results["values"], expected["values"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(results["full_log_probs"], expected["full_log_probs"], rtol=1e-4, atol=1e-5)
+        for state, wanted in zip(agent.get_memory(), other.get_memory(), strict=True):
+            torch.testing.assert_close(state[0], wanted[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", [-1, 2 * ROWS + 1, 2**40])
+def test_an_environment_out_of_range_shows_and_leaves_memory_and_device_usable(start):
+    agent = make_agent(num_envs=3 * ROWS)
+    observations, dones = make_observations(ROWS), torch.zeros(ROWS, dtype=torch.bool, device="cuda")
+    rollout_step(agent, observations, dones, training_env_id_start=torch.full((ROWS,), ROWS, device="cuda"))
+    before = agent.get_memory()
+    env_id = torch.full((ROWS,), start, device="cuda")
+    assert rollout_step(agent, observations, dones, training_env_id_start=env_id)["values"].isnan().all()
+    for state, wanted in zip(agent.get_memory(), before, strict=True):
+        assert torch.equal(state[0], wanted[0])
+    assert rollout_step(agent, observations, dones)["values"].isfinite().all()
+
+
 def test_an_update_step_replays_from_a_graph(agent):
     entries, actions = make_segments(agent)
 
@@ -129,11 +173,14 @@ def test_nothing_waits_for_the_device(agent):
     observations, dones = make_observations(ROWS), torch.zeros(ROWS, dtype=torch.bool, device="cuda")
     entries, actions = make_segments(agent)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, fused=True)
+    allocated, env_id = make_agent(num_envs=2 * ROWS), torch.full((ROWS,), 7, device="cuda")
     rollout_step(agent, observations, dones)
+    rollout_step(allocated, observations, dones, training_env_id_start=env_id)
     update_step(agent, optimizer, entries, actions)
     torch.cuda.set_sync_debug_mode("error")
     try:
         rollout_step(agent, observations, dones)
+        rollout_step(allocated, observations, dones, training_env_id_start=env_id)
         update_step(agent, optimizer, entries, actions)
     finally:
         torch.cuda.set_sync_debug_mode("default")
