@@ -462,7 +462,8 @@ def gpu_seconds(provider: Provider, device: torch.device) -> float | None:
         return _median_gpu_seconds(provider.call)
     with _refusing_to_wait():
         provider.call()
-    graph, _ = capture(provider.call, device)
+    # Without the captured results: a graph of gradients that is alive would tie the next capture to this stream.
+    graph = capture(provider.call, device)[0]
     once = _median_gpu_seconds(graph.replay)
     calls = calls_in_graph(once)
     if calls == 1:
@@ -472,7 +473,7 @@ def gpu_seconds(provider: Provider, device: torch.device) -> float | None:
         for _ in range(calls):
             provider.call()
 
-    graph, _ = capture(repeat, device)
+    graph = capture(repeat, device)[0]
     return _median_gpu_seconds(graph.replay) / calls
 
 

@@ -1,5 +1,6 @@
 """What the harness asks of CUDA, in which order, against a stand-in for torch.cuda: none of it needs a device."""
 
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -120,6 +121,24 @@ def test_gpu_seconds_of_short_and_long_calls(monkeypatch, limit, calls, graphs):
     assert step.ran[0] == ("default", False, "error")
     assert cuda.mode == "default"
     assert sum(captured for _, captured, _ in step.ran) == (1 if graphs == 1 else 1 + calls)
+
+
+def test_no_result_of_a_capture_is_alive_in_the_next(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    captured, alive = [], []
+
+    def step():
+        result = torch.ones(3)
+        if cuda.capturing:
+            alive.extend(earlier() is not None for earlier in captured)
+            captured.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(harness, "GRAPH_SECONDS", 5e-3)
+    harness.gpu_seconds(Provider("op", step), CUDA)
+    assert len(cuda.graphs) == 2
+    assert len(captured) > 2
+    assert not any(alive)
 
 
 def test_what_replays_a_graph_is_not_captured(monkeypatch):
