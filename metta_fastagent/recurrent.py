@@ -302,6 +302,8 @@ def _lstm_with_resets(
         raise TypeError(f"lstm: got {type(lstm).__name__}, expected nn.LSTM to reset rows inside a segment")
     dtype = _autocast_dtype(sequence)
     sequence, h, c = sequence.to(dtype), h.to(dtype), c.to(dtype)
+    # The flags come transposed; one copy serves all layers.
+    resets = resets.contiguous()
     last_h, last_c = [], []
     for layer, (weight_ih, weight_hh, *biases) in enumerate(lstm.all_weights):
         if layer > 0:

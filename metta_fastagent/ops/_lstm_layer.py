@@ -33,16 +33,15 @@ from metta_fastagent._triton import cdiv, device_guard, jit, tl
 from metta_fastagent.ops._checks import compute_dtype, describe, require_same_device, require_tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Rows of a program, the fewest that the matrix units of every target take. All steps of a row stay in one program, so
-# nothing waits for another one; a batch of 64 rows keeps 4 multiprocessors busy, and a step's time is that of reading
-# weight_hh once from L2.
+# Rows of a program, the fewest that the matrix units of every target take: what a step costs a program is mostly reading
+# weight_hh, so small batches want many programs. All steps of a row stay in one, and none waits for another.
 BLOCK_B = 16
 # Hidden columns at a time, of all four gates in the forward kernel.
 BLOCK_N = 64
 # Depth of a product, by bytes of an element. With these, warps and stages no kernel spills a register where H is a
 # multiple of 32, on any target of benchmarks/kernel_report.py; AMD's shared memory holds two stages.
 FORWARD_BLOCK_K, BACKWARD_BLOCK_K = {4: 32, 2: 64}, {4: 32, 2: 128}
-# Three products of tf32 parts come within 2^-21 of a float32 one on NVIDIA's matrix units. Plain tf32 (2^-11) would not
+# On NVIDIA's matrix units three products of tf32 parts come within 2^-20 of a float32 one. Plain tf32 (2^-10) would not
 # keep importance ratios at 1 within 1e-5, and "ieee" would leave those units idle; AMD's multiply float32 as it is.
 NVIDIA_OPTIONS = {"PRECISION": "tf32x3", "num_warps": 8, "num_stages": 3}
 AMD_OPTIONS = {"PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
@@ -58,7 +57,7 @@ def _sigmoid(x):
 
 @jit
 def _tanh(x):
-    # Off by 2^-23 at most, not relatively so near 0: libdevice's tanh is missing in Triton's interpreter.
+    # Its error is some 2^-22 of 1, not of a small result. Triton's interpreter lacks libdevice's tanh.
     return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
 
 

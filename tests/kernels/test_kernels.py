@@ -4,7 +4,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from metta_fastagent import PyTorchAgentMixin, ops
+from metta_fastagent import LSTMWrapper, PyTorchAgentMixin, ops
 from metta_fastagent.ops import _sample_actions
 from metta_fastagent.ops._categorical import MAX_ACTIONS, MAX_COLUMNS
 
@@ -391,6 +391,20 @@ def test_lstm_layer_saturated_gates(device):
 def test_lstm_layer_float64_is_the_eager_twin_exactly(device):
     inputs, resets = lstm_inputs(3, 4, 7, device, torch.float64)
     check_lstm_layer(inputs, resets)
+
+
+def test_a_segment_repeats_its_rollout(device):
+    rows, steps, size = 5, 6, 8
+    agent = LSTMWrapper(None, torch.nn.Identity(), size, size, 2).to(device)
+    inputs, dones = torch.randn(rows, steps, size, device=device), torch.rand(rows, steps, device=device) < 0.3
+    with torch.no_grad():
+        agent.run_lstm(TensorDict({}, batch_size=[rows]), torch.randn(rows, size, device=device), rows, 1)
+        h, c = (memory[0].transpose(0, 1) for memory in agent.get_memory())
+        tds = [TensorDict({"dones": flags}, batch_size=[rows]) for flags in dones.unbind(1)]
+        expected = [agent.run_lstm(td, x, rows, 1) for td, x in zip(tds, inputs.unbind(1), strict=True)]
+    td = TensorDict({"dones": dones, "lstm_h": h, "lstm_c": c}, batch_size=[rows])
+    output = agent.run_lstm(td, inputs.flatten(0, 1), rows, steps).view(rows, steps, size)
+    torch.testing.assert_close(output, torch.stack(expected, dim=1), rtol=0, atol=1e-5)
 
 
 def test_segment_fields(device):
