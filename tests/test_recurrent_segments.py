@@ -12,6 +12,12 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devic
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])]
 
 
+@pytest.fixture(autouse=True)
+def float32_in_cudnn(monkeypatch):
+    """cuDNN's LSTM rounds to TF32 unless told otherwise; segments with resets do not."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def make_agent(lstm):
     agent = LSTMWrapper(None, nn.Identity(), INPUT, HIDDEN, lstm.num_layers)
     agent.lstm = lstm

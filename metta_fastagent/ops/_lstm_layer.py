@@ -33,8 +33,8 @@ from metta_fastagent._triton import cdiv, device_guard, jit, tl
 from metta_fastagent.ops._checks import compute_dtype, describe, require_same_device, require_tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Rows of a program, the fewest that the matrix units of every target take: what a step costs a program is mostly reading
-# weight_hh, so small batches want many programs. All steps of a row stay in one, and none waits for another.
+# Rows of a program, the fewest that the matrix units of every target take. A step costs a program mostly the reading of
+# weight_hh, so small batches want many programs; all steps of a row stay in one, and none waits for another.
 BLOCK_B = 16
 # Hidden columns at a time, of all four gates in the forward kernel.
 BLOCK_N = 64
@@ -48,6 +48,8 @@ AMD_OPTIONS = {"PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
 OPTIONS = NVIDIA_OPTIONS if torch.version.hip is None else AMD_OPTIONS
 # Offsets into weight_hh are 32-bit.
 MAX_HIDDEN = 23170
+# Gradient of x from that of y and y itself: autograd's own, each one pass over memory.
+_SIGMOID_BACKWARD, _TANH_BACKWARD = torch.ops.aten.sigmoid_backward.default, torch.ops.aten.tanh_backward.default
 
 
 @jit
@@ -410,12 +412,12 @@ def _step_backward(
     """Gradients of one step's gates before their activation [B, 4H], and of the cell before the step [B, H]."""
     gate_i, gate_f, gate_g, gate_o = gates.chunk(4, dim=1)
     squashed = cell.tanh()
-    grad_c = grad_c + grad_h * gate_o * (1 - squashed * squashed)
+    grad_c = grad_c + _TANH_BACKWARD(grad_h * gate_o, squashed)
     grad_gates = (
-        grad_c * gate_g * gate_i * (1 - gate_i),
-        grad_c * previous * gate_f * (1 - gate_f),
-        grad_c * gate_i * (1 - gate_g * gate_g),
-        grad_h * squashed * gate_o * (1 - gate_o),
+        _SIGMOID_BACKWARD(grad_c * gate_g, gate_i),
+        _SIGMOID_BACKWARD(grad_c * previous, gate_f),
+        _TANH_BACKWARD(grad_c * gate_i, gate_g),
+        _SIGMOID_BACKWARD(grad_h * squashed, gate_o),
     )
     return torch.cat(grad_gates, dim=1), grad_c * gate_f
 
@@ -480,7 +482,7 @@ def _weight_gradient(grad_projected: Tensor, h: Tensor, output: Tensor, resets: 
     """d W_hh [4H, H]: every step's gradient with the state before that step, all in one product."""
     previous = torch.cat((h.unsqueeze(0), output[:-1]))
     if resets is not None:
-        previous = previous.masked_fill(resets.unsqueeze(-1), 0)
+        previous.masked_fill_(resets.unsqueeze(-1), 0)
     with _without_autocast(h.device):
         return grad_projected.flatten(0, 1).t() @ previous.flatten(0, 1)
 

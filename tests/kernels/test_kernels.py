@@ -5,7 +5,7 @@ import torch
 from tensordict import TensorDict
 
 from metta_fastagent import LSTMWrapper, PyTorchAgentMixin, ops
-from metta_fastagent.ops import _sample_actions
+from metta_fastagent.ops import _lstm_layer, _sample_actions
 from metta_fastagent.ops._categorical import MAX_ACTIONS, MAX_COLUMNS
 
 CUM = [0, 0, 3, 6]
@@ -388,12 +388,18 @@ def test_lstm_layer_saturated_gates(device):
     check_lstm_layer([300 * projected, weight_hh, h, c], resets)
 
 
-def test_lstm_layer_float64_is_the_eager_twin_exactly(device):
-    inputs, resets = lstm_inputs(3, 4, 7, device, torch.float64)
+@pytest.mark.parametrize(("dtype", "max_hidden"), [(torch.float64, 100), (torch.float32, 6)])
+def test_lstm_layer_that_no_kernel_takes_runs_in_eager_pytorch(device, dtype, max_hidden, monkeypatch):
+    monkeypatch.setattr(_lstm_layer, "MAX_HIDDEN", max_hidden)
+    for name in ("_lstm_layer_fwd_kernel", "_lstm_layer_bwd_kernel"):
+        monkeypatch.setattr(_lstm_layer, name, None)
+    inputs, resets = lstm_inputs(3, 4, 7, device, dtype)
     check_lstm_layer(inputs, resets)
 
 
-def test_a_segment_repeats_its_rollout(device):
+def test_a_segment_repeats_its_rollout(device, monkeypatch):
+    # The rollout's single steps are nn.LSTM's, which cuDNN rounds to TF32 unless told otherwise.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     rows, steps, size = 5, 6, 8
     agent = LSTMWrapper(None, torch.nn.Identity(), size, size, 2).to(device)
     inputs, dones = torch.randn(rows, steps, size, device=device), torch.rand(rows, steps, device=device) < 0.3
