@@ -3,7 +3,7 @@
 `upstream` is the base class's LSTM over whole segments without flags: nn.LSTM in one call, TF32 and all where cuDNN has
 it. What it computes is wrong where rows are reset, so all results are compared with those of nn.LSTM in float64, called
 for one step at a time with the state zeroed by hand. `steps` does so in float32; `step loop` projects a layer's whole
-input at once and loops over the rest in autograd's sight. The last size is how many of a hundred steps start an episode:
+input at once and loops over the rest under autograd. The last size is how many of a hundred steps start an episode:
 with 0 all flags are given, and none is set. Peer: TorchRL's LSTMModule, its Triton backend on CUDA.
 """
 
