@@ -41,9 +41,9 @@ BLOCK_N = 64
 # Depth of a product, by bytes of an element. With these, warps and stages no kernel spills a register where H is a
 # multiple of 32, on any target of benchmarks/kernel_report.py; AMD's shared memory holds two stages.
 FORWARD_BLOCK_K, BACKWARD_BLOCK_K = {4: 32, 2: 64}, {4: 32, 2: 128}
-# Three products of tf32 parts are as exact as one of float32: over 64 steps of 128 columns, emulated on a CPU, the hidden
-# state is off by 2e-7 with either, by 8e-5 with plain tf32, which importance ratios of 1 within 1e-5 do not allow. "ieee"
-# would leave NVIDIA's matrix units idle; AMD's multiply float32 as it is.
+# Three products of tf32 parts are as exact as one of float32: over 64 steps of 128 columns, emulated on a CPU, either is
+# off by 2e-7 in the hidden state, plain tf32 by 8e-5, with which importance ratios are not 1 within 1e-5. "ieee" would
+# leave NVIDIA's matrix units idle; AMD's multiply float32 as it is.
 NVIDIA_OPTIONS = {"PRECISION": "tf32x3", "num_warps": 8, "num_stages": 3}
 AMD_OPTIONS = {"PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
 OPTIONS = NVIDIA_OPTIONS if torch.version.hip is None else AMD_OPTIONS
