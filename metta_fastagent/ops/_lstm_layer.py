@@ -33,15 +33,15 @@ from metta_fastagent._triton import cdiv, device_guard, jit, tl
 from metta_fastagent.ops._checks import compute_dtype, describe, require_same_device, require_tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Rows of a program, the fewest that the matrix units of every target take. A step costs a program mostly the reading of
-# weight_hh, so small batches want many programs; all steps of a row stay in one, and none waits for another.
+# Rows of a program, the fewest that the matrix units of every target take, so that small batches have many programs.
+# All steps of a row stay in one program: it reads weight_hh (from L2) at each step, and waits for no other program.
 BLOCK_B = 16
 # Hidden columns at a time, of all four gates in the forward kernel.
 BLOCK_N = 64
 # Depth of a product, by bytes of an element. With these, warps and stages no kernel spills a register where H is a
 # multiple of 32, on any target of benchmarks/kernel_report.py; AMD's shared memory holds two stages.
 FORWARD_BLOCK_K, BACKWARD_BLOCK_K = {4: 32, 2: 64}, {4: 32, 2: 128}
-# Three products of tf32 parts are as exact as one of float32: over 64 steps of 128 columns, emulated on a CPU, either is
+# Three products of tf32 parts are as exact as one of float32: over 64 steps of 128 columns, emulated on a CPU, both are
 # off by 2e-7 in the hidden state, plain tf32 by 8e-5, with which importance ratios are not 1 within 1e-5. "ieee" would
 # leave NVIDIA's matrix units idle; AMD's multiply float32 as it is.
 NVIDIA_OPTIONS = {"PRECISION": "tf32x3", "num_warps": 8, "num_stages": 3}
@@ -103,7 +103,7 @@ def _lstm_layer_fwd_kernel(
     gates,  # [T, B, 4H]
     T,
     B,
-    width,  # H once more, as the bound of loops that the compiler shall not unroll
+    width,  # H once more, as the bound of loops: unrolled, they would spill registers
     H: tl.constexpr,
     HAS_RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -194,7 +194,7 @@ def _lstm_layer_bwd_kernel(
     grad_c,  # [B, H] float32; between the steps it holds what reaches the cell before the step
     T,
     B,
-    width,  # H once more, as the bound of loops that the compiler shall not unroll
+    width,  # H once more, as the bound of loops: unrolled, they would spill registers
     H: tl.constexpr,
     HAS_RESETS: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
