@@ -41,13 +41,4 @@ METTA_INLINE Sums<T> shift_and_sum(T* columns, Vec<T> top, T* exponentials, int6
   return total;
 }
 
-template <class T>
-METTA_INLINE void store_live(T* to, Vec<T> v, int64_t live) {
-  if (live == Lanes<T>::W) {
-    store(to, v);
-  } else {
-    for (int64_t l = 0; l < live; ++l) to[l] = v[l];
-  }
-}
-
 }  // namespace metta_fastagent

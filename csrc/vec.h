@@ -1,4 +1,4 @@
-// 32-byte vectors of float or double, their exponential and logarithm, and rows of a matrix as columns of vectors.
+// 32-byte vectors of float or double, their elementary functions, and rows of a matrix as columns of vectors.
 //
 // The vectors are those of GCC and Clang: the compiler splits them where the machine's are narrower.
 #pragma once
@@ -39,6 +39,24 @@ METTA_INLINE Vec<T> load(const T* from) {
 template <class T>
 METTA_INLINE void store(T* to, Vec<T> v) {
   std::memcpy(to, &v, sizeof v);
+}
+
+// The first `live` lanes; the others are 0.
+template <class T>
+METTA_INLINE Vec<T> load_live(const T* from, int64_t live) {
+  if (live == Lanes<T>::W) return load(from);
+  Vec<T> v{};
+  for (int64_t l = 0; l < live; ++l) v[l] = from[l];
+  return v;
+}
+
+template <class T>
+METTA_INLINE void store_live(T* to, Vec<T> v, int64_t live) {
+  if (live == Lanes<T>::W) {
+    store(to, v);
+  } else {
+    for (int64_t l = 0; l < live; ++l) to[l] = v[l];
+  }
 }
 
 template <class T>
@@ -116,20 +134,54 @@ METTA_INLINE Vec<T> atanh_series(Vec<T> z) {
   }
 }
 
-// exp(x) for x <= 0 within 2 ulp, subnormal results too; exp(-inf) = 0, exp(NaN) = NaN. x must not be below
-// exp_lowest.
+// sum over 1 <= k <= TERMS of r^(k - 1) / k!
+template <class T, int TERMS, int K = 1>
+METTA_INLINE Vec<T> expm1_series(Vec<T> r) {
+  if constexpr (K == TERMS) {
+    return splat(T(inverse_factorial<K>()));
+  } else {
+    return expm1_series<T, TERMS, K + 1>(r) * r + T(inverse_factorial<K>());
+  }
+}
+
+// exp(x) = exp(r) 2^n, |r| <= ln 2 / 2.
 template <class T>
-METTA_INLINE Vec<T> exp_above_lowest(Vec<T> x) {
+struct Reduced {
+  Vec<T> r;
+  // 2^n times subnormal_scale, as 2^n may lie below the normal numbers.
+  Vec<T> scale;
+};
+
+template <class T>
+METTA_INLINE Reduced<T> reduce(Vec<T> x) {
   using C = Constants<T>;
   using L = Lanes<T>;
   using U = typename L::U;
   const Vec<T> rounded = x * C::log2_e + C::rounder;
   const Vec<T> n = rounded - C::rounder;
   const Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low;
-  // 2^n in two factors, as it may lie below the normal numbers. n stands in the low bits, which the shift brings up.
+  // n stands in the low bits, which the shift brings up.
   constexpr typename L::Unsigned bias = C::exponent_bias + C::subnormal_shift;
-  const Vec<T> scale = bits<Vec<T>>((bits<U>(rounded) + bias) << C::mantissa_bits);
-  return exp_series<T, C::exp_terms>(r) * scale * (T(1) / C::subnormal_scale);
+  return {r, bits<Vec<T>>((bits<U>(rounded) + bias) << C::mantissa_bits)};
+}
+
+// exp(x) for x <= 0 within 2 ulp, subnormal results too; exp(-inf) = 0, exp(NaN) = NaN. x must not be below
+// exp_lowest.
+template <class T>
+METTA_INLINE Vec<T> exp_above_lowest(Vec<T> x) {
+  using C = Constants<T>;
+  const Reduced<T> reduced = reduce<T>(x);
+  return exp_series<T, C::exp_terms>(reduced.r) * reduced.scale * (T(1) / C::subnormal_scale);
+}
+
+// exp(x) - 1 for x <= 0 within 3 ulp; NaN stays. x must not be below exp_lowest.
+template <class T>
+METTA_INLINE Vec<T> expm1_above_lowest(Vec<T> x) {
+  using C = Constants<T>;
+  const Reduced<T> reduced = reduce<T>(x);
+  const Vec<T> scale = reduced.scale * (T(1) / C::subnormal_scale);
+  const Vec<T> expm1_r = reduced.r * expm1_series<T, C::exp_terms>(reduced.r);
+  return scale * expm1_r + (scale - T(1));
 }
 
 // The largest of x and a number whose exponential is 0; NaN stays.
@@ -137,6 +189,22 @@ template <class T>
 METTA_INLINE Vec<T> above_lowest(Vec<T> x) {
   const Vec<T> lowest = splat(Constants<T>::exp_lowest);
   return lowest > x ? lowest : x;
+}
+
+// 1 / (1 + exp(-x)) within 4 ulp; 0 and 1 at the infinities, NaN stays.
+template <class T>
+METTA_INLINE Vec<T> sigmoid(Vec<T> x) {
+  const Vec<T> e = exp_above_lowest<T>(above_lowest<T>(x < T(0) ? x : -x));
+  const Vec<T> larger_half = T(1) / (T(1) + e);
+  return x < T(0) ? e * larger_half : larger_half;
+}
+
+// tanh(x) within 4 ulp; -1 and 1 at the infinities, NaN stays.
+template <class T>
+METTA_INLINE Vec<T> tanh(Vec<T> x) {
+  const Vec<T> t = expm1_above_lowest<T>(above_lowest<T>((x < T(0) ? x : -x) * T(2)));
+  const Vec<T> magnitude = -t / (t + T(2));
+  return x < T(0) ? -magnitude : magnitude;
 }
 
 // log(x) within 2 ulp; log(0) = -inf, log(inf) = inf, NaN for negative numbers and NaN.

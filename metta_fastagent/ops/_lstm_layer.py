@@ -30,7 +30,14 @@ from torch.autograd.function import once_differentiable
 
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import cdiv, device_guard, jit, tl
-from metta_fastagent.ops._checks import compute_dtype, describe, require_same_device, require_tensor
+from metta_fastagent.ops._checks import (
+    NATIVE_DTYPES,
+    compute_dtype,
+    contiguous,
+    describe,
+    require_same_device,
+    require_tensor,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Rows of a program, the fewest that the matrix units of every target take, so that small batches have many programs.
@@ -423,6 +430,34 @@ def _step_backward(
     return torch.cat(grad_gates, dim=1), grad_c * gate_f
 
 
+def _lstm_layer_forward_native(
+    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if projected.dtype not in NATIVE_DTYPES:
+        return lstm_layer_forward_eager(projected, weight_hh, h, c, resets)
+    return torch.ops.metta_fastagent_native.lstm_layer_forward.default(
+        projected.contiguous(), weight_hh.contiguous(), h.contiguous(), c.contiguous(), contiguous(resets)
+    )
+
+
+def _lstm_layer_backward_native(
+    weight_hh: Tensor,
+    c: Tensor,
+    resets: Tensor | None,
+    cells: Tensor,
+    gates: Tensor,
+    grad_output: Tensor | None,
+    grad_last_h: Tensor | None,
+    grad_last_c: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    upstream = (grad_output, grad_last_h, grad_last_c)
+    if weight_hh.dtype not in NATIVE_DTYPES:
+        return lstm_layer_backward_eager(weight_hh, c, resets, cells, gates, *upstream)
+    return torch.ops.metta_fastagent_native.lstm_layer_backward.default(
+        weight_hh.contiguous(), c.contiguous(), contiguous(resets), cells, gates, *map(contiguous, upstream)
+    )
+
+
 def _forward_fake(
     projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -449,6 +484,7 @@ _lstm_layer_forward = register(
     lstm_layer_forward_eager,
     _forward_fake,
     _lstm_layer_forward_cuda,
+    _lstm_layer_forward_native,
 )
 _lstm_layer_backward = register(
     "lstm_layer_backward(Tensor weight_hh, Tensor c, Tensor? resets, Tensor cells, Tensor gates, Tensor? grad_output,"
@@ -456,6 +492,7 @@ _lstm_layer_backward = register(
     lstm_layer_backward_eager,
     _backward_fake,
     _lstm_layer_backward_cuda,
+    _lstm_layer_backward_native,
 )
 
 

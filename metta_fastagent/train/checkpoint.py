@@ -11,20 +11,19 @@ import torch
 
 # the first entry of every file; another value is another program's file
 FORMAT = "metta_fastagent.train.checkpoint"
-VERSION = 1
+VERSION = 2
 REQUIRED = (
     "config",
     "counters",
     "model",
     "optimizer",
     "initial_weights",
+    "initial_weight_magnitudes",
     "action_names",
     "max_action_args",
     "feature_mapping",
-    "memory",
-    "environment",
-    "rollout",
-    "random",
+    # for each rank: its memory, environment, rollout and random
+    "ranks",
     "package_version",
     "torch_version",
     "backend",

@@ -43,12 +43,16 @@ COMMON: dict[str, Any] = {
     "segment_length": 16,
     "epochs": 2,
     "minibatches": 4,
+    "accumulate": 1,
     "lr": 1e-3,
     "anneal_lr": False,
     # both games pay within a dozen steps
     "gamma": 0.95,
     "gae_lambda": 0.9,
+    "bootstrap_truncations": True,
     "clip_coef": 0.2,
+    "vf_clip_coef": 0.0,
+    "target_kl": 0.0,
     "vf_coef": 0.5,
     # at 0.01 the learned policy of the memory task stays half random
     "ent_coef": 0.003,
@@ -58,6 +62,7 @@ COMMON: dict[str, Any] = {
     "l2_init_coef": 0.0,
     "analyze_weights_interval": 300,
     "checkpoint_interval": 50,
+    "check_ranks": 0,
     # batches are too small for a second thread to gain much, and it waits for a busy core; also, results then do not
     # depend on the number of cores
     "threads": 1,
@@ -75,16 +80,20 @@ class TrainConfig:
     env: str = option("environment to train on", one_of(*DEFAULTS))
     device: str = option("torch device, such as cpu or cuda", ("the name of a device", bool))
     seed: int = option("seed of the weights, the environment and the draws", SEED)
-    steps: int = option("environment steps in total, over all rows", POSITIVE_INT)
-    num_envs: int = option("rows stepped at once", POSITIVE_INT)
+    steps: int = option("environment steps in total, over all rows and ranks", POSITIVE_INT)
+    num_envs: int = option("rows stepped at once, on each rank", POSITIVE_INT)
     segment_length: int = option("steps per segment that gradients flow through", POSITIVE_INT)
     epochs: int = option("passes over each rollout", POSITIVE_INT)
     minibatches: int = option("minibatches per pass, each a set of whole segments", POSITIVE_INT)
+    accumulate: int = option("micro-batches per minibatch, whose gradients add up to one step", POSITIVE_INT)
     lr: float = option("Adam's learning rate", POSITIVE)
     anneal_lr: bool = option("let the learning rate fall linearly to 0 over --steps", FLAG)
     gamma: float = option("discount per step", FRACTION)
     gae_lambda: float = option("decay of the advantage estimator", FRACTION)
+    bootstrap_truncations: bool = option("let the value of the final observation follow a truncated episode", FLAG)
     clip_coef: float = option("PPO's clip of the importance ratio", POSITIVE)
+    vf_clip_coef: float = option("PPO2's clip of the value around the rollout's, 0 for none", NON_NEGATIVE)
+    target_kl: float = option("begin no further pass after one with a larger approximate KL, 0 for none", NON_NEGATIVE)
     vf_coef: float = option("weight of the value loss", NON_NEGATIVE)
     ent_coef: float = option("weight of the entropy bonus", NON_NEGATIVE)
     max_grad_norm: float = option("largest norm of the whole gradient", POSITIVE)
@@ -93,6 +102,7 @@ class TrainConfig:
     l2_init_coef: float = option("weight of the distance to the initial weights", NON_NEGATIVE)
     analyze_weights_interval: int = option("updates between two weight metrics, 0 for none", NON_NEGATIVE_INT)
     checkpoint_interval: int = option("updates between two checkpoints, 0 for one at the end", NON_NEGATIVE_INT)
+    check_ranks: int = option("updates between two comparisons of all ranks' parameters, 0 for none", NON_NEGATIVE_INT)
     threads: int = option("threads that torch uses on the CPU, 0 for its own choice", NON_NEGATIVE_INT)
     reset_state_every_step: bool = option("ablation: zero the LSTM's state at each step (no memory)", FLAG)
 
@@ -119,16 +129,18 @@ class TrainConfig:
             _check_field(each.name, getattr(self, each.name), each.type, each.metadata["check"])
         if self.num_envs % self.minibatches:
             raise ValueError(f"minibatches must divide num_envs ({self.num_envs}), got {self.minibatches}")
+        rows = self.num_envs // self.minibatches
+        if rows % self.accumulate:
+            raise ValueError(f"accumulate must divide the rows of a minibatch ({rows}), got {self.accumulate}")
         _check_device(self.device)
 
-    @property
-    def steps_per_update(self) -> int:
-        return self.num_envs * self.segment_length
+    def steps_per_update(self, ranks: int = 1) -> int:
+        """Environment steps in one update of `ranks` ranks."""
+        return ranks * self.num_envs * self.segment_length
 
-    @property
-    def updates(self) -> int:
-        """Updates in the whole run: `steps` rounded up to whole rollouts."""
-        return -(-self.steps // self.steps_per_update)
+    def updates(self, ranks: int = 1) -> int:
+        """Updates in the whole run: `steps` rounded up to whole rollouts of `ranks` ranks."""
+        return -(-self.steps // self.steps_per_update(ranks))
 
 
 def _check_field(name: str, value: Any, kind: Any, check: Check) -> None:

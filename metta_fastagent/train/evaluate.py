@@ -111,7 +111,7 @@ def evaluate(agent: Any, config: TrainConfig, worlds: int = WORLDS, limit: int =
 
     The agent's rollout memory and torch's random state are as before afterwards. `options` go to `make_environment`.
     """
-    device = torch.device(config.device)
+    device = agent.device
     env = make_environment(config.env, ROWS, device, FIRST_SEED, **options)
     memory = agent.get_memory()
     returns: dict[str, list[float]] = {"random": [], "learned": [], "scripted": []}

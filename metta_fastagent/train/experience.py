@@ -17,6 +17,7 @@ class Experience:
         dones, truncateds: bool [B, T], True where observation t starts an episode, after a termination or at the very
             beginning (dones), or after a truncation (truncateds): what the agent is told.
         terminals, truncations: bool [B, T], True where step t ended an episode: what the advantages are cut by.
+        cut_values: float32 [B, T], value of what would have followed where step t was truncated, 0 elsewhere.
         lstm_h, lstm_c: float32 [B, layers, hidden], the state before the first step, before any reset.
     """
 
@@ -26,7 +27,7 @@ class Experience:
 
         self.observations = zeros(length, num_tokens, 3, dtype=torch.uint8)
         self.actions = zeros(length, 2, dtype=torch.int32)
-        self.log_probs, self.values, self.rewards = (zeros(length) for _ in range(3))
+        self.log_probs, self.values, self.rewards, self.cut_values = (zeros(length) for _ in range(4))
         self.dones, self.truncateds = (zeros(length, dtype=torch.bool) for _ in range(2))
         self.terminals, self.truncations = (zeros(length, dtype=torch.bool) for _ in range(2))
         self.lstm_h, self.lstm_c = (zeros(layers, hidden) for _ in range(2))

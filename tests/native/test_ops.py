@@ -21,6 +21,9 @@ DTYPES = list(TOLERANCES)
 # Both sides of a vector's 4 or 8 lanes in rows and columns, one row, none, and long rows.
 SHAPES = [(0, 3), (1, 1), (1, 9), (3, 2), (4, 4), (5, 7), (8, 8), (9, 5), (13, 21), (7, 40), (17, 129), (2, 4097)]
 TABLE = torch.tensor([0, 1, 3, 3])
+# Steps, rows, hidden size.
+LSTM_SHAPES = [(1, 1, 1), (2, 3, 5), (4, 2, 8), (3, 1, 9), (5, 4, 16), (3, 17, 13), (2, 0, 4)]
+LSTM = (torch.randn(2, 3, 16), torch.randn(16, 4), torch.randn(3, 4), torch.randn(3, 4))
 PAIRS = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1], [1, 2], [2, 0]], dtype=torch.int32)
 
 
@@ -485,6 +488,64 @@ def test_conversion_errors_are_those_of_the_eager_twin(index):
     same_error(lambda: ops.logit_index_to_action(torch.tensor(index), PAIRS))
 
 
+# The LSTM layer
+
+
+def lstm_reference(projected, weight_hh, h, c, resets):
+    """(output, last h, last c) in float64, gate by gate."""
+    projected, weight_hh, h, c = (tensor.double() for tensor in (projected, weight_hh, h, c))
+    outputs = []
+    for step, inputs in enumerate(projected):
+        if resets is not None:
+            h, c = (torch.where(resets[step][:, None], 0.0, state) for state in (h, c))
+        i, f, g, o = (inputs + h @ weight_hh.t()).chunk(4, dim=1)
+        c = 1 / (1 + (-f).exp()) * c + 1 / (1 + (-i).exp()) * g.tanh()
+        h = 1 / (1 + (-o).exp()) * c.tanh()
+        outputs.append(h)
+    return torch.stack(outputs), h, c
+
+
+def lstm_inputs(steps, rows, size, dtype, chance):
+    shapes = [(steps, rows, 4 * size), (4 * size, size), (rows, size), (rows, size)]
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    tensors[1] /= size**0.5
+    tensors = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    return *tensors, None if chance is None else torch.rand(steps, rows) < chance
+
+
+@pytest.mark.parametrize("chance", [None, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", LSTM_SHAPES, ids=str)
+def test_lstm_layer(shape, dtype, chance):
+    *tensors, resets = lstm_inputs(*shape, dtype, chance)
+    outputs = ops.lstm_layer(*tensors, resets)
+    expected = lstm_reference(*tensors, resets)
+    upstream = [torch.randn_like(output) for output in outputs]
+    gradients = torch.autograd.grad(outputs, tensors, upstream)
+    wanted = torch.autograd.grad(expected, tensors, [grad.double() for grad in upstream])
+    for actual, exact in zip((*outputs, *gradients), (*expected, *wanted), strict=True):
+        torch.testing.assert_close(actual, exact.to(dtype), **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_lstm_layer_gradient_of_some_results(used):
+    *tensors, resets = lstm_inputs(4, 3, 9, torch.float64, 0.3)
+    outputs, expected = ops.lstm_layer(*tensors, resets), lstm_reference(*tensors, resets)
+    upstream = [torch.randn_like(outputs[i]) for i in used]
+    actual = torch.autograd.grad([outputs[i] for i in used], tensors, upstream)
+    wanted = torch.autograd.grad([expected[i] for i in used], tensors, upstream)
+    for one, other in zip(actual, wanted, strict=True):
+        close(one, other, torch.float64)
+
+
+def test_lstm_layer_of_saturated_and_unusable_gates():
+    projected = torch.tensor([-1e30, 1e30, torch.inf, -torch.inf, torch.nan, 0.0, 50.0, -50.0])
+    projected = projected[:, None].expand(8, 4 * 3).reshape(1, 8, 12).contiguous()
+    arguments = (projected, torch.zeros(12, 3), torch.zeros(8, 3), torch.ones(8, 3))
+    for actual, exact in zip(ops.lstm_layer(*arguments), lstm_reference(*arguments, None), strict=True):
+        torch.testing.assert_close(actual, exact.float(), equal_nan=True, **TOLERANCES[torch.float32])
+
+
 # All
 
 
@@ -494,6 +555,8 @@ def calls():
     params = [torch.randn(3, 4), torch.randn(7)]
     initial = [torch.zeros(3, 4), torch.zeros(7)]
     tokens = torch.randint(12, (3, 40, 3), dtype=torch.uint8)
+    projected, weight_hh, state = torch.randn(2, 3, 16), torch.randn(16, 4), torch.randn(3, 4)
+    cells, gates, resets = torch.randn(2, 3, 4), torch.rand(2, 3, 16), torch.rand(2, 3) < 0.5
     return {
         "evaluate_actions_forward": (logits, PAIRS[:5], TABLE),
         "evaluate_actions_backward": (logits, index, torch.randn(5), torch.randn(5), torch.randn(5, 6)),
@@ -504,6 +567,8 @@ def calls():
         "tokens_to_grid": (tokens, 12, 11, 11, torch.ones(12), torch.float32),
         "action_to_logit_index": (PAIRS, TABLE),
         "logit_index_to_action": (index, PAIRS),
+        "lstm_layer_forward": (projected, weight_hh, state, state, resets),
+        "lstm_layer_backward": (weight_hh, state, resets, cells, gates, torch.randn(2, 3, 4), state, None),
     }
 
 
@@ -568,11 +633,14 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype, with_threads):
     initial = [torch.zeros_like(param) for param in params]
     tokens = torch.randint(12, (101, 200, 3), dtype=torch.uint8)
     uniform = torch.rand(6001, dtype=dtype)
+    *lstm, resets = lstm_inputs(5, 601, 24, dtype, 0.1)
+    lstm = [tensor.detach() for tensor in lstm]
 
     def everything():
         native = torch.ops.metta_fastagent
         clipped = [param.clone() for param in params]
         ops.clip_weights_(clipped, [0.5, 0.6, 0.7])
+        states = native.lstm_layer_forward(*lstm, resets)
         return [
             *native.evaluate_actions_forward(logits, pairs, table),
             native.evaluate_actions_backward(logits, index, *upstream),
@@ -582,6 +650,8 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype, with_threads):
             *native.l2_init_loss_backward(params, initial, 0.5, torch.tensor(3.0)),
             native.tokens_to_grid(tokens, 12, 11, 11, torch.rand(12).clamp(0.5, 0.5), dtype),
             native.action_to_logit_index(pairs, table),
+            *states,
+            *native.lstm_layer_backward(lstm[1], lstm[3], resets, *states[1:], states[0], lstm[2], lstm[3]),
         ]
 
     with_threads(1)
@@ -606,6 +676,11 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype, with_threads):
         ("tokens_to_grid", (torch.zeros(2, 3, 3, dtype=torch.uint8), 5, 11, 17, torch.ones(5))),
         ("tokens_to_grid", (torch.zeros(2, 3, 3, dtype=torch.uint8), 5, 11, 11, torch.ones(4))),
         ("logit_index_to_action", (torch.arange(3), PAIRS.float())),
+        ("lstm_layer_forward", (*LSTM[:3], torch.randn(2, 4), None)),
+        ("lstm_layer_forward", (*LSTM, torch.zeros(3, 2, dtype=torch.bool))),
+        ("lstm_layer_forward", (LSTM[0].double(), *LSTM[1:], None)),
+        ("lstm_layer_backward", (LSTM[1], LSTM[3], None, torch.randn(2, 3, 3), LSTM[0], None, None, None)),
+        ("lstm_layer_backward", (LSTM[1], LSTM[3], None, torch.randn(2, 3, 4), LSTM[0], LSTM[2], None, None)),
     ],
 )
 def test_a_direct_call_cannot_leave_the_tensors(name, arguments):

@@ -1,4 +1,4 @@
-"""The exponential and the logarithm of csrc/vec.h against those of extended precision."""
+"""The functions of csrc/vec.h against those of extended precision."""
 
 import ctypes
 import subprocess
@@ -10,11 +10,12 @@ import pytest
 from metta_fastagent import _native
 
 DTYPES = [np.float32, np.float64]
+FUNCTIONS = ("exp", "log", "expm1", "sigmoid", "tanh")
 
 
 @pytest.fixture(scope="module", params=["processor's", "plain"])
 def functions(request, tmp_path_factory):
-    """(exp, log) of an array: with this processor's instructions, fused products among them, and without."""
+    """FUNCTIONS of an array by name: with this processor's instructions, fused products among them, and without."""
     try:
         compiler = _native.find_compiler()
     except _native.CannotBuildError as error:
@@ -29,10 +30,10 @@ def functions(request, tmp_path_factory):
     def apply(x):
         padded = np.ones(-(-len(x) // 8) * 8, x.dtype)
         padded[: len(x)] = x
-        outputs = np.full((2, len(padded)), np.nan, x.dtype)
-        pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (padded, outputs[0], outputs[1])]
+        outputs = np.full((len(FUNCTIONS), len(padded)), np.nan, x.dtype)
+        pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (padded, outputs)]
         getattr(loaded, f"apply_{x.dtype}")(*pointers, ctypes.c_int64(len(padded)))
-        return outputs[:, : len(x)]
+        return dict(zip(FUNCTIONS, outputs[:, : len(x)], strict=True))
 
     return apply
 
@@ -57,7 +58,7 @@ def test_exp_within_two_ulp(functions, dtype):
         ]
     ).astype(dtype)
     x = x[x <= 0]
-    assert ulps(functions(x)[0], np.exp(x.astype(np.longdouble)), dtype).max() < 2
+    assert ulps(functions(x)["exp"], np.exp(x.astype(np.longdouble)), dtype).max() < 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,14 +74,47 @@ def test_log_within_two_ulp(functions, dtype):
         ]
     ).astype(dtype)
     x = x[x > 0]
-    assert ulps(functions(x)[1], np.log(x.astype(np.longdouble)), dtype).max() < 2
+    assert ulps(functions(x)["log"], np.log(x.astype(np.longdouble)), dtype).max() < 2
+
+
+# What an LSTM's gates see, from where the functions are straight lines to where they are flat.
+def both_signs(dtype):
+    random = np.random.default_rng(3)
+    magnitudes = np.concatenate(
+        [
+            np.linspace(0, 30, 200_001),
+            np.geomspace(1e-30, 80, 100_000),
+            random.exponential(1.0, 200_000),
+            np.log(2) / 2 * np.arange(40),
+        ]
+    )
+    return np.concatenate([magnitudes, -magnitudes]).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_expm1_within_three_ulp(functions, dtype):
+    x = both_signs(dtype)
+    x = x[x <= 0]
+    assert ulps(functions(x)["expm1"], np.expm1(x.astype(np.longdouble)), dtype).max() < 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sigmoid_and_tanh_within_four_ulp(functions, dtype):
+    x = both_signs(dtype)
+    exact = x.astype(np.longdouble)
+    results = functions(x)
+    assert ulps(results["sigmoid"], 1 / (1 + np.exp(-exact)), dtype).max() < 4
+    assert ulps(results["tanh"], np.tanh(exact), dtype).max() < 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values(functions, dtype):
     x = np.array([0.0, -0.0, -1e30, -np.inf, np.nan, 1.0, np.inf, -1.0], dtype)
-    exponential, logarithm = functions(x)
-    np.testing.assert_array_equal(exponential[:5], np.array([1, 1, 0, 0, np.nan], dtype))
+    results = functions(x)
+    np.testing.assert_array_equal(results["exp"][:5], np.array([1, 1, 0, 0, np.nan], dtype))
     np.testing.assert_array_equal(
-        logarithm, np.array([-np.inf, -np.inf, np.nan, np.nan, np.nan, 0, np.inf, np.nan], dtype)
+        results["log"], np.array([-np.inf, -np.inf, np.nan, np.nan, np.nan, 0, np.inf, np.nan], dtype)
     )
+    np.testing.assert_array_equal(results["expm1"][:5], np.array([0, 0, -1, -1, np.nan], dtype))
+    np.testing.assert_array_equal(results["sigmoid"][[0, 1, 2, 3, 4, 6]], np.array([0.5, 0.5, 0, 0, np.nan, 1], dtype))
+    np.testing.assert_array_equal(results["tanh"][[0, 1, 2, 3, 4, 6]], np.array([0, 0, -1, -1, np.nan, 1], dtype))

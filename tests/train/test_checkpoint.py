@@ -74,6 +74,18 @@ def test_the_file_holds_what_the_next_update_depends_on(saved):
         assert torch.equal(state["initial_weights"][name], value), name
 
 
+def test_clip_bounds_of_the_initial_weights_come_from_the_file():
+    # another version of torch may initialise the weights a little differently
+    made, resumed = (trainer(clip_range=0.5, clip_mode="init_scaled") for _ in range(2))
+    state = made.state_dict()
+    assert state["initial_weight_magnitudes"]["policy.fc1"] > 0
+    state["initial_weight_magnitudes"]["policy.fc1"] = 0.125
+    resumed.load_state_dict(state)
+    assert resumed.agent.policy.initial_weight_magnitudes == state["initial_weight_magnitudes"]
+    resumed.agent.clip_weights()
+    assert resumed.agent.policy.policy.fc1.weight.abs().max().item() == 0.0625
+
+
 def test_saving_leaves_the_run_as_it_was(tmp_path):
     undisturbed, saving = trainer(), trainer()
     torch.manual_seed(7)
@@ -159,9 +171,13 @@ def test_a_foreign_file_is_refused(tmp_path, monkeypatch, content, message):
         (lambda state: state["model"].pop("lstm.weight_ih_l0"), "does not fit"),
         (lambda state: state["action_names"].append("jump"), "action_names"),
         (lambda state: state["feature_mapping"].clear(), "feature_mapping"),
-        (lambda state: state["environment"].clear(), "does not fit"),
+        (lambda state: state["ranks"][0]["environment"].clear(), "does not fit"),
+        (
+            lambda state: state["ranks"].append({}),
+            "of 2 ranks and this run has 1; go on with torchrun",
+        ),
     ],
-    ids=["model", "actions", "features", "environment"],
+    ids=["model", "actions", "features", "environment", "ranks"],
 )
 def test_a_checkpoint_of_another_run_is_refused(saved, change, message):
     _, path = saved

@@ -126,6 +126,11 @@ WRONG = [
     (["--device", ""], "device must be the name of a device, got ''"),
     (["--num-envs", "0"], "num_envs must be an integer above 0, got 0"),
     (["--num-envs", "10", "--minibatches", "4"], "minibatches must divide num_envs (10), got 4"),
+    (["--num-envs", "12", "--accumulate", "2"], "accumulate must divide the rows of a minibatch (3), got 2"),
+    (["--accumulate", "0"], "accumulate must be an integer above 0, got 0"),
+    (["--vf-clip-coef", "-1"], "vf_clip_coef must be a finite number of at least 0, got -1.0"),
+    (["--target-kl", "nan"], "target_kl must be a finite number of at least 0, got nan"),
+    (["--check-ranks", "-1"], "check_ranks must be an integer of at least 0, got -1"),
     (["--segment-length", "0"], "segment_length must be an integer above 0, got 0"),
     (["--epochs", "0"], "epochs must be an integer above 0, got 0"),
     (["--lr", "nan"], "lr must be a finite number above 0, got nan"),
@@ -191,7 +196,10 @@ def test_a_diverging_run_stops_with_one_line(run, capsys):
 def test_defaults_round_trip(env):
     config = TrainConfig.for_environment(env)
     assert TrainConfig.from_dict(config.to_dict()) == config
-    assert config.updates * config.steps_per_update >= config.steps > (config.updates - 1) * config.steps_per_update
+    for ranks in (1, 3):
+        size = config.steps_per_update(ranks)
+        assert size == ranks * config.num_envs * config.segment_length
+        assert config.updates(ranks) * size >= config.steps > (config.updates(ranks) - 1) * size
 
 
 @pytest.mark.parametrize(("name", "value"), [("steps", 1.5), ("lr", "fast"), ("anneal_lr", 1), ("seed", True)])

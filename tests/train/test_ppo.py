@@ -1,4 +1,4 @@
-"""Advantages against their definition and literal numbers, the loss against fp64 autograd, the ratio of 1."""
+"""Advantages against their definition and literal numbers, the loss against fp64 autograd."""
 
 import math
 
@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from metta_fastagent.train import ppo
-from metta_fastagent.train.config import TrainConfig
-from metta_fastagent.train.trainer import Trainer
 
 
 def slow_advantages(rewards, values, ends, next_value, cut_values, gamma, lam):
@@ -72,47 +70,71 @@ def test_a_truncated_step_bootstraps_and_a_terminated_one_does_not():
 
 def minibatch(seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    names = ("log_prob", "entropy", "value", "old_log_prob", "advantages", "returns")
+    names = ("log_prob", "entropy", "value", "old_log_prob", "old_value", "advantages", "returns")
     tensors = {name: torch.randn(6, 9, generator=generator, dtype=torch.float64) for name in names}
-    # ratios on both sides of the clip's edges and inside
+    # ratios and changes of the value on both sides of the clip's edges and inside
     tensors["old_log_prob"] = tensors["log_prob"] + 0.3 * tensors["old_log_prob"]
+    tensors["old_value"] = tensors["value"] + 0.3 * tensors["old_value"]
     return tensors
 
 
-def textbook_loss(log_prob, entropy, value, old_log_prob, advantages, returns, clip_coef, vf_coef, ent_coef):
-    advantages = (advantages - advantages.mean()) / (advantages.var(correction=0).sqrt() + 1e-8)
-    terms = []
+def textbook_loss(
+    log_prob, entropy, value, old_log_prob, old_value, advantages, returns, clip_coef, vf_clip_coef, vf_coef, ent_coef
+):
+    """Sample by sample, with plain numbers where the clips bite."""
+    surrogates, errors = [], []
     for new, old, advantage in zip(log_prob.flatten(), old_log_prob.flatten(), advantages.flatten(), strict=True):
         ratio = torch.exp(new) / torch.exp(old)
         low, high = 1 - clip_coef, 1 + clip_coef
         clipped = ratio if low < ratio < high else torch.tensor(low if ratio <= low else high, dtype=ratio.dtype)
-        terms.append(min(ratio * advantage, clipped * advantage, key=lambda x: x.item()))
-    surrogate = sum(terms) / len(terms)
-    return -surrogate + vf_coef * ((value - returns) ** 2).mean() / 2 - ent_coef * entropy.mean()
+        surrogates.append(min(ratio * advantage, clipped * advantage, key=lambda x: x.item()))
+    for new, old, target in zip(value.flatten(), old_value.flatten(), returns.flatten(), strict=True):
+        error = (new - target) ** 2
+        if vf_clip_coef:
+            change = (new - old).item()
+            near = new if abs(change) < vf_clip_coef else old + math.copysign(vf_clip_coef, change)
+            error = max(error, (near - target) ** 2, key=lambda x: x.item())
+        errors.append(error)
+    value_loss = sum(errors) / len(errors) / 2
+    return -sum(surrogates) / len(surrogates) + vf_coef * value_loss - ent_coef * entropy.mean()
 
 
-def test_loss_and_gradients_equal_the_textbook():
+COEFFICIENTS = {"clip_coef": 0.2, "vf_clip_coef": 0.0, "vf_coef": 0.7, "ent_coef": 0.03}
+
+
+@pytest.mark.parametrize("vf_clip_coef", [0.0, 0.2])
+def test_loss_and_gradients_equal_the_textbook(vf_clip_coef):
     names = ("log_prob", "entropy", "value")
     ours, theirs = minibatch(), minibatch()
     for tensors in (ours, theirs):
         for name in names:
             tensors[name].requires_grad_()
-    coefficients = {"clip_coef": 0.2, "vf_coef": 0.7, "ent_coef": 0.03}
+    coefficients = COEFFICIENTS | {"vf_clip_coef": vf_clip_coef}
     loss = ppo.ppo_loss(**ours, **coefficients)
     expected = textbook_loss(**theirs, **coefficients)
     torch.testing.assert_close(loss.total, expected, rtol=1e-12, atol=1e-12)
     gradients = torch.autograd.grad(loss.total, [ours[name] for name in names])
-    for name, gradient, wanted in zip(
-        names, gradients, torch.autograd.grad(expected, [theirs[name] for name in names]), strict=True
-    ):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-14, msg=lambda m, name=name: f"{name}: {m}")
+    wanted = torch.autograd.grad(expected, [theirs[name] for name in names])
+    for name, gradient, right in zip(names, gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-10, atol=1e-14, msg=lambda m, name=name: f"{name}: {m}")
     # some of the ratios are clipped and some are not, or the comparison would say little
     assert 0.1 < loss.clip_fraction.item() < 0.9
 
 
+def test_the_value_clip_bites_on_some_samples():
+    # old 0, so 1 is clipped to 0.2: further from the target 2 it counts, nearer to the target -2 it does not
+    tensors = {name: torch.zeros(1, 3) for name in ("log_prob", "entropy", "old_log_prob", "old_value", "advantages")}
+    tensors |= {"value": torch.tensor([[1.0, 1.0, 0.1]]), "returns": torch.tensor([[2.0, -2.0, 0.0]])}
+    tensors["value"].requires_grad_()
+    loss = ppo.ppo_loss(**tensors, **COEFFICIENTS | {"vf_clip_coef": 0.2, "vf_coef": 1.0})
+    assert loss.value_loss.item() == pytest.approx((1.8**2 + 3.0**2 + 0.1**2) / 3 / 2)
+    (gradient,) = torch.autograd.grad(loss.total, tensors["value"])
+    assert gradient.tolist() == [[0.0, pytest.approx(1.0), pytest.approx(0.1 / 3)]]
+
+
 def test_statistics_of_the_loss():
     tensors = minibatch(1)
-    loss = ppo.ppo_loss(**tensors, clip_coef=0.2, vf_coef=0.5, ent_coef=0.01)
+    loss = ppo.ppo_loss(**tensors, **COEFFICIENTS)
     ratio = (tensors["log_prob"] - tensors["old_log_prob"]).exp()
     assert loss.approx_kl.item() == pytest.approx((ratio - 1 - ratio.log()).mean().item(), rel=1e-12)
     assert loss.approx_kl.item() >= 0
@@ -121,12 +143,49 @@ def test_statistics_of_the_loss():
     assert not any(part.requires_grad for part in loss[1:])
 
 
-def test_equal_advantages_give_no_policy_gradient_and_no_nan():
-    tensors = minibatch(2) | {"advantages": torch.full((6, 9), 3.0, dtype=torch.float64)}
-    tensors["log_prob"].requires_grad_()
-    loss = ppo.ppo_loss(**tensors, clip_coef=0.2, vf_coef=0.5, ent_coef=0.0)
-    (gradient,) = torch.autograd.grad(loss.total, tensors["log_prob"])
-    assert gradient.abs().max().item() < 1e-5
+def test_advantages_are_normalised_by_minibatch():
+    advantages = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    advantages *= torch.tensor([1.0, 10.0, 0.1]).view(3, 1, 1)
+    advantages += torch.tensor([0.0, -5.0, 1e6]).view(3, 1, 1)
+    scaled = ppo.normalized(advantages)
+    for ours, given in zip(scaled, advantages, strict=True):
+        deviation = ((given - given.mean()) ** 2).mean() ** 0.5
+        torch.testing.assert_close(ours, (given - given.mean()) / (deviation + 1e-8), rtol=1e-9, atol=1e-9)
+
+
+def test_equal_advantages_are_zero_and_not_nan():
+    assert ppo.normalized(torch.full((2, 6, 9), 3.0)).abs().max().item() == 0
+
+
+def test_target_kl_ends_the_passes():
+    def epochs(target_kl: float) -> float:
+        config = TrainConfig.for_environment("memory", num_envs=8, segment_length=6, epochs=5, target_kl=target_kl)
+        return Trainer(config).train_update()["epochs"]
+
+    assert epochs(0.0) == 5 == epochs(1e6)
+    assert epochs(1e-12) == 1
+
+
+def update_of(**changes) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Parameters and statistics after one update in float64, from the same rollout with the same shuffles."""
+    config = TrainConfig.for_environment("memory", num_envs=16, segment_length=6, minibatches=2, **changes)
+    trainer = Trainer(config)
+    trainer.collect()
+    trainer.agent.double()
+    advantages = trainer.advantages().double()
+    torch.manual_seed(7)
+    arguments = (advantages, advantages + trainer.experience.values, config, trainer.stopwatch)
+    statistics, _ = ppo.update(trainer.agent, trainer.optimizer, trainer.experience, *arguments)
+    return {name: parameter.detach() for name, parameter in trainer.agent.named_parameters()}, statistics
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_micro_batches_add_up_to_the_minibatch(accumulate):
+    options = {"l2_init_coef": 0.1, "clip_range": 0.05}
+    (whole, expected), (parts, statistics) = update_of(**options), update_of(**options, accumulate=accumulate)
+    for name, parameter in parts.items():
+        torch.testing.assert_close(parameter, whole[name], rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(statistics, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_explained_variance():
@@ -135,33 +194,3 @@ def test_explained_variance():
     assert ppo.explained_variance(torch.zeros(4), returns).item() == 0
     assert ppo.explained_variance(-returns, returns).item() == pytest.approx(-3)
     assert not math.isfinite(ppo.explained_variance(returns, torch.ones(4)).item())
-
-
-def ratios_before_the_first_update(change=lambda td: td) -> torch.Tensor:
-    """exp(new - stored) of the log-probs of a second rollout, whose segments start amid episodes and see some end."""
-    torch.manual_seed(0)
-    config = TrainConfig.for_environment("memory", num_envs=32, segment_length=12, minibatches=1)
-    # with weights as they start, the state hardly moves the logits
-    trainer = Trainer(config)
-    with torch.no_grad():
-        for parameter in trainer.agent.parameters():
-            parameter.mul_(2)
-    trainer.collect()
-    trainer.collect()
-    experience = trainer.experience
-    starts = experience.dones | experience.truncateds
-    assert starts[:, 1:].any() and not starts[:, 0].all() and experience.lstm_h.abs().max() > 0.01
-    rows = torch.arange(config.num_envs)
-    with torch.no_grad():
-        out = trainer.agent(change(experience.segments(rows)), action=experience.actions)
-    return (out["act_log_prob"] - experience.log_probs).exp()
-
-
-def test_ratio_is_one_before_the_first_update():
-    assert (ratios_before_the_first_update() - 1).abs().max().item() <= 1e-5
-
-
-@pytest.mark.parametrize("dropped", [("lstm_h", "lstm_c"), ("dones", "truncateds")])
-def test_ratio_is_not_one_without_stored_state_or_without_resets(dropped):
-    ratios = ratios_before_the_first_update(lambda td: td.exclude(*dropped))
-    assert (ratios - 1).abs().max().item() > 1e-3

@@ -1,0 +1,219 @@
+"""What the tests of several ranks let each rank do. Everything here runs in a process of a RankPool."""
+
+import contextlib
+import io
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metta_fastagent.train import checkpoint, cli, ppo, ranks
+from metta_fastagent.train.config import TrainConfig
+from metta_fastagent.train.environments import make_environment
+from metta_fastagent.train.experience import Experience
+from metta_fastagent.train.stopwatch import Stopwatch
+from metta_fastagent.train.trainer import Trainer, TrainingDiverged, make_agent
+
+CPU = torch.device("cpu")
+ENTRIES = (
+    *("observations", "actions", "log_probs", "values", "rewards", "dones", "truncateds", "terminals", "truncations"),
+    *("cut_values", "lstm_h", "lstm_c"),
+)
+
+
+def share(values: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of all ranks' rows."""
+    return values.chunk(ranks.count())[ranks.index()]
+
+
+def learn(
+    config: TrainConfig, dtype: torch.dtype, model: dict[str, Any], rollout: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
+    """One `ppo.update` on this rank's share of `rollout`: parameters, this rank's statistics, passes."""
+    config = replace(config, num_envs=config.num_envs // ranks.count())
+    agent = make_agent(config, make_environment("memory", config.num_envs))
+    agent.policy.load_state_dict(model)
+    agent.update_l2_init_weight_copy()
+    learner = ranks.wrap(agent.to(dtype), CPU)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=config.lr, eps=1e-8)
+    tokens = rollout["observations"].shape[2]
+    experience = Experience(config.num_envs, config.segment_length, tokens, *rollout["lstm_h"].shape[1:], CPU)
+    for name in ENTRIES:
+        setattr(experience, name, share(rollout[name]))
+    advantages, returns = share(rollout["advantages"]).to(dtype), share(rollout["returns"]).to(dtype)
+    statistics, epochs = ppo.update(learner, optimizer, experience, advantages, returns, config, Stopwatch(CPU))
+    return {name: parameter.detach() for name, parameter in agent.named_parameters()}, statistics, epochs
+
+
+def shifted_kl(config: TrainConfig, shift: float) -> tuple[float, int]:
+    """(this rank's own KL, passes) where rank 0's stored log-probs are off by `shift` and rank 1's are right."""
+    trainer = Trainer(config)
+    trainer.collect()
+    trainer.experience.log_probs += shift if ranks.is_first() else 0.0
+    advantages = trainer.advantages()
+    returns = advantages + trainer.experience.values
+    arguments = (trainer.experience, advantages, returns, config, trainer.stopwatch)
+    statistics, epochs = ppo.update(trainer.learner, trainer.optimizer, *arguments)
+    return statistics[ppo.KL].item(), epochs
+
+
+def start(config: TrainConfig) -> dict[str, Any]:
+    """What a rank begins with."""
+    trainer = Trainer(config)
+    return {
+        "parameters": ranks.parameter_hash(trainer.agent),
+        "initial_weights": {name: weight.clone() for name, weight in trainer.agent.policy.initial_weights.items()},
+        "observations": trainer.observations,
+        "draws": torch.rand(8),
+        "seed": ranks.seed(config.seed),
+    }
+
+
+def two_updates(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """The rows of two updates, and what this rank alone saw in the second one's rollout."""
+    trainer = Trainer(config)
+    rows = [trainer.train_update(), trainer.train_update()]
+    experience = trainer.experience
+    ends = experience.terminals | experience.truncations
+    return rows, {"episodes": ends.sum().item(), "steps": trainer.steps, "last_update": trainer.last_update}
+
+
+def different_parameters(config: TrainConfig) -> str:
+    """The error where one bit of one parameter of rank 1 is another; none before."""
+    trainer = Trainer(config)
+    trainer.train_update()
+    if not ranks.is_first():
+        with torch.no_grad():
+            # not the last bit, which the next step may round away
+            trainer.agent.policy.policy.fc1.weight.view(torch.int32)[0, 0] ^= 1 << 20
+    try:
+        trainer.train_update()
+    except ranks.RanksDiffer as error:
+        return str(error)
+    return "no error"
+
+
+def diverging(config: TrainConfig) -> str:
+    """The error where rank 1 alone meets a reward that is not finite."""
+    trainer = Trainer(config)
+    trainer.train_update()
+    if not ranks.is_first():
+        trainer.experience.put = spoiled(trainer.experience.put)
+    try:
+        trainer.train_update()
+    except TrainingDiverged as error:
+        return str(error)
+    return "no error"
+
+
+def spoiled(put: Any) -> Any:
+    def put_nan(t: int, **step: torch.Tensor) -> None:
+        put(t, **{name: value * torch.nan if name == "rewards" else value for name, value in step.items()})
+
+    return put_nan
+
+
+def failing_alone(failing: int) -> tuple[str, str]:
+    """Type and text of what `together` raises where rank `failing` fails."""
+
+    def action() -> int:
+        if ranks.index() == failing:
+            raise OSError(28, "No space left on device")
+        return ranks.index()
+
+    try:
+        ranks.together(action)
+    except (OSError, ranks.RankError) as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def command(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of the command, inside the group that this process has joined."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli._run(list(arguments))
+    return code, out.getvalue(), err.getvalue()
+
+
+def train(*arguments: str) -> None:
+    """The command up to its last checkpoint, without evaluation and plot."""
+    options = vars(cli.make_parser().parse_args(list(arguments)))
+    trainer, folder, log = cli.prepare(options)
+    cli.train(trainer, folder, log, quiet=True)
+
+
+def train_until_killed(update: int, *arguments: str) -> None:
+    """`train`, but SIGKILL in the middle of the learning of `update`."""
+    backward, calls = ppo._backward, []
+
+    def killing(*rest: Any) -> torch.Tensor:
+        calls.append(None)
+        # two passes over two minibatches of two micro-batches each
+        if len(calls) == 8 * (update - 1) + 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return backward(*rest)
+
+    ppo._backward = killing
+    train(*arguments)
+
+
+def in_a_fork(job: Any, *arguments: Any) -> int:
+    """The signal that ended a copy of this process which ran `job`; 0 for none."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            job(*arguments)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def die(*arguments: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_a_file(state: dict[str, Any], file: Any) -> None:
+    whole = io.BytesIO()
+    torch_save(state, whole)
+    file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+    file.flush()
+    die()
+
+
+torch_save = torch.save
+fsync = os.fsync
+
+
+def second_fsync() -> Any:
+    """An os.fsync that dies on its second call, which is the folder's: the file is in place by then."""
+    calls = []
+
+    def dying(descriptor: int) -> None:
+        calls.append(None)
+        fsync(descriptor) if len(calls) == 1 else die()
+
+    return dying
+
+
+KILL_POINTS = {
+    "before the first byte": (torch, "save", die),
+    "amid the file": (torch, "save", half_a_file),
+    "before the flush": (os, "fsync", die),
+    "before the rename": (os, "replace", die),
+    "after the rename": (os, "fsync", second_fsync()),
+}
+
+
+def write_until_killed(point: str, path: Path) -> None:
+    """Train one update from the checkpoint at `path`, and die at `point` of writing the next one."""
+    state = checkpoint.load_checkpoint(path)
+    trainer = Trainer(TrainConfig.from_dict(state["config"]))
+    trainer.load_state_dict(state)
+    trainer.train_update()
+    place, name, replacement = KILL_POINTS[point]
+    setattr(place, name, replacement)
+    cli.save(trainer, path)

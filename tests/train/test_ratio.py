@@ -1,0 +1,49 @@
+"""Before the first update the importance ratio of every stored action is 1, whatever runs the operations."""
+
+import pytest
+import torch
+
+from metta_fastagent import _native, _triton, use_backend
+from metta_fastagent.train.config import TrainConfig
+from metta_fastagent.train.trainer import Trainer
+
+BACKENDS = [
+    pytest.param("eager"),
+    pytest.param("native", marks=pytest.mark.skipif(not _native.load(), reason=f"native: {_native.reason()}")),
+    pytest.param("triton", marks=pytest.mark.skipif(not _triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def trainer(request):
+    """A trainer after its second rollout, whose segments start amid episodes and see some end."""
+    with use_backend(request.param):
+        torch.manual_seed(0)
+        config = TrainConfig.for_environment("memory", num_envs=32, segment_length=12, minibatches=1)
+        trainer = Trainer(config)
+        # With weights as they start, the state hardly moves the logits.
+        with torch.no_grad():
+            for parameter in trainer.agent.parameters():
+                parameter.mul_(2)
+        trainer.collect()
+        trainer.collect()
+        starts = trainer.experience.dones | trainer.experience.truncateds
+        assert starts[:, 1:].any() and not starts[:, 0].all() and trainer.experience.lstm_h.abs().max() > 0.01
+        yield trainer
+
+
+def ratios(trainer, *dropped):
+    """exp(new - stored) of the log-probs of every step; `dropped` are entries that the agent does not see."""
+    rows = torch.arange(trainer.config.num_envs)
+    segments = trainer.experience.segments(rows).exclude(*dropped)
+    out = trainer.agent(segments, action=trainer.experience.actions)
+    return (out["act_log_prob"].detach() - trainer.experience.log_probs).exp()
+
+
+def test_ratio_is_one_before_the_first_update(trainer):
+    assert (ratios(trainer) - 1).abs().max().item() <= 1e-5
+
+
+@pytest.mark.parametrize("dropped", [("lstm_h", "lstm_c"), ("dones", "truncateds")], ids=["zero state", "no resets"])
+def test_ratio_is_not_one_without_stored_state_or_without_resets(trainer, dropped):
+    assert (ratios(trainer, *dropped) - 1).abs().max().item() > 1e-3
