@@ -22,6 +22,7 @@ SUITES = (
     "evaluate",
     "sample",
     "l2_init",
+    "lstm",
     "tokens_to_grid",
     "tensordict_fields",
     "weight_metrics",
