@@ -3,8 +3,8 @@
 In rollout (3-d observations) the state lives in a memory, at the place that `training_env_id_start` names, and a row
 whose `dones` or `truncateds` is set starts from zeros, because that observation is the first of an episode. In training
 (4-d observations) the rollout memory is neither read nor changed: a segment starts from the state stored with it
-(`lstm_h`, `lstm_c`; zeros where absent), and rows are reset inside the segment wherever `dones` or `truncateds` is set. A segment
-without these flags is one call of nn.LSTM; one with them goes layer by layer through `ops.lstm_layer`.
+(`lstm_h`, `lstm_c`; zeros where absent), and rows are reset inside the segment wherever `dones` or `truncateds` is set.
+A segment without these flags is one call of nn.LSTM; one with them goes layer by layer through `ops.lstm_layer`.
 """
 
 from collections.abc import Callable
