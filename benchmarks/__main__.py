@@ -29,6 +29,7 @@ SHARES = {
     "evaluate": 3,
     "sample": 2,
     "l2_init": 2,
+    "lstm": 2,
     "tokens_to_grid": 1,
     "tensordict_fields": 1,
     "weight_metrics": 1,

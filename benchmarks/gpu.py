@@ -34,6 +34,7 @@ GPU_TESTS = (
     "tests/benchmarks/test_train_step.py",
     "tests/test_mixin_clip_weights.py",
     "tests/test_mixin_state.py",
+    "tests/test_recurrent_segments.py",
     "tests/test_weight_metrics.py",
     "tests/train/test_environments.py",
 )

@@ -10,10 +10,11 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -24,6 +25,7 @@ from metta_fastagent.ops import (
     _clip_weights,
     _evaluate_actions,
     _l2_init_loss,
+    _lstm_layer,
     _sample_actions,
     _tokens_to_grid,
 )
@@ -37,6 +39,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TRITON_DTYPES = {"fp32": tl.float32, "fp64": tl.float64, "bf16": tl.float32, "fp16": tl.float32}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Case(NamedTuple):
@@ -49,6 +52,10 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     rows_per_program: int
+    # None: Triton's default.
+    num_stages: int | None = None
+    # What is launched in its place on AMD GPUs; None: the same.
+    on_amd: "Case | None" = None
 
 
 class Figures(NamedTuple):
@@ -77,6 +84,8 @@ def cases() -> Iterator[Case]:
     for dtype in ("fp32", "bf16"):
         yield from _l2_cases(dtype)
         yield _tokens_case(dtype)
+    for size, dtype in ((128, "fp32"), (128, "bf16"), (128, "fp16"), (32, "fp32"), (512, "fp32"), (512, "bf16")):
+        yield from _lstm_cases(size, dtype)
 
 
 def _clip_case(dtype: str) -> Case:
@@ -188,8 +197,44 @@ def _tokens_case(dtype: str) -> Case:
     )
 
 
+def _lstm_cases(size: int, dtype: str) -> Iterator[Case]:
+    module = _lstm_layer
+    forward = dict.fromkeys(("projected", "weight_hh", "h", "c", "output", "cells", "gates"), dtype)
+    yield _lstm_case(
+        f"lstm_layer forward H={size} {dtype}",
+        module._lstm_layer_fwd_kernel,
+        forward,
+        {"H": size, "HAS_RESETS": True},
+        module.FORWARD_BLOCK_K,
+    )
+    upstream = ("grad_output", "grad_last_h", "grad_last_c")
+    backward = dict.fromkeys(("weight_hh", "c", "cells", "gates", *upstream, "grad_projected", "grad_h"), dtype)
+    yield _lstm_case(
+        f"lstm_layer backward H={size} {dtype}",
+        module._lstm_layer_bwd_kernel,
+        {**backward, "grad_c": "fp32"},
+        {"H": size, "HAS_RESETS": True, "HAS_OUTPUT": True, "HAS_LAST_H": True, "HAS_LAST_C": True},
+        module.BACKWARD_BLOCK_K,
+    )
+
+
+def _lstm_case(
+    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], block_k: Mapping[int, int]
+) -> Case:
+    def launched(options: Mapping[str, Any], on_amd: Case | None = None) -> Case:
+        layout = _lstm_layer._layout(block_k, TORCH_DTYPES[pointers["weight_hh"]], options)
+        warps, stages = layout.pop("num_warps"), layout.pop("num_stages")
+        scalars = {"T": "i32", "B": "i32", "width": "i32"}
+        everything = {**pointers, "resets": "i1"}
+        rows = _lstm_layer.BLOCK_B
+        return Case(name, kernel, everything, scalars, {**constants, **layout}, warps, rows, stages, on_amd)
+
+    return launched(_lstm_layer.NVIDIA_OPTIONS, launched(_lstm_layer.AMD_OPTIONS))
+
+
 def compile_case(case: Case, target: GPUTarget) -> Any:
     """The compiled kernel, every pointer known to be 16-byte aligned as PyTorch's allocator makes it."""
+    case = case.on_amd or case if target.backend == "hip" else case
     names = case.kernel.arg_names
     types = {
         **{n: f"*{t}" for n, t in case.pointers.items()},
@@ -200,7 +245,8 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.pointers}
     constants = {(names.index(n),): value for n, value in case.constants.items()}
     source = ASTSource(case.kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options={"num_warps": case.num_warps})
+    stages = {} if case.num_stages is None else {"num_stages": case.num_stages}
+    return triton.compile(source, target=target, options={"num_warps": case.num_warps, **stages})
 
 
 def figures(case: Case, target_name: str) -> Figures:

@@ -22,6 +22,7 @@ import metta_fastagent.ops
 from metta_fastagent import ActionSpace, _dispatch, ops, use_backend
 from metta_fastagent.ops._categorical import MAX_COLUMNS, ROWS_PER_PROGRAM
 from metta_fastagent.ops._chunk_table import CHUNK
+from metta_fastagent.ops._lstm_layer import BLOCK_B
 
 # The last program of each has rows to spare; actions at neither a power of two nor a multiple of four.
 ROWS = ROWS_PER_PROGRAM + 3
@@ -46,6 +47,7 @@ def cases() -> list[Case]:
         Case(("clip_weights_",), _clip),
         Case(("l2_init_loss_forward", "l2_init_loss_backward"), _l2),
         Case(("tokens_to_grid",), _grid),
+        Case(("lstm_layer_forward", "lstm_layer_backward"), _lstm),
         Case(("segment_fields",), lambda device: ops.segment_fields(torch.zeros(1).to(device), (3, 343), 343, 3)),
     ]
 
@@ -113,6 +115,19 @@ def _l2(device: torch.device) -> None:
     params = [tensor.requires_grad_() for tensor in _lists(device, torch.float32)]
     loss = ops.l2_init_loss(params, _lists(device, torch.float32), 0.5)
     torch.autograd.grad(loss, params, torch.ones(()).to(device))
+
+
+def _lstm(device: torch.device) -> None:
+    steps, rows, size = 3, BLOCK_B + 5, 24
+    resets = (torch.arange(steps * rows).view(steps, rows) % 4 == 0).to(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        shapes = ((steps, rows, 4 * size), (4 * size, size), (rows, size), (rows, size))
+        projected, weight, *state = [(0.1 * torch.randn(shape)).to(dtype).to(device) for shape in shapes]
+        # Not of the weight: its gradient is a product of cuBLAS.
+        inputs = [tensor.requires_grad_() for tensor in (projected, *state)]
+        for given in (resets, None):
+            outputs = ops.lstm_layer(projected, weight, *state, given)
+            torch.autograd.grad(outputs, inputs, [torch.ones(output.shape).to(dtype).to(device) for output in outputs])
 
 
 def _grid(device: torch.device) -> None:

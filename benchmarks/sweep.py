@@ -32,6 +32,7 @@ from metta_fastagent.ops import (
     _clip_weights,
     _evaluate_actions,
     _l2_init_loss,
+    _lstm_layer,
     _sample_actions,
     _tokens_to_grid,
 )
@@ -265,6 +266,40 @@ def _grid_patches(cells: int, tokens: int) -> list[Patch]:
     return [(_tokens_to_grid, "ZERO_BLOCK", cells), (_tokens_to_grid, "TOKEN_BLOCK", tokens)]
 
 
+def make_lstm(size: Size, device: torch.device) -> Made:
+    """Rows of a program, hidden columns at a time, warps and stages of the LSTM layer: BLOCK_B, BLOCK_N, OPTIONS."""
+    steps, rows, hidden = size["time"], size["rows"], size["hidden"]
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((steps, rows, 4 * hidden), (4 * hidden, hidden), (rows, hidden), (rows, hidden), (steps, rows, hidden))
+    drawn = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    projected, weight, h, c, grad = [0.1 * tensor for tensor in drawn]
+    resets = (torch.rand(steps, rows, generator=generator) < 0.03).to(device)
+
+    def forward() -> Any:
+        return _lstm_layer._lstm_layer_forward(projected, weight, h, c, resets)
+
+    _, cells, gates = _lstm_layer.lstm_layer_forward_eager(projected, weight, h, c, resets)
+
+    def backward() -> Any:
+        return _lstm_layer._lstm_layer_backward(weight, c, resets, cells, gates, grad, None, None)
+
+    call = forward if size["op"] == "lstm forward" else backward
+    shapes = ((16, 32, 8, 3), (16, 128, 8, 3), (16, 64, 4, 3), (16, 64, 8, 2), (32, 64, 8, 3))
+    variants = [
+        Variant(f"{b} rows, {n} columns, {warps} warps, {stages} stages", call, _lstm_patches(b, n, warps, stages))
+        for b, n, warps, stages in shapes
+    ]
+    return Made(call, variants)
+
+
+def _lstm_patches(block_b: int, block_n: int, warps: int, stages: int) -> list[Patch]:
+    def layout(block_k: Mapping[int, int], dtype: torch.dtype) -> dict[str, Any]:
+        options = {**_lstm_layer.OPTIONS, "num_warps": warps, "num_stages": stages}
+        return {"BLOCK_B": block_b, "BLOCK_N": block_n, "BLOCK_K": block_k[dtype.itemsize], **options}
+
+    return [(_lstm_layer, "BLOCK_B", block_b), (_lstm_layer, "_layout", layout)]
+
+
 def make_conversion(size: Size, device: torch.device) -> Made:
     """Rows of a program that converts pairs to indices: BLOCK."""
     inputs = categorical.make_inputs({"rows": size["rows"], "actions": 21}, device)
@@ -369,6 +404,16 @@ EXPERIMENTS = [
         "stores", [{"tensors": 200, "parameters": 100_000_000}], [{"tensors": 2, "parameters": 5000}], make_stores
     ),
     Experiment("grid", [{"rows": r, "tokens": 200} for r in (FEW, 16384)], [{"rows": 2, "tokens": 40}], make_grid),
+    Experiment(
+        "lstm",
+        [
+            {"op": op, "rows": rows, "time": time, "hidden": 128}
+            for op in ("lstm forward", "lstm backward")
+            for rows, time in ((512, 64), (4096, 16))
+        ],
+        [{"op": op, "rows": 3, "time": 2, "hidden": 16} for op in ("lstm forward", "lstm backward")],
+        make_lstm,
+    ),
     Experiment("conversion", [{"rows": r} for r in (FEW, 1 << 20)], [{"rows": 5}], make_conversion),
     Experiment("host", [{"rows": 256, "actions": 21}], [{"rows": 5, "actions": 9}], make_host),
     Experiment("handle", [{"tensors": 14, "parameters": 300_000}], [{"tensors": 2, "parameters": 5000}], make_handle),

@@ -4,6 +4,7 @@ In rollout (3-d observations) the state lives in a memory, at the place that `tr
 whose `dones` or `truncateds` is set starts from zeros, because that observation is the first of an episode. In training
 (4-d observations) the rollout memory is neither read nor changed: a segment starts from the state stored with it
 (`lstm_h`, `lstm_c`; zeros where absent), and rows are reset inside the segment wherever `dones` or `truncateds` is set.
+A segment without these flags is one call of nn.LSTM; one with them goes layer by layer through `ops.lstm_layer`.
 """
 
 from collections.abc import Callable
@@ -190,8 +191,10 @@ class LSTMWrapper(nn.Module):
         h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device)
         resets = _resets(td, B, TT, hidden.device)
         _require_sequence_first(self.lstm)
-        # A single step was reset with its state, above.
-        if TT == 1 or resets is None:
+        # A single step was reset with its state, above. On CUDA it goes the segments' way nevertheless: cuDNN rounds
+        # nn.LSTM's products to TF32 unless told otherwise, and a segment has to repeat its rollout.
+        reset_before = TT == 1 and not (sequence.is_cuda and isinstance(self.lstm, nn.LSTM))
+        if resets is None or reset_before:
             output, (h, c) = self.lstm(sequence, (h, c))
         else:
             output, (h, c) = _lstm_with_resets(self.lstm, sequence, h, c, resets)
@@ -384,6 +387,8 @@ def _lstm_with_resets(
         raise TypeError(f"lstm: got {type(lstm).__name__}, expected nn.LSTM to reset rows inside a segment")
     dtype = _autocast_dtype(sequence)
     sequence, h, c = sequence.to(dtype), h.to(dtype), c.to(dtype)
+    # The flags come transposed; one copy serves all layers.
+    resets = resets.contiguous()
     last_h, last_c = [], []
     for layer, (weight_ih, weight_hh, *biases) in enumerate(lstm.all_weights):
         if layer > 0:

@@ -29,6 +29,8 @@ LIMITS = [
     ("l2_init_loss forward fp32", 1.0, 32, 32),
     ("l2_init_loss backward fp32", 1.0, 32, 32),
     ("tokens_to_grid fp32", 2500.0, 8, 32),
+    ("lstm_layer forward H=128 fp32", 560.0, 128, 128),
+    ("lstm_layer backward H=128 fp32", 620.0, 128, 128),
 ]
 ELSEWHERE = [
     "clip_weights fp32",
@@ -36,6 +38,12 @@ ELSEWHERE = [
     "sample_actions A=128 fp32",
     "tokens_to_grid fp32",
 ]
+
+
+# A batch has fewer row blocks than a large GPU has multiprocessors: on AMD one program of 4 waves may fill one.
+LSTM_REGISTERS = {"sm_80": MAX_REGISTERS, "sm_90": MAX_REGISTERS, "sm_100": MAX_REGISTERS, "gfx942": 256}
+# Bytes that the smallest GPU of the kind gives one program: 99 KB (sm_86, sm_89, sm_120), 64 KB on AMD.
+SHARED_BYTES = {"sm_80": 101376, "sm_90": 101376, "sm_100": 101376, "gfx942": 65536}
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +69,15 @@ def test_machine_code_for_other_targets(name, target):
     assert figures.registers <= MAX_REGISTERS
     if name.startswith("clip_weights"):
         assert figures.load_bits == figures.store_bits == 128
+
+
+@pytest.mark.parametrize("target", list(LSTM_REGISTERS))
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("lstm_layer")])
+def test_lstm_layer_neither_spills_nor_overflows_shared_memory(name, target):
+    figures = kernel_report.figures(CASES[name], target)
+    assert figures.spills == 0
+    assert figures.registers <= LSTM_REGISTERS[target]
+    assert figures.shared_bytes <= SHARED_BYTES[target]
 
 
 def test_a_kernel_over_its_limit_is_seen():

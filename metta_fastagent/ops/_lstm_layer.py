@@ -20,13 +20,16 @@ is rounded to the tensors' dtype after each step, as between the calls of a roll
 
 # pyright: reportInvalidTypeForm=false
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metta_fastagent._dispatch import register
+from metta_fastagent._triton import cdiv, device_guard, jit, tl
 from metta_fastagent.ops._checks import (
     NATIVE_DTYPES,
     compute_dtype,
@@ -37,6 +40,312 @@ from metta_fastagent.ops._checks import (
 )
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Rows of a program, the fewest that the matrix units of every target take, so that small batches have many programs.
+# All steps of a row stay in one program: it reads weight_hh (from L2) at each step, and waits for no other program.
+BLOCK_B = 16
+# Hidden columns at a time, of all four gates in the forward kernel.
+BLOCK_N = 64
+# Depth of a product, by bytes of an element. With these, warps and stages no kernel spills a register where H is a
+# multiple of 32, on any target of benchmarks/kernel_report.py; AMD's shared memory holds two stages.
+FORWARD_BLOCK_K, BACKWARD_BLOCK_K = {4: 32, 2: 64}, {4: 32, 2: 128}
+# Three products of tf32 parts are as exact as one of float32: over 64 steps of 128 columns, emulated on a CPU, both are
+# off by 2e-7 in the hidden state, plain tf32 by 8e-5, with which importance ratios are not 1 within 1e-5. "ieee" would
+# leave NVIDIA's matrix units idle; AMD's multiply float32 as it is.
+NVIDIA_OPTIONS = {"PRECISION": "tf32x3", "num_warps": 8, "num_stages": 3}
+AMD_OPTIONS = {"PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
+OPTIONS = NVIDIA_OPTIONS if torch.version.hip is None else AMD_OPTIONS
+# Offsets into weight_hh are 32-bit.
+MAX_HIDDEN = 23170
+# Gradient of x from that of y and y itself: autograd's own, each one pass over memory.
+_SIGMOID_BACKWARD, _TANH_BACKWARD = torch.ops.aten.sigmoid_backward.default, torch.ops.aten.tanh_backward.default
+
+
+@jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@jit
+def _tanh(x):
+    # Its error is some 2^-22 of 1, not of a small result. Triton's interpreter lacks libdevice's tanh.
+    return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+
+
+@jit
+def _carries_on(resets, live, HAS_RESETS: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Live rows [BLOCK_B] that keep their state before a step; `resets` points at the step's first one of them."""
+    if HAS_RESETS:
+        live = live & (tl.load(resets + tl.arange(0, BLOCK_B), mask=live, other=1) == 0)
+    return live
+
+
+@jit
+def _load_gates(gates, mask, H: tl.constexpr):
+    """The four gates [BLOCK_B, BLOCK_N] in float32; `gates` points at the input gate's."""
+    gate_i = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
+    gate_f = tl.load(gates + H, mask=mask, other=0.0).to(tl.float32)
+    gate_g = tl.load(gates + 2 * H, mask=mask, other=0.0).to(tl.float32)
+    gate_o = tl.load(gates + 3 * H, mask=mask, other=0.0).to(tl.float32)
+    return gate_i, gate_f, gate_g, gate_o
+
+
+@jit
+def _store_gates(gates, gate_i, gate_f, gate_g, gate_o, mask, H: tl.constexpr):
+    dtype = gates.dtype.element_ty
+    tl.store(gates, gate_i.to(dtype), mask=mask)
+    tl.store(gates + H, gate_f.to(dtype), mask=mask)
+    tl.store(gates + 2 * H, gate_g.to(dtype), mask=mask)
+    tl.store(gates + 3 * H, gate_o.to(dtype), mask=mask)
+
+
+@jit
+def _lstm_layer_fwd_kernel(
+    projected,  # [T, B, 4H]
+    weight_hh,  # [4H, H]
+    h,  # [B, H]
+    c,  # [B, H]
+    resets,  # [T, B] bool; unused without HAS_RESETS
+    output,  # [T, B, H]
+    cells,  # [T, B, H]
+    gates,  # [T, B, 4H]
+    T,
+    B,
+    width,  # H once more, as the bound of loops: unrolled, they would spill registers
+    H: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    top = tl.program_id(0).to(tl.int64) * BLOCK_B
+    local = tl.arange(0, BLOCK_B)
+    live = local < B - top
+    # The program's first row of the step, counted through all steps.
+    row = top
+    for _ in range(T):
+        kept = _carries_on(resets + row, live, HAS_RESETS, BLOCK_B)
+        last_h = tl.where(row == top, h + top * H, output + (row - B) * H)
+        last_c = tl.where(row == top, c + top * H, cells + (row - B) * H)
+        for first in range(0, H, BLOCK_N):
+            column = first + tl.arange(0, BLOCK_N)
+            inside = live[:, None] & (column < H)[None, :]
+            state = local[:, None] * H + column[None, :]
+            place = local[:, None] * (4 * H) + column[None, :]
+            cell = tl.load(last_c + state, mask=inside & kept[:, None], other=0.0).to(tl.float32)
+            gate_i, gate_f, gate_g, gate_o = _load_gates(projected + row * (4 * H) + place, inside, H)
+            for k in range(0, width, BLOCK_K):
+                depth = k + tl.arange(0, BLOCK_K)
+                known = kept[:, None] & (depth < H)[None, :]
+                hidden = tl.load(last_h + local[:, None] * H + depth[None, :], mask=known, other=0.0)
+                weight = weight_hh + column[None, :] * H + depth[:, None]
+                used = (depth < H)[:, None] & (column < H)[None, :]
+                weight_i = tl.load(weight, mask=used, other=0.0)
+                gate_i = tl.dot(hidden, weight_i, gate_i, input_precision=PRECISION)
+                weight_f = tl.load(weight + H * H, mask=used, other=0.0)
+                gate_f = tl.dot(hidden, weight_f, gate_f, input_precision=PRECISION)
+                weight_g = tl.load(weight + 2 * H * H, mask=used, other=0.0)
+                gate_g = tl.dot(hidden, weight_g, gate_g, input_precision=PRECISION)
+                weight_o = tl.load(weight + 3 * H * H, mask=used, other=0.0)
+                gate_o = tl.dot(hidden, weight_o, gate_o, input_precision=PRECISION)
+            gate_i, gate_f, gate_g, gate_o = _sigmoid(gate_i), _sigmoid(gate_f), _tanh(gate_g), _sigmoid(gate_o)
+            cell = gate_f * cell + gate_i * gate_g
+            hidden = gate_o * _tanh(cell)
+            _store_gates(gates + row * (4 * H) + place, gate_i, gate_f, gate_g, gate_o, inside, H)
+            tl.store(cells + row * H + state, cell.to(cells.dtype.element_ty), mask=inside)
+            tl.store(output + row * H + state, hidden.to(output.dtype.element_ty), mask=inside)
+        row += B
+        # The next step reads, in every warp, what all of them have stored in this one.
+        tl.debug_barrier()
+
+
+@jit
+def _state_gradient(
+    grad_gates,  # [B, 4H] of the step after, from the program's first row on
+    weight_hh,  # [4H, H]
+    rows,
+    column,
+    width,
+    H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What reaches h [BLOCK_B, BLOCK_N] through the gates of the step after it; 0 outside of `rows`."""
+    grad = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+    for k in range(0, 4 * width, BLOCK_K):
+        depth = k + tl.arange(0, BLOCK_K)
+        known = rows[:, None] & (depth < 4 * H)[None, :]
+        upstream = tl.load(
+            grad_gates + tl.arange(0, BLOCK_B)[:, None] * (4 * H) + depth[None, :], mask=known, other=0.0
+        )
+        used = (depth < 4 * H)[:, None] & (column < H)[None, :]
+        weight = tl.load(weight_hh + depth[:, None] * H + column[None, :], mask=used, other=0.0)
+        grad = tl.dot(upstream, weight, grad, input_precision=PRECISION)
+    return grad
+
+
+@jit
+def _lstm_layer_bwd_kernel(
+    weight_hh,  # [4H, H]
+    c,  # [B, H]
+    resets,  # [T, B] bool; unused without HAS_RESETS
+    cells,  # [T, B, H]
+    gates,  # [T, B, 4H]
+    grad_output,  # [T, B, H]; unused without HAS_OUTPUT
+    grad_last_h,  # [B, H]; unused without HAS_LAST_H
+    grad_last_c,  # [B, H]; unused without HAS_LAST_C
+    grad_projected,  # [T, B, 4H]
+    grad_h,  # [B, H]
+    grad_c,  # [B, H] float32; between the steps it holds what reaches the cell before the step
+    T,
+    B,
+    width,  # H once more, as the bound of loops: unrolled, they would spill registers
+    H: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    HAS_LAST_H: tl.constexpr,
+    HAS_LAST_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    top = tl.program_id(0).to(tl.int64) * BLOCK_B
+    local = tl.arange(0, BLOCK_B)
+    live = local < B - top
+    # The program's first row of the step, counted through all steps.
+    bottom = top + (tl.cast(T, tl.int64) - 1) * B
+    row = bottom
+    # Rows whose state the step after carried on; none after the last step.
+    followed = local < 0
+    for _ in range(T):
+        kept = _carries_on(resets + row, live, HAS_RESETS, BLOCK_B)
+        last_c = tl.where(row == top, c + top * H, cells + (row - B) * H)
+        after = grad_projected + (row + B) * (4 * H)
+        for first in range(0, width, BLOCK_N):
+            column = first + tl.arange(0, BLOCK_N)
+            inside = live[:, None] & (column < H)[None, :]
+            state = local[:, None] * H + column[None, :]
+            place = local[:, None] * (4 * H) + column[None, :]
+            d_h = _state_gradient(after, weight_hh, followed, column, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
+            d_c = tl.load(grad_c + top * H + state, mask=inside & (row != bottom), other=0.0)
+            if HAS_OUTPUT:
+                d_h += tl.load(grad_output + row * H + state, mask=inside, other=0.0).to(tl.float32)
+            if HAS_LAST_H:
+                d_h += tl.load(grad_last_h + top * H + state, mask=inside & (row == bottom), other=0.0).to(tl.float32)
+            if HAS_LAST_C:
+                d_c += tl.load(grad_last_c + top * H + state, mask=inside & (row == bottom), other=0.0).to(tl.float32)
+            gate_i, gate_f, gate_g, gate_o = _load_gates(gates + row * (4 * H) + place, inside, H)
+            squashed = _tanh(tl.load(cells + row * H + state, mask=inside, other=0.0).to(tl.float32))
+            carried = inside & kept[:, None]
+            cell = tl.load(last_c + state, mask=carried, other=0.0).to(tl.float32)
+            d_c += d_h * gate_o * (1.0 - squashed * squashed)
+            _store_gates(
+                grad_projected + row * (4 * H) + place,
+                d_c * gate_g * gate_i * (1.0 - gate_i),
+                d_c * cell * gate_f * (1.0 - gate_f),
+                d_c * gate_i * (1.0 - gate_g * gate_g),
+                d_h * squashed * gate_o * (1.0 - gate_o),
+                inside,
+                H,
+            )
+            tl.store(grad_c + top * H + state, tl.where(carried, d_c * gate_f, 0.0), mask=inside)
+        followed = kept
+        row -= B
+        # The next step reads, in every warp, what all of them have stored in this one.
+        tl.debug_barrier()
+    after = grad_projected + top * (4 * H)
+    for first in range(0, width, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        inside = live[:, None] & (column < H)[None, :]
+        d_h = _state_gradient(after, weight_hh, followed, column, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
+        state = local[:, None] * H + column[None, :]
+        tl.store(grad_h + top * H + state, d_h.to(grad_h.dtype.element_ty), mask=inside)
+
+
+def _fits_kernel(weight_hh: Tensor) -> bool:
+    # Triton 3.7 does not compile a transposed float64 operand; that dtype is for checks, not for speed.
+    return weight_hh.dtype != torch.float64 and weight_hh.shape[1] <= MAX_HIDDEN
+
+
+def _layout(block_k: Mapping[int, int], dtype: torch.dtype, options: Mapping[str, Any] = OPTIONS) -> dict[str, Any]:
+    """Blocks, precision, warps and stages of a launch."""
+    return {"BLOCK_B": BLOCK_B, "BLOCK_N": BLOCK_N, "BLOCK_K": block_k[dtype.itemsize], **options}
+
+
+def _lstm_layer_forward_cuda(
+    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _fits_kernel(weight_hh):
+        return lstm_layer_forward_eager(projected, weight_hh, h, c, resets)
+    projected = projected.contiguous()
+    steps, (rows, size) = projected.shape[0], h.shape
+    output, cells = projected.new_empty(steps, rows, size), projected.new_empty(steps, rows, size)
+    gates = torch.empty_like(projected)
+    if rows > 0:
+        with device_guard(projected):
+            _lstm_layer_fwd_kernel[(cdiv(rows, BLOCK_B),)](
+                projected,
+                weight_hh.contiguous(),
+                h.contiguous(),
+                c.contiguous(),
+                projected if resets is None else resets.contiguous(),
+                output,
+                cells,
+                gates,
+                steps,
+                rows,
+                size,
+                H=size,
+                HAS_RESETS=resets is not None,
+                **_layout(FORWARD_BLOCK_K, projected.dtype),
+            )
+    return output, cells, gates
+
+
+def _lstm_layer_backward_cuda(
+    weight_hh: Tensor,
+    c: Tensor,
+    resets: Tensor | None,
+    cells: Tensor,
+    gates: Tensor,
+    grad_output: Tensor | None,
+    grad_last_h: Tensor | None,
+    grad_last_c: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _fits_kernel(weight_hh):
+        return lstm_layer_backward_eager(weight_hh, c, resets, cells, gates, grad_output, grad_last_h, grad_last_c)
+    gates = gates.contiguous()
+    steps, (rows, size) = gates.shape[0], c.shape
+    grad_projected, grad_h = torch.empty_like(gates), c.new_empty(rows, size)
+    grad_c = c.new_empty(rows, size, dtype=torch.float32)
+    if rows > 0:
+        with device_guard(gates):
+            _lstm_layer_bwd_kernel[(cdiv(rows, BLOCK_B),)](
+                weight_hh.contiguous(),
+                c.contiguous(),
+                gates if resets is None else resets.contiguous(),
+                cells.contiguous(),
+                gates,
+                gates if grad_output is None else grad_output.contiguous(),
+                gates if grad_last_h is None else grad_last_h.contiguous(),
+                gates if grad_last_c is None else grad_last_c.contiguous(),
+                grad_projected,
+                grad_h,
+                grad_c,
+                steps,
+                rows,
+                size,
+                H=size,
+                HAS_RESETS=resets is not None,
+                HAS_OUTPUT=grad_output is not None,
+                HAS_LAST_H=grad_last_h is not None,
+                HAS_LAST_C=grad_last_c is not None,
+                **_layout(BACKWARD_BLOCK_K, gates.dtype),
+            )
+    return grad_projected, grad_h, grad_c.to(c.dtype)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
@@ -111,12 +420,12 @@ def _step_backward(
     """Gradients of one step's gates before their activation [B, 4H], and of the cell before the step [B, H]."""
     gate_i, gate_f, gate_g, gate_o = gates.chunk(4, dim=1)
     squashed = cell.tanh()
-    grad_c = grad_c + grad_h * gate_o * (1 - squashed * squashed)
+    grad_c = grad_c + _TANH_BACKWARD(grad_h * gate_o, squashed)
     grad_gates = (
-        grad_c * gate_g * gate_i * (1 - gate_i),
-        grad_c * previous * gate_f * (1 - gate_f),
-        grad_c * gate_i * (1 - gate_g * gate_g),
-        grad_h * squashed * gate_o * (1 - gate_o),
+        _SIGMOID_BACKWARD(grad_c * gate_g, gate_i),
+        _SIGMOID_BACKWARD(grad_c * previous, gate_f),
+        _TANH_BACKWARD(grad_c * gate_i, gate_g),
+        _SIGMOID_BACKWARD(grad_h * squashed, gate_o),
     )
     return torch.cat(grad_gates, dim=1), grad_c * gate_f
 
@@ -174,14 +483,16 @@ _lstm_layer_forward = register(
     " -> (Tensor output, Tensor cells, Tensor gates)",
     lstm_layer_forward_eager,
     _forward_fake,
-    native=_lstm_layer_forward_native,
+    _lstm_layer_forward_cuda,
+    _lstm_layer_forward_native,
 )
 _lstm_layer_backward = register(
     "lstm_layer_backward(Tensor weight_hh, Tensor c, Tensor? resets, Tensor cells, Tensor gates, Tensor? grad_output,"
     " Tensor? grad_last_h, Tensor? grad_last_c) -> (Tensor grad_projected, Tensor grad_h, Tensor grad_c)",
     lstm_layer_backward_eager,
     _backward_fake,
-    native=_lstm_layer_backward_native,
+    _lstm_layer_backward_cuda,
+    _lstm_layer_backward_native,
 )
 
 
@@ -209,7 +520,7 @@ def _weight_gradient(grad_projected: Tensor, h: Tensor, output: Tensor, resets: 
     """d W_hh [4H, H]: every step's gradient with the state before that step, all in one product."""
     previous = torch.cat((h.unsqueeze(0), output[:-1]))
     if resets is not None:
-        previous = previous.masked_fill(resets.unsqueeze(-1), 0)
+        previous.masked_fill_(resets.unsqueeze(-1), 0)
     with _without_autocast(h.device):
         return grad_projected.flatten(0, 1).t() @ previous.flatten(0, 1)
 

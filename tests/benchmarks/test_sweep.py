@@ -23,6 +23,7 @@ from metta_fastagent.ops import (
     _clip_weights,
     _evaluate_actions,
     _l2_init_loss,
+    _lstm_layer,
     _tokens_to_grid,
 )
 
@@ -136,7 +137,7 @@ def test_the_tuning_page_names_the_experiments_and_the_constants_as_they_are():
     rows = [line.split(" | ") for line in experiments.splitlines() if line.startswith("| ") and " | ---" not in line]
     assert [row[0].removeprefix("| ") for row in rows[1:]] == [each.name for each in sweep.EXPERIMENTS]
     stated = dict(re.findall(r"`([A-Z_]+)` = (\d+)", experiments))
-    modules = (_categorical, _chunk_table, _action_index, _l2_init_loss, _tokens_to_grid)
+    modules = (_categorical, _chunk_table, _action_index, _l2_init_loss, _lstm_layer, _tokens_to_grid)
     actual = {name: str(vars(module)[name]) for name in stated for module in modules if name in vars(module)}
     assert stated == actual
     assert {"MAX_COLUMNS", "CHUNK", "PARTIALS_BLOCK", "TOKEN_BLOCK", "BLOCK"} <= stated.keys()

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 from torch.profiler import ProfilerActivity, profile
 
-from metta_fastagent import Fast, ops
+from metta_fastagent import Fast, ops, use_backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -219,6 +219,60 @@ def test_launch_counts(agent):
     }
     for name, (function, expected) in counts.items():
         assert len(launches(function)) == expected, name
+
+
+def lstm_inputs(steps, rows, size, dtype=torch.float32):
+    """projected, weight_hh, h, c that need gradients, and resets in a tenth of the places."""
+    shapes = (steps, rows, 4 * size), (4 * size, size), (rows, size), (rows, size)
+    inputs = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
+    inputs[1] *= size**-0.5
+    return [tensor.requires_grad_() for tensor in inputs], torch.rand(steps, rows, device="cuda") < 0.1
+
+
+def lstm_step(inputs, resets, upstream):
+    """Outputs and gradients of one LSTM layer."""
+    output, last_h, last_c = ops.lstm_layer(*inputs, resets)
+    return output, last_h, last_c, *torch.autograd.grad([output, last_c], inputs, [upstream, upstream[0]])
+
+
+@pytest.mark.parametrize(("steps", "rows", "size"), [(64, 64, 128), (17, 100, 200), (5, 33, 77)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 8e-2)], ids=str
+)
+def test_lstm_layer_equals_its_eager_twin(steps, rows, size, dtype, tolerance):
+    inputs, resets = lstm_inputs(steps, rows, size, dtype)
+    upstream = torch.randn(steps, rows, size, device="cuda").to(dtype)
+    got = lstm_step(inputs, resets, upstream)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    with use_backend("eager"):
+        expected = lstm_step(exact, resets, upstream.double())
+    for tensor, want in zip(got, expected, strict=True):
+        scale = want.abs().amax().clamp(min=1)
+        torch.testing.assert_close(tensor.double() / scale, want / scale, rtol=0, atol=tolerance)
+
+
+def test_lstm_layer_replays_from_a_graph():
+    inputs, resets = lstm_inputs(16, 48, 128)
+    upstream = torch.randn(16, 48, 128, device="cuda")
+    graph, results = captured(lambda: lstm_step(inputs, resets, upstream))
+    for _ in range(2):
+        fresh, fresh_resets = lstm_inputs(16, 48, 128)
+        for tensor, new in zip((*inputs, resets), (*fresh, fresh_resets), strict=True):
+            tensor.data.copy_(new.data)
+        expected = lstm_step(fresh, fresh_resets, upstream)
+        graph.replay()
+        for got, want in zip(results, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_lstm_layer_is_one_launch_each_way():
+    inputs, resets = lstm_inputs(16, 48, 128)
+    # The gradient of weight_hh is a product after the kernel.
+    inputs[1].requires_grad_(False)
+    output = ops.lstm_layer(*inputs, resets)[0]
+    upstream = torch.ones_like(output)
+    assert len(launches(lambda: ops.lstm_layer(*inputs, resets))) == 1
+    assert len(launches(lambda: torch.autograd.grad(output, inputs[0], upstream, retain_graph=True))) == 1
 
 
 def test_a_bad_action_leaves_the_device_usable(agent):

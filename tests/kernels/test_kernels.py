@@ -4,8 +4,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from metta_fastagent import PyTorchAgentMixin, ops
-from metta_fastagent.ops import _sample_actions
+from metta_fastagent import LSTMWrapper, PyTorchAgentMixin, ops
+from metta_fastagent.ops import _lstm_layer, _sample_actions
 from metta_fastagent.ops._categorical import MAX_ACTIONS, MAX_COLUMNS
 
 CUM = [0, 0, 3, 6]
@@ -309,6 +309,109 @@ def test_tokens_to_grid(device, features, width, height, tokens):
     assert torch.equal(grid.cpu(), expected)
 
 
+def lstm_reference(projected, weight_hh, h, c, resets):
+    """Outputs of one LSTM layer in float64, by nn.LSTMCell's formula one step at a time; autograd goes through it."""
+    outputs = []
+    for t in range(len(projected)):
+        if resets is not None:
+            h, c = (torch.where(resets[t].unsqueeze(1), 0.0, state) for state in (h, c))
+        gate_i, gate_f, gate_g, gate_o = (projected[t] + h @ weight_hh.t()).chunk(4, dim=1)
+        c = gate_f.sigmoid() * c + gate_i.sigmoid() * gate_g.tanh()
+        h = gate_o.sigmoid() * c.tanh()
+        outputs.append(h)
+    return torch.stack(outputs), h, c
+
+
+def check_lstm_layer(inputs, resets, subset=(0, 1, 2)):
+    """Values, and gradients for random upstream gradients of the outputs that `subset` names."""
+    dtype = inputs[0].dtype
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    leaves = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    outputs, expected = ops.lstm_layer(*inputs, resets), lstm_reference(*leaves, resets)
+    for got, want in zip(outputs, expected, strict=True):
+        assert got.dtype == dtype
+        close(got, want, dtype)
+    upstream = [torch.randn(outputs[i].shape, device=inputs[0].device).to(dtype) for i in subset]
+    grads = torch.autograd.grad([outputs[i] for i in subset], inputs, upstream)
+    wanted = torch.autograd.grad([expected[i] for i in subset], leaves, [grad.double() for grad in upstream])
+    for got, want in zip(grads, wanted, strict=True):
+        assert got.dtype == dtype
+        scale = want.abs().amax().clamp(min=1)
+        close(got / scale, want / scale, dtype)
+
+
+def lstm_inputs(steps, rows, size, device, dtype=torch.float32):
+    """projected, weight_hh, h, c, and resets in about a third of the places, one row of them throughout."""
+    shapes = (steps, rows, 4 * size), (4 * size, size), (rows, size), (rows, size)
+    inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    inputs[1] = inputs[1] / size**0.5
+    resets = torch.rand(steps, rows, device=device) < 0.3
+    resets[:, 0] = True
+    return inputs, resets
+
+
+# One block and several, whole and in part, of rows (16), hidden columns (64) and depth (32, 64 or 128).
+@pytest.mark.parametrize(
+    ("steps", "rows", "size"), [(1, 1, 1), (5, 3, 7), (3, 16, 64), (3, 20, 70), (2, 33, 40), (2, 2, 130)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("with_resets", [True, False])
+def test_lstm_layer(device, steps, rows, size, dtype, with_resets):
+    inputs, resets = lstm_inputs(steps, rows, size, device, dtype)
+    check_lstm_layer(inputs, resets if with_resets else None)
+
+
+@pytest.mark.parametrize("subset", [(0,), (1,), (2,), (1, 2)], ids=["output", "last_h", "last_c", "both states"])
+def test_lstm_layer_without_some_upstream_gradient(device, subset):
+    check_lstm_layer(*lstm_inputs(4, 5, 7, device), subset=subset)
+
+
+def test_lstm_layer_non_contiguous(device):
+    (projected, weight_hh, h, c), resets = lstm_inputs(3, 5, 8, device)
+    strided = [projected.transpose(0, 1).contiguous().transpose(0, 1), weight_hh.t().contiguous().t()]
+    strided += list(torch.stack((h, c), dim=-1).unbind(-1))
+    check_lstm_layer(strided, resets.t().contiguous().t())
+
+
+def test_lstm_layer_reset_hides_the_state_before_it_even_nan(device):
+    (projected, weight_hh, h, c), resets = lstm_inputs(4, 3, 7, device)
+    resets[2] = True
+    expected = ops.lstm_layer(projected, weight_hh, h, c, resets)[0]
+    projected[:2], h[:], c[:] = torch.nan, torch.nan, torch.nan
+    assert torch.equal(ops.lstm_layer(projected, weight_hh, h, c, resets)[0][2:], expected[2:])
+
+
+# NumPy, behind the interpreter, warns of an exponential that is infinite; the gate is 0 there.
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+def test_lstm_layer_saturated_gates(device):
+    (projected, weight_hh, h, c), resets = lstm_inputs(3, 4, 7, device)
+    check_lstm_layer([300 * projected, weight_hh, h, c], resets)
+
+
+@pytest.mark.parametrize(("dtype", "max_hidden"), [(torch.float64, 100), (torch.float32, 6)])
+def test_lstm_layer_that_no_kernel_takes_runs_in_eager_pytorch(device, dtype, max_hidden, monkeypatch):
+    monkeypatch.setattr(_lstm_layer, "MAX_HIDDEN", max_hidden)
+    for name in ("_lstm_layer_fwd_kernel", "_lstm_layer_bwd_kernel"):
+        monkeypatch.setattr(_lstm_layer, name, None)
+    inputs, resets = lstm_inputs(3, 4, 7, device, dtype)
+    check_lstm_layer(inputs, resets)
+
+
+def test_a_segment_repeats_its_rollout(device):
+    rows, steps, size = 5, 6, 8
+    agent = LSTMWrapper(None, torch.nn.Identity(), size, size, 2).to(device)
+    inputs, dones = torch.randn(rows, steps, size, device=device), torch.rand(rows, steps, device=device) < 0.3
+    with torch.no_grad():
+        start = TensorDict({}, batch_size=[rows])
+        agent.run_lstm(start, torch.randn(rows, size, device=device), rows, 1)
+        h, c = (memory[0].transpose(0, 1) for memory in agent.get_memory())
+        tds = [TensorDict({"dones": flags}, batch_size=[rows]) for flags in dones.unbind(1)]
+        expected = [agent.run_lstm(td, x, rows, 1) for td, x in zip(tds, inputs.unbind(1), strict=True)]
+    td = TensorDict({"dones": dones, "lstm_h": h, "lstm_c": c}, batch_size=[rows])
+    output = agent.run_lstm(td, inputs.flatten(0, 1), rows, steps).view(rows, steps, size)
+    torch.testing.assert_close(output, torch.stack(expected, dim=1), rtol=0, atol=1e-5)
+
+
 def test_segment_fields(device):
     bptt, batch = ops.segment_fields(torch.empty(1, device=device), (3, 700), 700, 3)
     assert (bptt == 700).all()
@@ -327,6 +430,11 @@ def test_no_rows(device):
     assert ops.action_to_logit_index(pairs, torch.tensor(CUM, device=device)).shape == (0,)
     tokens = torch.empty(0, 4, 3, dtype=torch.uint8, device=device)
     assert ops.tokens_to_grid(tokens, 2, 11, 11, torch.ones(2, device=device)).shape == (0, 2, 11, 11)
+    inputs, resets = lstm_inputs(3, 1, 7, device)
+    projected, weight_hh, h, c = (tensor.requires_grad_() for tensor in inputs)
+    output = ops.lstm_layer(projected[:, :0], weight_hh, h[:0], c[:0], resets[:, :0])[0]
+    assert output.shape == (3, 0, 7)
+    assert not torch.autograd.grad(output.sum(), weight_hh)[0].any()
 
 
 def make_agent(device, **kwargs):
