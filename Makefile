@@ -21,6 +21,9 @@ flag = $(if $($(1)),--$(2) "$($(1))")
 TRAIN_FLAGS = $(call flag,ENV,env) $(call flag,DEVICE,device) $(call flag,SEED,seed) $(call flag,STEPS,steps) \
 	$(call flag,OUT,out) $(call flag,RESUME,resume) $(ARGS)
 
+# The virtual environment's where there is one.
+GPU_PYTHON = $(firstword $(wildcard $(VENV)/bin/python) $(PYTHON))
+
 # The C++ operators for the CPU. Where this fails it says why in one line, and eager PyTorch does their work.
 BUILD = $(RUN) metta_fastagent build --quiet
 # Those of the build and of the vector header need no run with the operators.
@@ -36,7 +39,7 @@ library = $$($${CXX:-c++} -print-file-name=$(1).so)
 OLDEST_TRITON = 3.6.0
 OLDEST_TRITON_FOLDER = $(VENV)/triton-$(OLDEST_TRITON)
 
-.PHONY: help setup train test test-slow test-oldest-triton bench lint sanitize
+.PHONY: help setup train test test-slow test-oldest-triton bench gpu lint sanitize
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +49,7 @@ help: ## this list
 	@echo "  train:          ENV=memory|mettagrid DEVICE=cpu|cuda SEED=0 STEPS=... OUT=folder RESUME=checkpoint ARGS='...'"
 	@echo "  test:           PYTEST_ARGS='-k clip'"
 	@echo "  bench:          QUICK=1 ARGS='--only clip,sample --device cpu'"
+	@echo "  gpu:            QUICK=1 OUT=folder ARGS='--only tests,bench'"
 
 setup: ## the virtual environment with everything that development needs
 	@$(SETUP) $(DEV_EXTRAS)
@@ -81,6 +85,9 @@ test-oldest-triton: setup ## compile the kernels with the oldest Triton that the
 bench: setup ## measure and report, for example: make bench QUICK=1 ARGS='--only clip,sample'
 	@$(BUILD) || true
 	@$(RUN) benchmarks run $(if $(QUICK),--quick) $(ARGS)
+
+gpu: ## on a CUDA machine, without installing anything: tests, sanitizers, a training, benchmarks, one report
+	@PYTHON="$(GPU_PYTHON)" bash tools/gpu.sh $(if $(QUICK),--quick) $(ARGS) "$(if $(OUT),$(OUT),runs/gpu-$$(date +%Y-%m-%d-%H%M%S))"
 
 sanitize: setup ## run the operations' tests in C++ built with AddressSanitizer, then UndefinedBehaviorSanitizer (gcc)
 	@$(RUN) metta_fastagent build --sanitize address

@@ -6,6 +6,7 @@ replays them. Statistics, JSON, comparison and `--benchmark-compare-fail` are py
 """
 
 import os
+import time
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ from benchmarks import harness, machine
 _measured: dict[tuple[str, str], harness.Measurement] = {}
 # Provider to the reason why it does not run here.
 _skipped: dict[str, str] = {}
+# Shapes that were not begun any more, and since when the time runs: about the process's start, as imports keep it busy.
+_left_out: dict[tuple[str, str], None] = {}
+_started = time.monotonic() - time.process_time()
+# Of the time: what is compiled later would take it from shapes to come.
+COMPILING_SHARE = 0.5
 
 
 def pytest_addoption(parser):
@@ -23,6 +29,7 @@ def pytest_addoption(parser):
     group.addoption("--quick", action="store_true", help="few shapes and rounds: under a minute")
     group.addoption("--device", default=None, help="cpu or cuda; default: cuda where there is one")
     group.addoption("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile; auto: on CUDA")
+    group.addoption("--seconds", type=float, help="shapes that have not begun after so many seconds are left out")
     group.addoption("--threads", type=int, default=1, help="threads of the CPU's operations")
 
 
@@ -55,6 +62,11 @@ def run_case(benchmark, request):
         options = options_of(request.config)
         key = (suite.operation, shape.label)
         if key not in _measured:
+            left = _share_left(request.config.getoption("--seconds"))
+            if left <= 0:
+                _left_out[key] = None
+                pytest.skip("left out: the time of this run is used up")
+            options = options._replace(compiled=options.compiled and left > 1 - COMPILING_SHARE)
             torch.set_num_threads(request.config.getoption("--threads"))
             _measured.clear()
             _measured[key] = harness.measure(suite, shape, options)
@@ -74,6 +86,11 @@ def run_case(benchmark, request):
     return run
 
 
+def _share_left(seconds):
+    """Of the seconds that were given for measuring, from 1 at the start down to 0 and below; 1 without a limit."""
+    return 1.0 if seconds is None else 1 - (time.monotonic() - _started) / seconds
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "run_case" in getattr(item, "fixturenames", ()):
@@ -90,6 +107,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         "cores": os.cpu_count(),
         "quick": config.getoption("--quick"),
         "skipped": _skipped,
+        "left_out": [f"{operation} {shape}" for operation, shape in _left_out],
     }
     # Folder and branch say nothing of the code; parameters hold addresses; single rounds would fill the repository.
     for key in ("project", "branch"):

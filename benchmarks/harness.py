@@ -10,12 +10,13 @@ Where data moves, a copy of as many bytes is timed in the same rounds: the faste
 
 import gc
 import itertools
+import math
 import random
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,16 +30,30 @@ MIN_ROUND_SECONDS = 2e-3
 MAX_ITERATIONS = 2000
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
 # Inductor takes seconds to minutes for each shape.
-MAX_COMPILED_SHAPES = 4
+MAX_COMPILED_SHAPES = 6
 # Tracing unrolls lists of tensors: thousands of them take minutes.
 MAX_COMPILED_TENSORS = 200
 # Memory of the copy is bounded; its rate does not change above.
 MAX_COPY_BYTES = 1 << 30
 GRAPH_REPLAYS = 20
+# A graph's own launch takes some microseconds: a short call is captured often enough to drown it.
+GRAPH_SECONDS = 5e-4
+MAX_CALLS_IN_GRAPH = 50
+WARM_UP_CALLS = 3
+# Between two profiled calls: more than the clocks of host and device are apart.
+PROFILER_GAP_SECONDS = 1e-3
+MESSAGE_LENGTH = 160
 COPY = "copy"
 LEVELS = ("quick", "full", "gpu")
-LAUNCHES = re.compile(r"(cuda|cu|hip)(Module)?(Ext)?(Launch|GraphLaunch)")
-SYNCHRONISATIONS = re.compile(r"(cuda|cu|hip)\w*Synchronize|(cuda|hip)Memcpy$|cuMemcpy(DtoH|HtoD)(_v2)?$")
+# With the version that some releases of CUDA's profiling interface append: cudaGraphLaunch_v10000.
+LAUNCHES = re.compile(r"(cuda|cu|hip)(Module)?(Ext)?(Launch(?!HostFunc)|GraphLaunch)")
+SYNCHRONISATIONS = re.compile(
+    r"(cuda|cu|hip)\w*Synchronize|(cuda|hip)Memcpy(_v\d+)?(_ptds)?$|cuMemcpy(DtoH|HtoD)(_v\d+)?(_ptds)?$"
+)
+# Ranges of a profile: a call, and the call with the wait for it.
+CALLED, FINISHED = "benchmark call: ", "benchmark call with wait: "
+# Of a captured step, before it is timed.
+COMPARED_REPLAYS = 3
 
 
 class Provider(NamedTuple):
@@ -53,6 +68,8 @@ class Provider(NamedTuple):
     reset: Callable[[], Any] = lambda: None
     # Entered around calls, outside of what is timed.
     context: Callable[[], AbstractContextManager] = nullcontext
+    # Whether `call` replays a graph itself, so that it cannot be captured into another.
+    is_graph: bool = False
 
 
 class Skipped(NamedTuple):
@@ -60,6 +77,16 @@ class Skipped(NamedTuple):
 
     name: str
     reason: str
+
+
+class Refused(NamedTuple):
+    """A provider that was found to compute something else while it was made."""
+
+    name: str
+    reason: str
+
+
+Entry = Provider | Skipped | Refused
 
 
 class Shape(NamedTuple):
@@ -80,7 +107,7 @@ class Suite(NamedTuple):
     provider_names: Sequence[str]
     shapes: Sequence[Shape]
     # (shape's size, device, compiled) -> providers, the reference first. `compiled`: whether torch.compile is wanted.
-    make_providers: Callable[[Mapping[str, int], torch.device, bool], list[Provider | Skipped]]
+    make_providers: Callable[[Mapping[str, int], torch.device, bool], Sequence[Entry]]
     # Bytes that have to be read and written at least; None where that says nothing.
     count_bytes: Callable[[Mapping[str, int]], int] | None = None
     rtol: float = 1e-4
@@ -112,8 +139,9 @@ class DeviceFigures(NamedTuple):
     """What only a CUDA device tells, per call; None where it is not known, with the reason in `note`."""
 
     gpu_seconds: float | None = None
-    launches: float | None = None
-    host_syncs: float | None = None
+    launches: int | None = None
+    kernels: int | None = None
+    host_syncs: int | None = None
     peak_extra_bytes: int | None = None
     note: str = ""
 
@@ -157,11 +185,14 @@ def compiled_provider(
 ) -> Provider | Skipped:
     """`torch.compile` of a function; `bind` makes the provider's call of the compiled one."""
     if not wanted:
-        return Skipped(
-            "torch.compile", "off (--compile on turns it on), or a shape left out because compiling takes long"
-        )
+        return not_compiled()
     torch._dynamo.reset()
     return Provider("torch.compile", bind(torch.compile(function, dynamic=False)), **options)
+
+
+def not_compiled() -> Skipped:
+    """What stands for `torch.compile` where it is not wanted."""
+    return Skipped("torch.compile", "off (--compile on turns it on), or a shape left out because compiling takes long")
 
 
 def selected_shapes(suite: Suite, options: Options) -> list[Shape]:
@@ -209,14 +240,25 @@ def _first(differences: Iterable[str | None]) -> str | None:
 
 
 def disagreements(providers: Sequence[Provider], rtol: float, atol: float) -> dict[str, str]:
-    """Name and difference of each provider whose results are not those of the first one; runs each of them once."""
+    """Name and reason of each provider that fails, or whose results are not the first one's; runs each of them once."""
     expected = _result(providers[0])
     found = {}
     for provider in providers[1:]:
-        text = difference(expected, _result(provider), rtol, atol)
+        try:
+            text = difference(expected, _result(provider), rtol, atol)
+        except Exception as error:
+            found[provider.name] = f"{provider.name} fails: {first_line(error)}"
+            continue
         if text is not None:
             found[provider.name] = f"{provider.name} computes something else than {providers[0].name}: {text}"
     return found
+
+
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of its message, with the next one where a colon announces it."""
+    first, *others = str(error).strip().splitlines() or [""]
+    told = f"{first} {others[0]}" if first.endswith(":") and others else first
+    return f"{type(error).__name__}: {told[:MESSAGE_LENGTH]}".removesuffix(": ")
 
 
 def _result(provider: Provider) -> Any:
@@ -240,15 +282,16 @@ def measure(suite: Suite, shape: Shape, options: Options) -> Measurement:
     skipped = {entry.name: entry.reason for entry in made if isinstance(entry, Skipped)}
     providers = [entry for entry in made if isinstance(entry, Provider)]
     reference = providers[0].name
-    refused = disagreements(providers, suite.rtol, suite.atol)
-    if refused and len(refused) == len(providers) - 1:
+    refused = {entry.name: entry.reason for entry in made if isinstance(entry, Refused)}
+    refused |= disagreements(providers, suite.rtol, suite.atol)
+    if refused and all(provider.name in refused for provider in providers[1:]):
         raise Disagreement("; ".join(refused.values()))
     agreeing = [provider for provider in providers if provider.name not in refused]
     moved = suite.count_bytes(shape.size) if suite.count_bytes else None
     copied = min(moved, MAX_COPY_BYTES) if moved else None
     timed = [*agreeing, _copy_provider(copied, options.device)] if copied else agreeing
     timings = interleaved(timed, options.seconds_per_shape, options.device)
-    figures = {provider.name: device_figures(provider, options.device) for provider in timed}
+    figures = device_figures(timed, options.device)
     return Measurement(timings, refused, skipped, figures, reference, moved, copied)
 
 
@@ -295,61 +338,109 @@ def _timed(provider: Provider, count: int, device: torch.device) -> tuple[float,
     gc.disable()
     try:
         with provider.context():
-            _wait(device)
+            wait(device)
             cpu, wall = time.process_time(), time.perf_counter()
             for _ in range(count):
                 call()
-            _wait(device)
+            wait(device)
             return time.perf_counter() - wall, time.process_time() - cpu
     finally:
         if collecting:
             gc.enable()
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def device_figures(provider: Provider, device: torch.device) -> DeviceFigures:
-    """GPU time, launches, host synchronisations and peak extra memory of one call; empty off CUDA."""
+def device_figures(providers: Sequence[Provider], device: torch.device) -> dict[str, DeviceFigures]:
+    """GPU time, launches, host synchronisations and peak extra memory of one call of each; empty off CUDA."""
     if device.type != "cuda":
-        return DeviceFigures()
+        return {provider.name: DeviceFigures() for provider in providers}
+    counted = _api_calls(providers, device)
+    return {provider.name: _figures(provider, counted.get(provider.name), device) for provider in providers}
+
+
+def _figures(provider: Provider, counts: "Counts | None", device: torch.device) -> DeviceFigures:
+    known = counts._asdict() if counts else {}
     with provider.context():
-        launches, syncs = _api_calls(provider.call)
-        peak = _peak_extra_bytes(provider.call, device)
-        if syncs:
-            return DeviceFigures(None, launches, syncs, peak, "not capturable: it waits for the device")
+        known["peak_extra_bytes"] = _peak_extra_bytes(provider.call, device)
+        if counts and counts.host_syncs:
+            return DeviceFigures(**known, note="not capturable: it waits for the device")
         try:
-            return DeviceFigures(_replay_seconds(provider.call, device), launches, syncs, peak)
+            return DeviceFigures(gpu_seconds(provider, device), **known)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0][:100]
-            return DeviceFigures(None, launches, syncs, peak, f"not captured: {reason}")
+            return DeviceFigures(**known, note=f"not captured: {first_line(error)}")
 
 
-def _api_calls(call: Callable[[], Any]) -> tuple[float | None, float | None]:
-    """(launches, synchronisations) per call: the difference between one profiled call and three, halved.
+class Counts(NamedTuple):
+    """What one call asked of the device."""
 
-    None where the profiler does not see the device.
+    launches: int
+    kernels: int
+    host_syncs: int
+
+
+def _api_calls(providers: Sequence[Provider], device: torch.device) -> dict[str, Counts]:
+    """Counts of one call of each provider, from one profile of them all: starting the profiler takes long."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for provider in providers:
+            with provider.context():
+                provider.call()
+                torch.cuda.synchronize(device)
+                time.sleep(PROFILER_GAP_SECONDS)
+                with torch.profiler.record_function(FINISHED + provider.name):
+                    with torch.profiler.record_function(CALLED + provider.name):
+                        provider.call()
+                    torch.cuda.synchronize(device)
+                time.sleep(PROFILER_GAP_SECONDS)
+    return count_calls(profile.events() or [])
+
+
+def count_calls(events: Iterable[Any]) -> dict[str, Counts]:
+    """Counts of each profiled call, by provider, from the profiler's events; empty where it saw nothing of the device.
+
+    Launches and waits are the calls of CUDA's (or HIP's) interface within the call, without those that another such
+    call makes. Kernels are what the device ran until the host had waited for it, copies and fills left out: a graph is
+    one launch of many kernels.
     """
-    counts = []
-    for calls in (1, 3):
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            for _ in range(calls):
-                call()
-        counts.append(count_api_calls(event.name for event in profile.events() or []))
-    (first_launches, first_syncs), (last_launches, last_syncs) = counts
-    if last_launches == 0:
-        # The profiler saw nothing of the device.
-        return None, None
-    return (last_launches - first_launches) / 2, (last_syncs - first_syncs) / 2
+    events = list(events)
+    on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    # The host's ranges show among the device's events too, under the same names.
+    left_out = {event.name for event in on_host}
+    kernels = [
+        event
+        for event in events
+        if event.device_type != torch.autograd.DeviceType.CPU
+        and event.name not in left_out
+        and not event.name.startswith(("Memcpy", "Memset"))
+    ]
+    if not kernels:
+        return {}
+    called = {e.name.removeprefix(CALLED): e.time_range for e in on_host if e.name.startswith(CALLED)}
+    finished = {e.name.removeprefix(FINISHED): e.time_range for e in on_host if e.name.startswith(FINISHED)}
+    # Microseconds, as the events' times.
+    slack = PROFILER_GAP_SECONDS * 1e6 / 2
+    counted = {}
+    for name, span in called.items():
+        inside = [e for e in on_host if span.start <= e.time_range.start and e.time_range.end <= span.end]
+        first, last = finished[name].start - slack, finished[name].end + slack
+        ran = sum(first <= kernel.time_range.start <= last for kernel in kernels)
+        counted[name] = Counts(_outermost(inside, LAUNCHES), ran, _outermost(inside, SYNCHRONISATIONS))
+    return counted
 
 
-def count_api_calls(names: Iterable[str]) -> tuple[int, int]:
-    """(kernel and graph launches, host synchronisations) among the names of CUDA or HIP API calls."""
-    names = list(names)
-    return sum(bool(LAUNCHES.match(name)) for name in names), sum(bool(SYNCHRONISATIONS.match(name)) for name in names)
+def _outermost(events: Sequence[Any], names: re.Pattern) -> int:
+    """How many events have such a name and are not part of another one that has."""
+    ranges = [(event.time_range.start, event.time_range.end) for event in events if names.match(event.name)]
+    count, covered = 0, -math.inf
+    for _, end in sorted(ranges, key=lambda each: (each[0], -each[1])):
+        if end > covered:
+            count, covered = count + 1, end
+    return count
 
 
 def _peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int:
@@ -363,27 +454,139 @@ def _peak_extra_bytes(call: Callable[[], Any], device: torch.device) -> int:
     return peak - before
 
 
-def _replay_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Median seconds of the device in one call, from replays of a captured graph."""
+def gpu_seconds(provider: Provider, device: torch.device) -> float | None:
+    """Median seconds of the device in one call, from replays of a captured graph; None off CUDA."""
+    if device.type != "cuda":
+        return None
+    if provider.is_graph:
+        return _median_gpu_seconds(provider.call)
+    with _refusing_to_wait():
+        provider.call()
+    # Without the captured results: a graph of gradients that is alive would tie the next capture to this stream.
+    graph = capture(provider.call, device)[0]
+    once = _median_gpu_seconds(graph.replay)
+    calls = calls_in_graph(once)
+    if calls == 1:
+        return once
+
+    def repeat() -> None:
+        for _ in range(calls):
+            provider.call()
+
+    graph = capture(repeat, device)[0]
+    return _median_gpu_seconds(graph.replay) / calls
+
+
+def calls_in_graph(seconds: float) -> int:
+    """How often a call that takes so long is captured, so that the graph's own launch does not count."""
+    return max(1, min(MAX_CALLS_IN_GRAPH, math.ceil(GRAPH_SECONDS / max(seconds, 1e-9))))
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """A RuntimeError for what waits for the device: under capture, that leaves random numbers unusable afterwards."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def capture(function: Callable[[], Any], device: torch.device) -> tuple[Any, Any]:
+    """A CUDA graph of `function` and what its captured call returned, after calls that warm up on the same stream.
+
+    The same stream, because scratch memory of an operation may belong to a stream and cannot be made under capture.
+    """
+    before = torch.cuda.current_stream(device)
     stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream(device).wait_stream(stream)
+        for _ in range(WARM_UP_CALLS):
+            function()
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    graph.replay()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            result = function()
+    finally:
+        # A capture that fails leaves its own stream behind as the current one.
+        torch.cuda.set_stream(before)
+    return graph, result
+
+
+def _median_gpu_seconds(call: Callable[[], Any]) -> float:
+    """Between two events on the device, around each of some calls."""
+    call()
     seconds = []
     for _ in range(GRAPH_REPLAYS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        call()
         end.record()
         end.synchronize()
         seconds.append(start.elapsed_time(end) / 1e3)
     return statistics.median(seconds)
+
+
+class Capturable(NamedTuple):
+    """A step to capture, and what it takes to compare its replays with calls without a graph."""
+
+    # Reads its inputs from the same memory at each call.
+    step: Callable[[], Any]
+    # The same with a state of its own, equal at the start; called without a graph.
+    twin: Callable[[], Any]
+    # Writes other inputs into that memory.
+    change_inputs: Callable[[], Any]
+    # Puts the first inputs and the first state of `step` back.
+    reset: Callable[[], Any]
+    compared: Callable[[Any], Any]
+
+
+def captured_provider(
+    name: str, make: Callable[[], Capturable], tolerance: tuple[float, float], device: torch.device
+) -> Entry:
+    """The provider that replays a step from a CUDA graph, after it has agreed with eager calls of its twin.
+
+    Off CUDA, and where the capture fails, it is skipped; where a replay differs, it is refused.
+    """
+    if device.type != "cuda":
+        return Skipped(name, f"{device}: CUDA graphs need a CUDA device")
+    try:
+        parts = make()
+        graph, result = capture(parts.step, device)
+    except RuntimeError as error:
+        return Skipped(name, f"not captured: {first_line(error)}")
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    text = replay_difference(replay, parts.twin, parts.change_inputs, parts.compared, tolerance)
+    if text is not None:
+        return Refused(name, f"{name} computes something else than calls without a graph: {text}")
+    return Provider(name, replay, parts.compared, parts.reset, is_graph=True)
+
+
+def replay_difference(
+    replay: Callable[[], Any],
+    twin: Callable[[], Any],
+    change_inputs: Callable[[], Any],
+    compared: Callable[[Any], Any],
+    tolerance: tuple[float, float],
+) -> str | None:
+    """Where replays and the twin's calls differ, over COMPARED_REPLAYS changes of the inputs; None where they agree.
+
+    The twin is called first as often as the step was to warm up.
+    """
+    for _ in range(WARM_UP_CALLS):
+        twin()
+    for number in range(COMPARED_REPLAYS):
+        change_inputs()
+        expected = compared(twin())
+        text = difference(expected, compared(replay()), *tolerance, name=f"replay {number + 1}")
+        if text is not None:
+            return text
+    return None
 
 
 def summary(measurement: Measurement, name: str) -> dict[str, Any]:

@@ -1,9 +1,14 @@
-"""What a figure has to name: the processor or GPU that it was taken on, and the versions."""
+"""What a figure has to name: the processor or GPU that it was taken on, and the versions.
 
+python -m benchmarks.machine prints that as one line of JSON.
+"""
+
+import json
 import os
 import platform
 import re
 from importlib import metadata
+from typing import Any
 
 import torch
 
@@ -54,3 +59,23 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "none"
+
+
+def facts() -> dict[str, Any]:
+    """The description of the GPU where there is one, else of the processor; `cuda` says which, `why` why not."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", 0)
+        properties = torch.cuda.get_device_properties(device)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        gpu = {
+            "multiprocessors": properties.multi_processor_count,
+            "memory": memory,
+            "cuda_version": torch.version.cuda,
+        }
+        return {"cuda": True, **description(device), **gpu}
+    why = "no device" if torch.backends.cuda.is_built() else "PyTorch was built without CUDA"
+    return {"cuda": False, "why": why, **description(torch.device("cpu"))}
+
+
+if __name__ == "__main__":
+    print(json.dumps(facts()))

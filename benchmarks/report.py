@@ -17,6 +17,7 @@ STYLES = {
     "eager": ("#0072b2", "D"),
     "triton": ("#d55e00", "*"),
     "native": ("#e69f00", "P"),
+    "captured": ("#8c510a", "p"),
     "torch.distributions": ("#56b4e9", "v"),
     "torchrl": ("#009e73", "<"),
     "pufferlib": ("#cc79a7", ">"),
@@ -109,6 +110,9 @@ def _circumstances(result: Mapping[str, Any]) -> list[str]:
             "a round, and those of processor time, say more than times do."
         )
     lines += [f"- no {name}: {reason}" for name, reason in sorted(conditions["skipped"].items())]
+    left_out = conditions.get("left_out")
+    lines += [f"- left out, as the time was used up: {', '.join(left_out)}"] if left_out else []
+    lines += [f"- no results of {name}: it was stopped, its time was used up" for name in conditions.get("killed", ())]
     return lines
 
 
@@ -155,6 +159,7 @@ COLUMNS = (
     Column("in processor time", _number("cpu_ratio", "{:.2f}")),
     Column("GPU time", lambda row: _seconds(row.figures.get("gpu_seconds"))),
     Column("launches", _number("launches")),
+    Column("kernels", _number("kernels")),
     Column("host syncs", _number("host_syncs")),
     Column("peak extra bytes", _number("peak_extra_bytes", "{:,}")),
     Column("GB/s", _number("gb_per_s")),

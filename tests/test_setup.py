@@ -649,6 +649,17 @@ def test_make_bench_passes_its_arguments_on():
 
 
 @pytest.mark.usefixtures("clean_variables")
+def test_make_gpu_installs_nothing_and_passes_its_arguments_on(tmp_path):
+    (plain,) = dry_make("gpu", f"VENV={tmp_path}").splitlines()
+    assert plain.split()[:3] == ['PYTHON="python3"', "bash", "tools/gpu.sh"]
+    assert "install" not in plain and plain.split()[3].startswith('"runs/gpu-$(date')
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("")
+    (run,) = dry_make("gpu", f"VENV={tmp_path}", "QUICK=1", "OUT=a b", "ARGS=--only tests").splitlines()
+    assert run == f'PYTHON="{tmp_path}/bin/python" bash tools/gpu.sh --quick --only tests "a b"'
+
+
+@pytest.mark.usefixtures("clean_variables")
 def test_make_train_goes_on_where_the_operators_do_not_build():
     build = dry_make("train").splitlines()[-2]
     assert build == '".venv/bin/python" -m metta_fastagent build --quiet || true'

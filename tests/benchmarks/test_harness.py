@@ -14,6 +14,7 @@ import torch
 import metta_fastagent
 from benchmarks import harness
 from benchmarks.harness import Disagreement, Options, Provider, Shape, Skipped, Suite
+from metta_fastagent import ops
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -145,11 +146,94 @@ def test_shapes_by_selection():
     assert levels("cuda", False) == ["quick", "full", "gpu"]
 
 
-def test_counting_of_api_calls():
-    launches = ["cudaLaunchKernel", "cuLaunchKernel", "cuLaunchKernelEx", "cudaLaunchKernelExC", "cudaGraphLaunch"]
-    waits = ["cudaStreamSynchronize", "cudaDeviceSynchronize", "cuStreamSynchronize", "cudaMemcpy"]
-    others = ["aten::add", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaFuncGetAttributes", "vectorized_kernel"]
-    assert harness.count_api_calls(launches + waits + others) == (len(launches), len(waits))
+def event(name, start, end, device=torch.autograd.DeviceType.CPU):
+    return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
+
+
+def kernel(name, start, end):
+    return event(name, start, end, torch.autograd.DeviceType.CUDA)
+
+
+def profiled(name, start, call_end, wait_end, *inside):
+    return [
+        event(harness.FINISHED + name, start, wait_end),
+        event(harness.CALLED + name, start + 1, call_end),
+        kernel(harness.CALLED + name, start + 2, call_end),
+        event("cudaDeviceSynchronize", call_end + 1, wait_end - 1),
+        *inside,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        *[
+            (name, (1, 0))
+            for name in ("cudaLaunchKernel", "cuLaunchKernel", "cuLaunchKernelEx", "hipModuleLaunchKernel")
+        ],
+        *[(name, (1, 0)) for name in ("cudaLaunchKernelExC_v11060", "cudaGraphLaunch", "cudaGraphLaunch_v10000")],
+        *[(name, (0, 1)) for name in ("cudaStreamSynchronize", "cudaDeviceSynchronize_v3020", "cuStreamSynchronize")],
+        *[(name, (0, 1)) for name in ("cudaEventSynchronize", "cudaMemcpy", "cudaMemcpy_v3020", "cuMemcpyDtoH_v2")],
+        *[(name, (0, 0)) for name in ("aten::add", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaFuncGetAttributes")],
+        *[(name, (0, 0)) for name in ("cudaStreamWaitEvent", "cudaLaunchHostFunc", "vectorized_kernel")],
+    ],
+)
+def test_counting_of_api_calls(name, expected):
+    events = profiled("ours", 0, 100, 200, event(name, 10, 20), kernel("some_kernel", 60, 70))
+    assert harness.count_calls(events) == {"ours": harness.Counts(expected[0], 1, expected[1])}
+
+
+def test_calls_inside_of_calls_and_outside_of_the_range_do_not_count():
+    inside = [
+        event("cudaLaunchKernel", 10, 20),
+        event("cuLaunchKernel", 12, 18),
+        event("cudaLaunchKernel", 30, 40),
+        event("aten::item", 50, 90),
+        event("cudaStreamSynchronize", 60, 80),
+        event("cuStreamSynchronize", 61, 79),
+        kernel("Memcpy DtoH", 55, 56),
+        kernel("ours_kernel", 21, 22),
+        # Starts when the call has returned already.
+        kernel("ours_kernel", 150, 180),
+    ]
+    warm_up = [event("cudaLaunchKernel", -5000, -4990), kernel("ours_kernel", -4980, -4900)]
+    other = profiled("other", 10_000, 10_100, 10_200, event("cuLaunchKernelEx", 10_010, 10_020))
+    other.append(kernel("other_kernel", 10_150, 10_160))
+    assert harness.count_calls([*warm_up, *profiled("ours", 0, 100, 200, *inside), *other]) == {
+        "ours": harness.Counts(launches=2, kernels=2, host_syncs=1),
+        "other": harness.Counts(launches=1, kernels=1, host_syncs=0),
+    }
+
+
+def test_a_graph_is_one_launch_of_many_kernels():
+    kernels = [kernel("k", start, start + 5) for start in range(110, 190, 10)]
+    counted = harness.count_calls(profiled("captured", 0, 100, 200, event("cudaGraphLaunch", 10, 20), *kernels))
+    assert counted == {"captured": harness.Counts(launches=1, kernels=8, host_syncs=0)}
+
+
+def test_a_profiler_that_does_not_see_the_device_counts_nothing():
+    events = [each for each in profiled("ours", 0, 100, 200) if each.device_type == torch.autograd.DeviceType.CPU]
+    assert harness.count_calls(events) == {}
+
+
+def test_the_profiler_of_this_pytorch_has_what_the_counts_read():
+    profile, section = torch.profiler.profile, torch.profiler.record_function
+    with profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record, section(harness.FINISHED + "op"):
+        with section(harness.CALLED + "op"):
+            torch.ones(3).sum()
+        torch.ones(3).sum()
+    events = [*record.events(), kernel("made_up_kernel", *span_of(record.events(), harness.FINISHED + "op"))]
+    assert harness.count_calls(events) == {"op": harness.Counts(0, 1, 0)}
+
+
+def span_of(events, name):
+    (found,) = [event.time_range for event in events if event.name == name]
+    return found.start, found.end
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(2.5e-6, 50), (1e-4, 5), (4.9e-4, 2), (1e-3, 1), (2.0, 1)])
+def test_short_calls_are_captured_often(seconds, calls):
+    assert harness.calls_in_graph(seconds) == calls
 
 
 BENCH = """
@@ -209,29 +293,109 @@ def test_a_wrong_provider_fails_its_benchmark_and_no_other(run_bench):
     assert "1 failed, 2 passed" in done.text
 
 
-def test_what_waits_for_the_device_is_not_captured(monkeypatch):
-    monkeypatch.setattr(harness, "_api_calls", lambda call: (4.0, 1.0))
+def figures_of(monkeypatch, gpu_seconds, **counts):
+    """device_figures of one provider on a made-up CUDA device."""
+    counted = {"op": harness.Counts(**{"launches": 4, "kernels": 4, "host_syncs": 0, **counts})}
+    monkeypatch.setattr(harness, "_api_calls", lambda providers, device: counted)
     monkeypatch.setattr(harness, "_peak_extra_bytes", lambda call, device: 512)
-    monkeypatch.setattr(harness, "_replay_seconds", lambda call, device: pytest.fail("was captured"))
-    figures = harness.device_figures(Provider("waits", ones), torch.device("cuda"))
-    assert figures[:4] == (None, 4.0, 1.0, 512)
+    monkeypatch.setattr(harness, "gpu_seconds", gpu_seconds)
+    return harness.device_figures([Provider("op", ones)], torch.device("cuda"))["op"]
+
+
+def test_what_waits_for_the_device_is_not_captured(monkeypatch):
+    figures = figures_of(monkeypatch, lambda *_: pytest.fail("was captured"), host_syncs=1)
+    assert figures[:5] == (None, 4, 4, 1, 512)
     assert "waits for the device" in figures.note
 
 
 def test_a_failed_capture_is_told(monkeypatch):
-    def refuse(call, device):
+    def refuse(provider, device):
         raise RuntimeError("operation not permitted\nmore")
 
-    monkeypatch.setattr(harness, "_api_calls", lambda call: (4.0, 0.0))
-    monkeypatch.setattr(harness, "_peak_extra_bytes", lambda call, device: 0)
-    monkeypatch.setattr(harness, "_replay_seconds", refuse)
-    figures = harness.device_figures(Provider("odd", ones), torch.device("cuda"))
+    figures = figures_of(monkeypatch, refuse)
     assert figures.gpu_seconds is None
-    assert figures.note == "not captured: operation not permitted"
+    assert figures.launches == 4
+    assert figures.note == "not captured: RuntimeError: operation not permitted"
+
+
+def test_a_provider_that_the_profiler_missed_is_timed_still(monkeypatch):
+    monkeypatch.setattr(harness, "_api_calls", lambda providers, device: {})
+    monkeypatch.setattr(harness, "_peak_extra_bytes", lambda call, device: 512)
+    monkeypatch.setattr(harness, "gpu_seconds", lambda *_: 1e-3)
+    figures = harness.device_figures([Provider("op", ones)], torch.device("cuda"))["op"]
+    assert figures == harness.DeviceFigures(1e-3, None, None, None, 512)
 
 
 def test_the_cpu_has_no_device_figures():
-    assert harness.device_figures(Provider("upstream", ones), CPU) == harness.DeviceFigures()
+    assert harness.device_figures([Provider("upstream", ones)], CPU) == {"upstream": harness.DeviceFigures()}
+
+
+def test_a_provider_that_fails_is_refused_and_the_others_are_timed():
+    def fail():
+        raise RuntimeError("no kernel image\nmore")
+
+    providers = [Provider("upstream", ones), Provider("fails", fail), Provider("right", ones)]
+    measured = harness.measure(suite_of(*providers), SHAPE, QUICK)
+    assert measured.refused == {"fails": "fails fails: RuntimeError: no kernel image"}
+    assert measured.timings.keys() == {"upstream", "right"}
+
+
+class Counter:
+    """A step with a state: it adds the input to what it has added up."""
+
+    def __init__(self, inputs, wrong_from=99):
+        self.inputs, self.wrong_from, self.total, self.calls = inputs, wrong_from, torch.zeros(2), 0
+
+    def __call__(self):
+        self.calls += 1
+        self.total += self.inputs + (self.calls >= self.wrong_from)
+        return self.total
+
+
+@pytest.mark.parametrize("wrong_from", [99, 4, 5, 6])
+def test_replays_are_compared_with_calls_of_a_twin(wrong_from):
+    inputs = torch.ones(2)
+    step, twin = Counter(inputs, wrong_from), Counter(inputs)
+    for _ in range(harness.WARM_UP_CALLS):
+        step()
+    text = harness.replay_difference(step, twin, lambda: inputs.mul_(2), lambda result: result, (0, 0))
+    assert (text is None) is (wrong_from > harness.WARM_UP_CALLS + harness.COMPARED_REPLAYS)
+    assert text is None or f"replay {wrong_from - harness.WARM_UP_CALLS}" in text
+
+
+def captured_from(monkeypatch, replayed, device="cuda"):
+    """captured_provider of a twin that returns ones, whose graph was captured as `replayed` says."""
+    graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(harness, "capture", lambda step, device: (graph, replayed()))
+    parts = harness.Capturable(ones, ones, lambda: None, lambda: None, lambda result: result)
+    return harness.captured_provider("captured", lambda: parts, (0, 0), torch.device(device))
+
+
+def test_a_captured_step_that_agrees_is_a_provider(monkeypatch):
+    provider = captured_from(monkeypatch, ones)
+    assert isinstance(provider, Provider)
+    assert provider.is_graph
+    assert torch.equal(provider.call(), ones())
+
+
+def test_a_captured_step_that_differs_is_refused_untimed(monkeypatch):
+    entry = captured_from(monkeypatch, lambda: torch.zeros(3))
+    assert isinstance(entry, harness.Refused)
+    assert "replay 1" in entry.reason
+    suite = Suite("op", ("upstream", "same", "captured"), [SHAPE], lambda *_: [*same, entry])
+    same = [Provider("upstream", ones), Provider("same", ones)]
+    measured = harness.measure(suite, SHAPE, QUICK)
+    assert measured.refused == {"captured": entry.reason}
+    assert measured.timings.keys() == {"upstream", "same"}
+
+
+def test_a_step_that_cannot_be_captured_is_skipped_with_its_reason(monkeypatch):
+    def fail():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    entry = captured_from(monkeypatch, fail)
+    assert entry == Skipped("captured", "not captured: RuntimeError: operation not permitted when stream is capturing")
+    assert captured_from(monkeypatch, ones, "cpu") == Skipped("captured", "cpu: CUDA graphs need a CUDA device")
 
 
 @pytest.mark.gpu
@@ -239,13 +403,39 @@ def test_the_cpu_has_no_device_figures():
 def test_device_figures():
     cuda = torch.device("cuda")
     x = torch.ones(1 << 20, device=cuda)
-    doubled = harness.device_figures(Provider("doubled", lambda: x * 2), cuda)
+    providers = [Provider("doubled", lambda: x * 2), Provider("read", lambda: (x * 2).sum().item())]
+    doubled, read = harness.device_figures(providers, cuda).values()
     assert doubled.gpu_seconds is not None
     assert 0 < doubled.gpu_seconds < 1
-    assert doubled.launches == 1
-    assert doubled.host_syncs == 0
-    assert doubled.peak_extra_bytes == 4 << 20
-    read = harness.device_figures(Provider("read", lambda: (x * 2).sum().item()), cuda)
+    assert doubled[1:5] == (1, 1, 0, 4 << 20)
     assert read.host_syncs is not None
     assert read.host_syncs >= 1
     assert read.gpu_seconds is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_device_figures_of_the_package():
+    cuda = torch.device("cuda")
+    weights = [torch.randn(n, device=cuda) for n in (10, 5000, 70000)]
+    starts = [torch.zeros_like(weight) for weight in weights]
+    providers = [
+        Provider("clip", lambda: ops.clip_weights_(weights, [1.0] * 3)),
+        Provider("l2", lambda: ops.l2_init_loss(weights, starts)),
+    ]
+    for figures in harness.device_figures(providers, cuda).values():
+        assert figures.note == ""
+        assert figures.gpu_seconds is not None
+        assert figures[1:4] == (1, 1, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_is_captured_and_compared():
+    cuda = torch.device("cuda")
+    inputs = torch.ones(2, device=cuda)
+    step, twin = Counter(inputs), Counter(inputs)
+    step.total, twin.total = step.total.cuda(), twin.total.cuda()
+    parts = harness.Capturable(step, twin, lambda: inputs.mul_(2), lambda: None, lambda result: result)
+    provider = harness.captured_provider("captured", lambda: parts, (0, 0), cuda)
+    assert isinstance(provider, Provider)

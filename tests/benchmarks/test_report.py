@@ -101,6 +101,15 @@ def test_a_busy_machine_is_told(written, tmp_path):
     assert "busy with other work" in (tmp_path / "run.md").read_text()
 
 
+def test_what_there_was_no_time_for_is_told(written, tmp_path):
+    content = result()
+    content["conditions"] |= {"left_out": ["clip rows100", "clip rows1000"], "killed": ["sample"]}
+    report.write(written(content), tmp_path)
+    text = (tmp_path / "run.md").read_text()
+    assert "- left out, as the time was used up: clip rows100, clip rows1000\n" in text
+    assert "- no results of sample: it was stopped, its time was used up\n" in text
+
+
 def test_a_result_without_the_suites_is_refused(written, tmp_path):
     path = written({**result(), "benchmarks": []})
     with pytest.raises(ValueError, match=r"run\.json: holds no benchmark"):
