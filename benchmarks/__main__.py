@@ -1,7 +1,8 @@
-"""Run the benchmarks, or report what a run has written.
+"""Run the benchmarks, or report what a run has written, also in the README.
 
 python -m benchmarks run [--quick] [--only clip,sample] [--seconds 240] [pytest's options]
 python -m benchmarks report RESULT.json [RESULT.json ...] [--out FOLDER]
+python -m benchmarks readme
 """
 
 import argparse
@@ -18,10 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import readme, report
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
+README = FOLDER.parent / "README.md"
 # In the order in which they run, with their shares of a run's time where that is limited.
 SHARES = {
     "clip": 2,
@@ -44,7 +46,7 @@ HARD_SHARES, HARD_SECONDS = 2.0, 15.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code: pytest's for `run`, 0 for `report`."""
+    """The exit code: pytest's for `run`, 0 for the others."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     shown = commands.add_parser("report", help="Markdown and plots of results")
     shown.add_argument("results", type=Path, nargs="+", help="JSON that a run has written")
     shown.add_argument("--out", type=Path, help="folder to write to; default: beside each JSON")
+    commands.add_parser("readme", help="the newest full result of each kind of device into the README's tables")
     known, others = parser.parse_known_args(arguments)
     if known.command == "run":
         unknown = sorted(set(known.only.split(",")) - set(SUITES))
@@ -69,6 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(known.only.split(","), known.quick, known.results, known.seconds, others)
     if others:
         parser.error(f"unknown arguments: {' '.join(others)}")
+    if known.command == "readme":
+        readme.update(README, RESULTS)
+        return 0
     for path in known.results:
         for written in report.write(path, known.out or path.parent):
             print(written)

@@ -133,7 +133,8 @@ class Column(NamedTuple):
     text: Callable[[Row], str]
 
 
-def _seconds(value: float | None) -> str:
+def seconds_text(value: float | None) -> str:
+    """Three digits and a unit; empty for None."""
     if value is None:
         return ""
     scale, unit = next(
@@ -153,11 +154,11 @@ def _ratio(row: Row) -> str:
 
 
 COLUMNS = (
-    Column("wall time", lambda row: _seconds(row.seconds[1])),
-    Column("quartiles", lambda row: f"{_seconds(row.seconds[0])} - {_seconds(row.seconds[2])}"),
+    Column("wall time", lambda row: seconds_text(row.seconds[1])),
+    Column("quartiles", lambda row: f"{seconds_text(row.seconds[0])} - {seconds_text(row.seconds[2])}"),
     Column("of upstream's", _ratio),
     Column("in processor time", _number("cpu_ratio", "{:.2f}")),
-    Column("GPU time", lambda row: _seconds(row.figures.get("gpu_seconds"))),
+    Column("GPU time", lambda row: seconds_text(row.figures.get("gpu_seconds"))),
     Column("launches", _number("launches")),
     Column("kernels", _number("kernels")),
     Column("host syncs", _number("host_syncs")),
