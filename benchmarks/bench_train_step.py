@@ -236,7 +236,7 @@ def compared_update(result: Any) -> dict[str, Any]:
     keys = ("act_log_prob", "entropy", "full_log_probs", "value")
     # The actor's bias is common to all logits: its gradient is a rounding error about 0.
     scaled = [grad / grad.abs().max().clamp_min(1e-6) for grad in gradients if grad is not None and grad.numel() > 1]
-    return {**{key: out[key].flatten() for key in keys}, "gradients": scaled}
+    return {**{key: out[key].detach().flatten() for key in keys}, "gradients": scaled}
 
 
 class Kind(NamedTuple):
