@@ -37,6 +37,7 @@ GPU_TESTS = (
     "tests/test_recurrent_segments.py",
     "tests/test_weight_metrics.py",
     "tests/train/test_environments.py",
+    "tests/train/test_ratio.py",
 )
 TEST_PROCESSES = 8
 SANITIZERS = ("memcheck", "initcheck", "racecheck")

@@ -7,19 +7,26 @@ from metta_fastagent import _native, _triton, use_backend
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.trainer import Trainer
 
-BACKENDS = [
-    pytest.param("eager"),
-    pytest.param("native", marks=pytest.mark.skipif(not _native.load(), reason=f"native: {_native.reason()}")),
-    pytest.param("triton", marks=pytest.mark.skipif(not _triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")),
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+built = pytest.mark.skipif(not _native.load(), reason=f"native: {_native.reason()}")
+interpreted = pytest.mark.skipif(not _triton.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+# Backend and device.
+RUNS = [
+    pytest.param(("eager", "cpu"), id="eager on cpu"),
+    pytest.param(("native", "cpu"), id="native on cpu", marks=built),
+    pytest.param(("triton", "cpu"), id="triton on cpu", marks=interpreted),
+    pytest.param(("eager", "cuda"), id="eager on cuda", marks=[pytest.mark.gpu, on_gpu]),
+    pytest.param(("triton", "cuda"), id="triton on cuda", marks=[pytest.mark.gpu, on_gpu]),
 ]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=RUNS)
 def trainer(request):
     """A trainer after its second rollout, whose segments start amid episodes and see some end."""
-    with use_backend(request.param):
+    backend, device = request.param
+    with use_backend(backend):
         torch.manual_seed(0)
-        config = TrainConfig.for_environment("memory", num_envs=32, segment_length=12, minibatches=1)
+        config = TrainConfig.for_environment("memory", device=device, num_envs=32, segment_length=12, minibatches=1)
         trainer = Trainer(config)
         # With weights as they start, the state hardly moves the logits.
         with torch.no_grad():
@@ -34,7 +41,7 @@ def trainer(request):
 
 def ratios(trainer, *dropped):
     """exp(new - stored) of the log-probs of every step; `dropped` are entries that the agent does not see."""
-    rows = torch.arange(trainer.config.num_envs)
+    rows = torch.arange(trainer.config.num_envs, device=trainer.device)
     segments = trainer.experience.segments(rows).exclude(*dropped)
     out = trainer.agent(segments, action=trainer.experience.actions)
     return (out["act_log_prob"].detach() - trainer.experience.log_probs).exp()
