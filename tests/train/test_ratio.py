@@ -21,9 +21,11 @@ RUNS = [
 
 
 @pytest.fixture(params=RUNS)
-def trainer(request):
+def trainer(request, monkeypatch):
     """A trainer after its second rollout, whose segments start amid episodes and see some end."""
     backend, device = request.param
+    # By a batch's size cuDNN may take a convolution that rounds to TF32, or one that does not.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     with use_backend(backend):
         torch.manual_seed(0)
         config = TrainConfig.for_environment("memory", device=device, num_envs=32, segment_length=12, minibatches=1)
