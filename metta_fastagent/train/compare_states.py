@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> Run:
     """Train on the task and evaluate. Sets the number of torch's threads, as the trainer's command does."""
     torch.set_num_threads(config.threads)
     trainer, rows = Trainer(config, delay=DELAY), []
-    progress = make_progress(config.updates * config.steps_per_update, 0, quiet=False)
+    progress = make_progress(config.steps, 0, quiet=False)
 
     def after_update(row: Row) -> None:
         rows.append(row)

@@ -57,11 +57,13 @@ def test_a_wrong_option_is_one_line(arguments, message, capsys):
 
 
 def mean_return(zero: bool) -> float:
-    """Of the last ten updates in the first half of a run of the command's on half the rows."""
+    """Of the last ten updates in the first half of a run as the command's, on half the rows."""
     config = replace(compare_states.configuration(zero, seed=1, steps=600_000), num_envs=512)
     torch.set_num_threads(config.threads)
     trainer = Trainer(config, delay=compare_states.DELAY)
-    rows = [trainer.train_update() for _ in range(config.updates // 2)]
+    rows = []
+    while trainer.steps < config.steps // 2:
+        rows.append(trainer.train_update())
     return statistics.fmean(row["mean_return"] for row in rows[-10:])
 
 
