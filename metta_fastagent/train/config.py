@@ -67,6 +67,7 @@ COMMON: dict[str, Any] = {
     # depend on the number of cores
     "threads": 1,
     "reset_state_every_step": False,
+    "zero_segment_state": False,
 }
 
 
@@ -105,6 +106,7 @@ class TrainConfig:
     check_ranks: int = option("updates between two comparisons of all ranks' parameters, 0 for none", NON_NEGATIVE_INT)
     threads: int = option("threads that torch uses on the CPU, 0 for its own choice", NON_NEGATIVE_INT)
     reset_state_every_step: bool = option("ablation: zero the LSTM's state at each step (no memory)", FLAG)
+    zero_segment_state: bool = option("ablation: train each segment from zeros, not from the rollout's state", FLAG)
 
     @classmethod
     def for_environment(cls, env: str = "memory", **changes: Any) -> "TrainConfig":

@@ -156,7 +156,9 @@ class Trainer:
         Returns float [2] on the device: episodes that ended, and the sum of their returns.
         """
         experience = self.experience
-        experience.begin(self.memory())
+        # in the ablation the segments' state stays the zeros that it is made of
+        if not self.config.zero_segment_state:
+            experience.begin(self.memory())
         finished = torch.zeros(2, device=self.device)
         for t in range(experience.length):
             with self.stopwatch("inference"):

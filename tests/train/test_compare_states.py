@@ -1,0 +1,74 @@
+"""Stored state against zero state: the ablation does what it says, the command draws, and stored state learns more."""
+
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+
+from metta_fastagent.train import compare_states
+from metta_fastagent.train.config import TrainConfig
+from metta_fastagent.train.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_ablation_zeroes_the_segments_state_and_not_the_rollouts(zero):
+    sizes = {"num_envs": 8, "segment_length": 3, "minibatches": 1}
+    trainer = Trainer(TrainConfig.for_environment("memory", zero_segment_state=zero, **sizes))
+    trainer.train_update()
+    states = [state.clone() for state in trainer.memory()]
+    assert all(state.abs().max() > 0.01 for state in states)
+    trainer.collect()
+    for stored, state in zip((trainer.experience.lstm_h, trainer.experience.lstm_c), states, strict=True):
+        assert torch.equal(stored, torch.zeros_like(stored) if zero else state.transpose(0, 1))
+
+
+def test_the_command_trains_both_and_draws(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare_states, "NUM_ENVS", 16)
+    monkeypatch.setattr(compare_states, "evaluate", lambda *args, **options: evaluation)
+    evaluation = compare_states.Evaluation((0.1, 0.2), (0.3, 0.5), (1.0, 1.0))
+    path = tmp_path / "both.png"
+    assert compare_states.main(["--out", str(path), "--steps", "1600"]) == 0
+    output = capsys.readouterr().out
+    assert "stored state: mean return 0.400, score 0.294" in output
+    assert "zero state: mean return 0.400" in output
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps must be an integer above 0, got 0"),
+        (["--out", "nowhere/a.png"], "nowhere is no folder"),
+    ],
+)
+def test_a_wrong_option_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        compare_states.main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def mean_return(zero: bool) -> float:
+    """Of the last ten updates in the first half of a run as the command's, on half the rows."""
+    config = replace(compare_states.configuration(zero, seed=1, steps=600_000), num_envs=512)
+    torch.set_num_threads(config.threads)
+    trainer = Trainer(config, delay=compare_states.DELAY)
+    rows = []
+    while trainer.steps < config.steps // 2:
+        rows.append(trainer.train_update())
+    return statistics.fmean(row["mean_return"] for row in rows[-10:])
+
+
+@pytest.mark.slow
+def test_stored_state_learns_what_zero_state_does_not():
+    stored, zero = mean_return(zero=False), mean_return(zero=True)
+    # what knows nothing of the cue has a mean return of at most 1/4
+    assert zero < 0.3 and stored > 0.45, f"stored state {stored:.3f}, zero state {zero:.3f}"
