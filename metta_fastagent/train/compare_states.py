@@ -88,13 +88,13 @@ def draw(path: Path, runs: dict[str, Run], seed: int) -> None:
     levels = {"scripted": statistics.fmean(evaluation.scripted or ()), "random": statistics.fmean(evaluation.random)}
     for (name, level), style in zip(levels.items(), ("-.", ":"), strict=True):
         axes.axhline(level, color="#444444", linewidth=1.2, linestyle=style, label=f"{name} ({level:.3g})")
-    axes.set_xlabel("environment steps")
+    axes.set_xlabel("environment steps, thousands")
     axes.set_ylabel("mean return of finished episodes")
     delay = TASK["delay"]
     axes.set_title(f"Memory task, seed {seed}: cue {delay} steps before a press, segments of {SEGMENT_LENGTH} steps")
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.05)
-    axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
+    axes.xaxis.set_major_formatter(lambda value, position: f"{value / 1000:,.0f}")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
