@@ -271,7 +271,6 @@ def run_bench(tmp_path):
     return run
 
 
-@pytest.mark.slow
 def test_a_slowdown_fails_the_comparison_of_two_runs(run_bench):
     first = run_bench("--benchmark-save=before", sleep=0.002)
     assert first.code == 0, first.text
@@ -285,7 +284,6 @@ def test_a_slowdown_fails_the_comparison_of_two_runs(run_bench):
     assert "ours" in slower.text
 
 
-@pytest.mark.slow
 def test_a_wrong_provider_fails_its_benchmark_and_no_other(run_bench):
     done = run_bench(sleep=0.0, ones=3)
     assert done.code == 1

@@ -86,7 +86,6 @@ def test_without_pytest_benchmark_it_is_named(monkeypatch, capsys):
     assert "pytest-benchmark is not installed" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_run_is_sorted_in_by_machine_and_reported(tmp_path):
     run = ["run", "--quick", "--only", "tensordict_fields", "--results", str(tmp_path), "--device", "cpu"]
     assert main([*run, "-k", "rows256"]) == 0
@@ -101,13 +100,11 @@ def test_a_run_is_sorted_in_by_machine_and_reported(tmp_path):
     assert "rows 256, time 0 | eager" in result.with_suffix(".md").read_text()
 
 
-@pytest.mark.slow
 def test_a_run_without_a_benchmark_leaves_nothing(tmp_path):
     assert main(["run", "--only", "clip", "--results", str(tmp_path), "--device", "cpu", "-k", "nonsense"]) != 0
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_suites_share_the_time_and_are_merged(tmp_path):
     run = ["run", "--quick", "--only", "tensordict_fields,conversions,clip", "--results", str(tmp_path)]
     # No shape of the first suite is begun after its share.
