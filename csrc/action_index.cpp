@@ -14,7 +14,7 @@ std::tuple<Tensor, int64_t> to_index(const Tensor& actions, const Tensor& cum_ac
   const Integers values(actions, "actions");
   const ActionTable pairs(cum_action_max_params);
   const Tensor index = empty({N}, ScalarType::Long);
-  int64_t* out = static_cast<int64_t*>(index.mutable_data_ptr());
+  int64_t* out = mutable_data_of<int64_t>(index);
   FirstBad bad;
   parallel(N, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -57,8 +57,8 @@ std::tuple<Tensor, int64_t> to_action(const Tensor& index, const Tensor& action_
   FirstBad bad;
   const auto run = [&](auto zero) {
     using Entry = decltype(zero);
-    copy_pairs<Entry>(wanted, step, static_cast<const Entry*>(action_index_tensor.const_data_ptr()),
-                      static_cast<Entry*>(pairs.mutable_data_ptr()), N, A, bad);
+    copy_pairs<Entry>(wanted, step, data_of<Entry>(action_index_tensor), mutable_data_of<Entry>(pairs), N, A,
+                      bad);
   };
   dtype == ScalarType::Int ? run(int32_t{}) : run(int64_t{});
   return {pairs, bad.row()};

@@ -40,6 +40,28 @@ inline void require_shape(const Tensor& tensor, const char* name, std::initializ
   STD_TORCH_CHECK(same, name, ": wrong shape");
 }
 
+inline void require(const Tensor& tensor, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  require_dense(tensor, name, dtype);
+  require_shape(tensor, name, shape);
+}
+
+// The tensor's dtype, which is one of the two that the operators calculate in.
+inline ScalarType require_floating_point(const Tensor& tensor, const char* name) {
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name, ": expected float32 or float64");
+  return dtype;
+}
+
+template <class T>
+const T* data_of(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
 // An uninitialised contiguous CPU tensor.
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) {
   int64_t strides[4], step = 1;
@@ -66,7 +88,7 @@ struct Integers {
                                         dtype == ScalarType::Short || dtype == ScalarType::Char ||
                                         dtype == ScalarType::Byte),
                     name, ": expected integers on the CPU");
-    data = static_cast<const char*>(tensor.const_data_ptr());
+    data = data_of<char>(tensor);
   }
 
   int64_t at(int64_t position) const {
@@ -91,8 +113,7 @@ struct ActionTable {
   int64_t types;
 
   explicit ActionTable(const Tensor& table)
-      : data((require_dense(table, "cum_action_max_params", ScalarType::Long),
-              static_cast<const int64_t*>(table.const_data_ptr()))),
+      : data((require_dense(table, "cum_action_max_params", ScalarType::Long), data_of<int64_t>(table))),
         types(table.numel() - 1) {
     STD_TORCH_CHECK(table.dim() == 1 && types >= 1, "cum_action_max_params: wrong shape");
   }

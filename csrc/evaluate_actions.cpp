@@ -63,18 +63,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> evaluate_forward(const Tenso
                                                             const std::optional<Tensor>& table) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "logits: expected a matrix");
   const int64_t N = logits.size(0), A = logits.size(1);
-  const ScalarType dtype = logits.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "logits: expected float32 or float64");
+  const ScalarType dtype = require_floating_point(logits, "logits");
   require_dense(logits, "logits", dtype);
   const Tensor log_prob = empty({N}, dtype), entropy = empty({N}, dtype), full = empty({N, A}, dtype);
   const Tensor index = empty({N}, ScalarType::Long);
-  int64_t* chosen = static_cast<int64_t*>(index.mutable_data_ptr());
+  int64_t* chosen = mutable_data_of<int64_t>(index);
   const int64_t bad = read_actions(actions, table, N, A, chosen);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    forward_rows<T>(static_cast<const T*>(logits.const_data_ptr()), chosen,
-                    static_cast<T*>(log_prob.mutable_data_ptr()), static_cast<T*>(entropy.mutable_data_ptr()),
-                    static_cast<T*>(full.mutable_data_ptr()), N, A);
+    forward_rows<T>(data_of<T>(logits), chosen, mutable_data_of<T>(log_prob), mutable_data_of<T>(entropy),
+                    mutable_data_of<T>(full), N, A);
   };
   if (bad < 0) dtype == ScalarType::Float ? run(float{}) : run(double{});
   return {log_prob, entropy, full, index, bad};
@@ -90,7 +88,7 @@ struct PerRow {
     if (!tensor.has_value()) return;
     require_shape(*tensor, name, {N});
     STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == dtype, name, ": expected the dtype of logits");
-    data = static_cast<const T*>(tensor->const_data_ptr());
+    data = data_of<T>(*tensor);
     step = tensor->stride(0);
   }
 
@@ -141,24 +139,19 @@ Tensor evaluate_backward(const Tensor& logits, const Tensor& index, const std::o
                 const std::optional<Tensor>& grad_entropy, const std::optional<Tensor>& grad_full) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "logits: expected a matrix");
   const int64_t N = logits.size(0), A = logits.size(1);
-  const ScalarType dtype = logits.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "logits: expected float32 or float64");
+  const ScalarType dtype = require_floating_point(logits, "logits");
   require_dense(logits, "logits", dtype);
-  require_dense(index, "index", ScalarType::Long);
-  require_shape(index, "index", {N});
+  require(index, "index", ScalarType::Long, {N});
   if (grad_full.has_value()) {
-    require_dense(*grad_full, "grad_full_log_probs", dtype);
-    require_shape(*grad_full, "grad_full_log_probs", {N, A});
+    require(*grad_full, "grad_full_log_probs", dtype, {N, A});
   }
   const Tensor grad = empty({N, A}, dtype);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    backward_rows<T>(static_cast<const T*>(logits.const_data_ptr()),
-                     static_cast<const int64_t*>(index.const_data_ptr()),
+    backward_rows<T>(data_of<T>(logits), data_of<int64_t>(index),
                      PerRow<T>(grad_log_prob, "grad_log_prob", N, dtype),
                      PerRow<T>(grad_entropy, "grad_entropy", N, dtype),
-                     grad_full.has_value() ? static_cast<const T*>(grad_full->const_data_ptr()) : nullptr,
-                     static_cast<T*>(grad.mutable_data_ptr()), N, A);
+                     grad_full.has_value() ? data_of<T>(*grad_full) : nullptr, mutable_data_of<T>(grad), N, A);
   };
   dtype == ScalarType::Float ? run(float{}) : run(double{});
   return grad;

@@ -30,8 +30,7 @@ double squared_distance(const T* a, const T* b, int64_t count) {
 
 ScalarType require_alike(const std::vector<Tensor>& params, const std::vector<Tensor>& initial) {
   STD_TORCH_CHECK(!params.empty() && params.size() == initial.size(), "initial: expected one for each of params");
-  const ScalarType dtype = params[0].scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "params: expected float32 or float64");
+  const ScalarType dtype = require_floating_point(params[0], "params");
   for (size_t i = 0; i < params.size(); ++i) {
     bool alike = params[i].scalar_type() == dtype && initial[i].scalar_type() == dtype && params[i].is_cpu() &&
                  initial[i].is_cpu() && params[i].dim() == initial[i].dim() && is_dense(params[i]);
@@ -51,8 +50,8 @@ double loss_of(const std::vector<Tensor>& params, const std::vector<Tensor>& ini
   };
   std::vector<Part> parts;
   for (size_t i = 0; i < params.size(); ++i) {
-    const T* a = static_cast<const T*>(params[i].const_data_ptr());
-    const T* b = static_cast<const T*>(initial[i].const_data_ptr());
+    const T* a = data_of<T>(params[i]);
+    const T* b = data_of<T>(initial[i]);
     const int64_t numel = params[i].numel();
     for (int64_t first = 0; first < numel; first += CHUNK)
       parts.push_back({a + first, b + first, std::min(CHUNK, numel - first)});
@@ -70,7 +69,7 @@ Tensor l2_forward(const std::vector<Tensor>& params, const std::vector<Tensor>& 
   const ScalarType dtype = require_alike(params, initial);
   const double total = dtype == ScalarType::Float ? loss_of<float>(params, initial) : loss_of<double>(params, initial);
   const Tensor loss = empty({}, ScalarType::Float);
-  *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total * scale);
+  *mutable_data_of<float>(loss) = static_cast<float>(total * scale);
   return loss;
 }
 
@@ -85,9 +84,8 @@ void gradient(const T* a, const T* b, T* out, int64_t count, T factor) {
 std::vector<Tensor> l2_backward(const std::vector<Tensor>& params, const std::vector<Tensor>& initial, double scale,
                              const Tensor& grad) {
   const ScalarType dtype = require_alike(params, initial);
-  require_dense(grad, "grad", ScalarType::Float);
-  require_shape(grad, "grad", {});
-  const double factor = 2.0 * scale * *static_cast<const float*>(grad.const_data_ptr());
+  require(grad, "grad", ScalarType::Float, {});
+  const double factor = 2.0 * scale * *data_of<float>(grad);
   std::vector<Tensor> grads;
   grads.reserve(params.size());
   for (const Tensor& param : params) grads.push_back(torch::stable::empty_like(param));
@@ -96,9 +94,8 @@ std::vector<Tensor> l2_backward(const std::vector<Tensor>& params, const std::ve
     run.each(begin, end, [&](size_t i, int64_t first, int64_t stop) {
       const auto apply = [&](auto zero) {
         using T = decltype(zero);
-        gradient<T>(static_cast<const T*>(params[i].const_data_ptr()) + first,
-                    static_cast<const T*>(initial[i].const_data_ptr()) + first,
-                    static_cast<T*>(grads[i].mutable_data_ptr()) + first, stop - first, static_cast<T>(factor));
+        gradient<T>(data_of<T>(params[i]) + first, data_of<T>(initial[i]) + first,
+                    mutable_data_of<T>(grads[i]) + first, stop - first, static_cast<T>(factor));
       };
       dtype == ScalarType::Float ? apply(float{}) : apply(double{});
     });

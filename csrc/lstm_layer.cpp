@@ -31,9 +31,8 @@ class Resets {
  public:
   Resets(const std::optional<Tensor>& resets, const Sizes& sizes) : data_(nullptr), rows_(sizes.B) {
     if (!resets.has_value()) return;
-    require_dense(*resets, "resets", ScalarType::Bool);
-    require_shape(*resets, "resets", {sizes.T, sizes.B});
-    data_ = static_cast<const bool*>(resets->const_data_ptr());
+    require(*resets, "resets", ScalarType::Bool, {sizes.T, sizes.B});
+    data_ = data_of<bool>(*resets);
   }
   bool at(int64_t step, int64_t row) const { return data_ != nullptr && data_[step * rows_ + row]; }
 
@@ -41,27 +40,6 @@ class Resets {
   const bool* data_;
   int64_t rows_;
 };
-
-void require(const Tensor& tensor, const char* name, ScalarType dtype, std::initializer_list<int64_t> shape) {
-  require_dense(tensor, name, dtype);
-  require_shape(tensor, name, shape);
-}
-
-ScalarType require_floating_point(const Tensor& tensor, const char* name) {
-  const ScalarType dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name, ": expected float32 or float64");
-  return dtype;
-}
-
-template <class T>
-const T* data_of(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
 
 // f(first, live) for each vector of a row of H elements.
 template <class T, class F>

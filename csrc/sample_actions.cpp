@@ -68,20 +68,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> sample(const Tensor&
                                                                    const std::optional<Tensor>& table) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "logits: expected a matrix");
   const int64_t N = logits.size(0), A = logits.size(1);
-  const ScalarType dtype = logits.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "logits: expected float32 or float64");
+  const ScalarType dtype = require_floating_point(logits, "logits");
   require_dense(logits, "logits", dtype);
-  require_dense(uniform, "uniform", dtype);
-  require_shape(uniform, "uniform", {N});
+  require(uniform, "uniform", dtype, {N});
   const Tensor index = empty({N}, ScalarType::Long), pair = empty({table.has_value() ? N : 0, 2}, ScalarType::Int);
   const Tensor log_prob = empty({N}, dtype), entropy = empty({N}, dtype), full = empty({N, A}, dtype);
-  int64_t* chosen = static_cast<int64_t*>(index.mutable_data_ptr());
+  int64_t* chosen = mutable_data_of<int64_t>(index);
   FirstBad bad;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    draw_rows<T>({static_cast<const T*>(logits.const_data_ptr()), static_cast<const T*>(uniform.const_data_ptr()),
-                  chosen, static_cast<T*>(log_prob.mutable_data_ptr()), static_cast<T*>(entropy.mutable_data_ptr()),
-                  static_cast<T*>(full.mutable_data_ptr()), N, A},
+    draw_rows<T>({data_of<T>(logits), data_of<T>(uniform), chosen, mutable_data_of<T>(log_prob),
+                  mutable_data_of<T>(entropy), mutable_data_of<T>(full), N, A},
                  bad);
   };
   dtype == ScalarType::Float ? run(float{}) : run(double{});
@@ -89,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> sample(const Tensor&
     const Integers pairs(*table, "action_index_tensor");
     require_shape(*table, "action_index_tensor", {A, 2});
     const int64_t step = table->stride(0), next = table->stride(1);
-    int32_t* out = static_cast<int32_t*>(pair.mutable_data_ptr());
+    int32_t* out = mutable_data_of<int32_t>(pair);
     for (int64_t row = 0; row < N; ++row) {
       out[2 * row] = static_cast<int32_t>(pairs.at(chosen[row] * step));
       out[2 * row + 1] = static_cast<int32_t>(pairs.at(chosen[row] * step + next));

@@ -44,16 +44,14 @@ Tensor to_grid(const Tensor& tokens, int64_t features, int64_t width, int64_t he
   STD_TORCH_CHECK(tokens.dim() == 3 && tokens.size(2) == 3, "tokens: expected shape [N, M, 3]");
   STD_TORCH_CHECK(features >= 1 && features <= 256 && width >= 1 && width <= 16 && height >= 1 && height <= 16,
                   "num_features, width, height: expected 1 to 256, 16 and 16");
-  const ScalarType dtype = scale.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "scale: expected float32 or float64");
-  require_dense(scale, "scale", dtype);
-  require_shape(scale, "scale", {features});
+  const ScalarType dtype = require_floating_point(scale, "scale");
+  require(scale, "scale", dtype, {features});
   const int64_t N = tokens.size(0), M = tokens.size(1);
   const Tensor grid = empty({N, features, width, height}, dtype);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    scatter_rows<T>(static_cast<const uint8_t*>(tokens.const_data_ptr()), static_cast<const T*>(scale.const_data_ptr()),
-                    static_cast<T*>(grid.mutable_data_ptr()), N, M, features, width, height);
+    scatter_rows<T>(data_of<uint8_t>(tokens), data_of<T>(scale), mutable_data_of<T>(grid), N, M, features, width,
+                    height);
   };
   dtype == ScalarType::Float ? run(float{}) : run(double{});
   return grid;

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metta_fastagent import ops
 from metta_fastagent._rollout_memory import DeviceRows, memory_rows, read_rows, spoiled, whole_number, write_rows
-from metta_fastagent.ops._checks import describe
+from metta_fastagent.ops._checks import contiguous, describe, under_autocast
 
 Memory = tuple[dict[int, Tensor], dict[int, Tensor]]
 # what `_manage_lstm_state` hands to `_store_lstm_state`: a key or a first row, rows known to the device, or nothing
@@ -189,15 +189,16 @@ class LSTMWrapper(nn.Module):
         """(output [B * TT, hidden_size], h, c, env_id): `run_lstm` before it stores the state."""
         sequence = hidden.view(B, TT, -1).transpose(0, 1)
         h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device)
-        resets = _resets(td, B, TT, hidden.device)
         _require_sequence_first(self.lstm)
-        # A single step was reset with its state, above. On CUDA it goes the segments' way nevertheless: cuDNN rounds
-        # nn.LSTM's products to TF32 unless told otherwise, and a segment has to repeat its rollout.
-        reset_before = TT == 1 and not (sequence.is_cuda and isinstance(self.lstm, nn.LSTM))
-        if resets is None or reset_before:
-            output, (h, c) = self.lstm(sequence, (h, c))
-        else:
+        # The first step has been reset with its state: a single one needs no flags any more. On CUDA it goes the
+        # segments' way nevertheless: cuDNN rounds nn.LSTM's products to TF32 unless told otherwise, and a segment has
+        # to repeat its rollout.
+        resets = _resets(td, B, TT, hidden.device) if TT > 1 else None
+        as_segment = TT == 1 and sequence.is_cuda and isinstance(self.lstm, nn.LSTM) and bool(_flag_keys(td))
+        if resets is not None or as_segment:
             output, (h, c) = _lstm_with_resets(self.lstm, sequence, h, c, resets)
+        else:
+            output, (h, c) = self.lstm(sequence, (h, c))
         return output.transpose(0, 1).reshape(B * TT, -1), h, c, env_id
 
     def _manage_lstm_state(
@@ -346,12 +347,15 @@ def _environment_id(td: TensorDictBase) -> Any:
     return 0 if env_id is None else env_id
 
 
+def _flag_keys(td: TensorDictBase) -> list[str]:
+    """The entries of `td` that say where episodes start."""
+    return [key for key in ("dones", "truncateds") if key in td.keys()]
+
+
 def _resets(td: TensorDictBase, B: int, TT: int, device: torch.device) -> Tensor | None:
     """Rows to reset before each step, bool [TT, B]; None where `td` has neither `dones` nor `truncateds`."""
     resets = None
-    for key in ("dones", "truncateds"):
-        if key not in td.keys():
-            continue
+    for key in _flag_keys(td):
         flags = _entry(td, key, device)
         if flags.numel() != B * TT:
             expected = f"{B * TT} values, one for each step of each row"
@@ -371,15 +375,14 @@ def _require_sequence_first(lstm: nn.Module) -> None:
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype:
     """What nn.LSTM casts its input, state and weights to: under autocast its dtype, but float64 stays as it is."""
-    device_type = tensor.device.type
-    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if enabled and tensor.dtype != torch.float64 else tensor.dtype
+    cast = under_autocast(tensor.device) and tensor.dtype != torch.float64
+    return torch.get_autocast_dtype(tensor.device.type) if cast else tensor.dtype
 
 
 def _lstm_with_resets(
-    lstm: nn.Module, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor
+    lstm: nn.Module, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """`lstm(sequence, (h, c))` with the state of row b zeroed before step t where resets[t, b].
+    """`lstm(sequence, (h, c))` with the state of row b zeroed before step t where resets[t, b]; None resets nothing.
 
     One matrix product projects a layer's whole input; `lstm_layer` holds only what depends on the step before.
     """
@@ -388,7 +391,7 @@ def _lstm_with_resets(
     dtype = _autocast_dtype(sequence)
     sequence, h, c = sequence.to(dtype), h.to(dtype), c.to(dtype)
     # The flags come transposed; one copy serves all layers.
-    resets = resets.contiguous()
+    resets = contiguous(resets)
     last_h, last_c = [], []
     for layer, (weight_ih, weight_hh, *biases) in enumerate(lstm.all_weights):
         if layer > 0:

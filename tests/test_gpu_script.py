@@ -4,11 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes_for_tests import has_ended
 
 from benchmarks import gpu
 from benchmarks.gpu import FAILED, PASSED, SKIPPED, TIMED_OUT, Stage
@@ -29,20 +29,6 @@ def run(tmp_path, *stages, seconds=120.0):
     results, facts = gpu.run_stages([versions(), *stages], tmp_path, seconds)
     assert facts == json.loads(MACHINE)
     return {result.stage: result for result in results[1:]}
-
-
-def has_ended(pid, patience=10.0):
-    """Whether a process ends within so many seconds: a kill takes a moment."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
 
 
 SLEEPS = "import time; time.sleep(100)"

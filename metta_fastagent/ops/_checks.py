@@ -70,6 +70,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for `device`; some devices know none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor in contiguous memory; None stays None."""
     return None if tensor is None else tensor.contiguous()

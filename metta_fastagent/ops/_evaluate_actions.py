@@ -43,6 +43,7 @@ from metta_fastagent.ops._checks import (
     require_logits,
     require_same_device,
     require_tensor,
+    under_autocast,
 )
 
 
@@ -443,7 +444,7 @@ class _EvaluateActions(torch.autograd.Function):
 
 def float32_under_autocast(logits: Tensor) -> Tensor:
     """Logits in float32 where autocast would run log_softmax in float32, else as they are."""
-    if torch.is_autocast_enabled(logits.device.type) and logits.device.type == "cuda":
+    if logits.device.type == "cuda" and under_autocast(logits.device):
         return logits.float()
     return logits
 

@@ -37,6 +37,7 @@ from metta_fastagent.ops._checks import (
     describe,
     require_same_device,
     require_tensor,
+    under_autocast,
 )
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -350,7 +351,7 @@ def _lstm_layer_backward_cuda(
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
     """Products keep their tensors' dtype: autocast would make float32 ones half precision."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if under_autocast(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

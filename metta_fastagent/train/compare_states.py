@@ -16,7 +16,7 @@ import torch
 
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.evaluate import WORLDS, Evaluation, evaluate
-from metta_fastagent.train.report import Row, make_progress, smoothed
+from metta_fastagent.train.report import Row, finish_curves, make_progress, new_curves, returns_by_step, smoothed
 from metta_fastagent.train.trainer import Trainer, TrainingDiverged
 
 PROGRAM = "python -m metta_fastagent.train.compare_states"
@@ -72,30 +72,19 @@ def train(config: TrainConfig) -> Run:
 
 def draw(path: Path, runs: dict[str, Run], seed: int) -> None:
     """Mean return over environment steps of every run, with the random and the scripted policy's level, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.0), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_curves()
     for name, run in runs.items():
         color, style = STYLES[name]
-        finished = [row for row in run.rows if row["episodes"]]
-        steps, returns = [row["steps"] for row in finished], [row["mean_return"] for row in finished]
+        steps, returns = returns_by_step(run.rows)
         label = f"{name} ({statistics.fmean(run.evaluation.learned):.3g} at the end)"
         axes.plot(steps, smoothed(returns), color=color, linestyle=style, linewidth=1.8, label=label)
     evaluation = next(iter(runs.values())).evaluation
     levels = {"scripted": statistics.fmean(evaluation.scripted or ()), "random": statistics.fmean(evaluation.random)}
-    for (name, level), style in zip(levels.items(), ("-.", ":"), strict=True):
-        axes.axhline(level, color="#444444", linewidth=1.2, linestyle=style, label=f"{name} ({level:.3g})")
+    task = f"cue {TASK['delay']} steps before a press, segments of {SEGMENT_LENGTH} steps"
+    finish_curves(axes, f"Memory task, seed {seed}: {task}", levels, ("-.", ":"))
     axes.set_xlabel("environment steps, thousands")
-    axes.set_ylabel("mean return of finished episodes")
-    delay = TASK["delay"]
-    axes.set_title(f"Memory task, seed {seed}: cue {delay} steps before a press, segments of {SEGMENT_LENGTH} steps")
-    axes.set_xlim(left=0)
     axes.set_ylim(0, 1.05)
     axes.xaxis.set_major_formatter(lambda value, position: f"{value / 1000:,.0f}")
-    axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 

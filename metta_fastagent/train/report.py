@@ -136,26 +136,41 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def draw_learning_curve(path: Path, rows: Sequence[Row], title: str, levels: Mapping[str, float]) -> None:
-    """Mean return over environment steps as a PNG, with `levels` (name -> return) as horizontal lines."""
+def new_curves() -> tuple[Any, Any]:
+    """(figure, axes) of matplotlib to draw learning curves on, without a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    return figure, figure.add_subplot()
+
+
+def returns_by_step(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """(steps, mean returns) of the updates in which an episode ended."""
     finished = [row for row in rows if not math.isnan(row["mean_return"])]
-    steps, returns = [row["steps"] for row in finished], [row["mean_return"] for row in finished]
-    axes.plot(steps, returns, color="#9db8d2", linewidth=0.8)
-    axes.plot(steps, smoothed(returns), color="#1f4e79", linewidth=1.8, label="learned")
-    for (name, level), style in zip(levels.items(), ("--", ":", "-."), strict=False):
+    return [row["steps"] for row in finished], [row["mean_return"] for row in finished]
+
+
+def finish_curves(axes: Any, title: str, levels: Mapping[str, float], styles: Sequence[str]) -> None:
+    """Horizontal lines at `levels` (name -> return), each in its style, then title, y axis and grid."""
+    for (name, level), style in zip(levels.items(), styles, strict=False):
         axes.axhline(level, color="#444444", linewidth=1.2, linestyle=style, label=f"{name} ({level:.3g})")
-    axes.set_xlabel("environment steps")
     axes.set_ylabel("mean return of finished episodes")
     axes.set_title(title)
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
     axes.grid(alpha=0.25)
+
+
+def draw_learning_curve(path: Path, rows: Sequence[Row], title: str, levels: Mapping[str, float]) -> None:
+    """Mean return over environment steps as a PNG, with `levels` (name -> return) as horizontal lines."""
+    figure, axes = new_curves()
+    steps, returns = returns_by_step(rows)
+    axes.plot(steps, returns, color="#9db8d2", linewidth=0.8)
+    axes.plot(steps, smoothed(returns), color="#1f4e79", linewidth=1.8, label="learned")
+    finish_curves(axes, title, levels, ("--", ":", "-."))
+    axes.set_xlabel("environment steps")
+    axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
     axes.legend(loc="best", frameon=False)
     figure.savefig(path)
 

@@ -27,8 +27,6 @@ COLUMNS = (
     *(f"{phase}_seconds" for phase in PHASES),
 )
 
-Memory = tuple[dict[int, Tensor], dict[int, Tensor]]
-
 
 class TrainingDiverged(RuntimeError):
     """A loss or the gradient is not finite any more; further updates would only spread it."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes_for_tests import has_ended
 
 from benchmarks import __main__ as entry
 from benchmarks import conftest, harness, machine
@@ -161,20 +162,6 @@ def test_a_suite_that_overruns_is_killed_with_its_children(tmp_path, monkeypatch
     assert entry.run_suites(["made_up"], tmp_path / "result.json", 8.0, deadline, ["-p", "no:importnb"]) == code
     assert time.monotonic() < deadline - 60
     assert has_ended(int((tmp_path / "child").read_text()))
-
-
-def has_ended(pid, patience=10.0):
-    """Whether a process ends within so many seconds: a kill takes a moment."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_a_suite_without_time_left_is_not_begun(tmp_path):

@@ -11,15 +11,7 @@ from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.trainer import Trainer
 
 SMALL = {"num_envs": 8, "segment_length": 6, "minibatches": 2, "steps": 8 * 6 * 8}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the command does: a second thread gains little here, and waits long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trainer(**changes) -> Trainer:

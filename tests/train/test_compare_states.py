@@ -9,12 +9,7 @@ from metta_fastagent.train import compare_states
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("zero", [False, True])

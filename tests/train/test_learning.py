@@ -10,15 +10,7 @@ from metta_fastagent.train.evaluate import evaluate
 from metta_fastagent.train.trainer import Trainer
 
 SEEDS = (1, 2, 3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the command does: a second thread gains little here, and waits long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # four cells, all within reach of the board, so that only the cue is to be remembered

@@ -22,15 +22,7 @@ from metta_fastagent.train.trainer import Trainer
 
 SMALL = ("--num-envs", "8", "--segment-length", "6", "--minibatches", "2", "--epochs", "2")
 STEPS = 48
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the ranks do: sums are then in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(**changes) -> TrainConfig:
