@@ -9,7 +9,7 @@ and, for upstream gradients g (log_prob), h (entropy) and f (full_log_probs),
     d logits_j = g (1[j = index] - p_j) - h p_j (full_log_probs_j + entropy) + f_j - p_j sum_k f_k
 
 so a masked logit (-inf) does not make the entropy or its gradient NaN. Arithmetic is float32 (float64 for float64), and
-results are cast once, at the store. A row whose index is out of range (off the CPU only) has log_prob NaN and gradient 0.
+results are cast once, at the store. A row with an index out of range (off the CPU only) has log_prob NaN, gradient 0.
 """
 
 # pyright: reportInvalidTypeForm=false
