@@ -4,6 +4,8 @@ A plain int is the first row, and the rows are a narrow view. A tensor on the me
 captured graph sees its value at each replay: rows are gathered and scattered by index.
 """
 
+import math
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -23,14 +25,12 @@ class DeviceRows(NamedTuple):
 MemoryRows = int | DeviceRows
 
 
-def whole_number(env_id: Any) -> int:
+def whole_number(env_id: Any, name: str = "td['training_env_id_start']") -> int:
     """`env_id` as an int; a ValueError if it is not a whole number."""
-    if isinstance(env_id, Tensor) and env_id.numel() == 1:
-        env_id = env_id.item()
-    fraction = isinstance(env_id, float) and not env_id.is_integer()
-    if not isinstance(env_id, (int, float)) or fraction:
-        raise ValueError(f"td['training_env_id_start']: got {describe(env_id)}, expected an integer")
-    return int(env_id)
+    number = env_id.item() if isinstance(env_id, Tensor) and env_id.numel() == 1 else env_id
+    if not isinstance(number, Real) or not math.isfinite(number) or int(number) != number:
+        raise ValueError(f"{name}: got {describe(env_id)}, expected an integer")
+    return int(number)
 
 
 def _checked_start(env_id: Any, rows: int, num_envs: int) -> int:

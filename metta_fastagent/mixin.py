@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from metta_fastagent import ops
 from metta_fastagent._layer_index import CLIPPED_LAYERS, LayerIndex, Transient
+from metta_fastagent._mode import Fields, is_training
 from metta_fastagent.action_space import ActionSpace, checked_max_params
 from metta_fastagent.ops._checks import describe, require_integer, require_number
 from metta_fastagent.weight_metrics import analyze_weights
@@ -86,7 +87,8 @@ class PyTorchAgentMixin(_Module):
 
         Returns:
             dict for `init_mixin`: `clip_range` (default 0), `analyze_weights_interval` (default 300), `clip_mode` and
-            `validate` if given, and `extra_kwargs`, which is `kwargs` itself with the rest.
+            `validate` if given, and `extra_kwargs`, which is `kwargs` itself with the rest (a dict of the rest if
+            nothing can be removed from `kwargs`).
 
         Raises:
             TypeError, ValueError: a parameter has a wrong value; nothing was removed then.
@@ -96,8 +98,12 @@ class PyTorchAgentMixin(_Module):
         params = {"clip_range": 0, "analyze_weights_interval": 300}
         params |= {name: kwargs[name] for name in PARAMETERS if name in kwargs}
         _check_configuration(**params)
-        for name in params:
-            kwargs.pop(name, None)
+        try:
+            for name in params:
+                kwargs.pop(name, None)
+        except Exception:
+            # A read-only mapping, such as an OmegaConf config in struct mode.
+            kwargs = {name: value for name, value in kwargs.items() if name not in params}
         return {**params, "extra_kwargs": kwargs}
 
     def init_mixin(
@@ -194,34 +200,37 @@ class PyTorchAgentMixin(_Module):
 
     # TensorDict fields
 
-    def set_tensordict_fields(self, td: TensorDictBase, observations: Tensor) -> tuple[int, int]:
+    def set_tensordict_fields(
+        self, td: TensorDictBase, observations: Tensor, training: bool | None = None
+    ) -> tuple[int, int]:
         """Set `td["bptt"]` (time steps) and `td["batch"]` (rows), which LSTM components and experience buffers read.
 
         Args:
             td: TensorDict of batch size [B, T], [B], [B * T] or [].
-            observations: [B, T, tokens, 3] in training; in inference any other shape, whose first dimension is B.
+            observations: [B, ...] in rollout, [B, T, ...] in training, of any dtype.
+            training: which of the two; None decides by the rank of `env.single_observation_space`, and without one
+                takes 4 dimensions (tokens [B, T, M, 3]) for training and any other number for rollout.
 
         Returns:
             (B, T) as ints; T is 1 in inference. The fields are fresh int64 tensors on the observations' device: [B] in
             inference; in training [B, T] if the batch size of `td` is [B, T] or [B], else [B * T].
 
         Raises:
-            TypeError, ValueError: `td` is not a TensorDict, or its batch size does not fit; `td` is unchanged then.
+            TypeError, ValueError: `td` is not a TensorDict, or its batch size or the rank of the observations does not
+                fit; `td` is unchanged then.
         """
         if not isinstance(td, TensorDictBase):
             raise TypeError(f"td: got {type(td).__name__}, expected a TensorDict")
         if not isinstance(observations, Tensor) or observations.dim() < 1:
-            raise TypeError(
-                f"observations: got {observations!r}, expected a tensor [B, T, tokens, 3] or [B, tokens, 3]"
-            )
+            raise TypeError(f"observations: got {describe(observations)}, expected a tensor [B, T, ...] or [B, ...]")
         B = observations.shape[0]
-        training = observations.dim() == 4
+        training = is_training(observations, getattr(self, "obs_shape", None), training)
         TT = observations.shape[1] if training else 1
         shape = _field_shape(tuple(td.batch_size), B, TT, training)
         bptt = torch.full(shape, TT, dtype=torch.int64, device=observations.device)
         batch = torch.full(shape, B, dtype=torch.int64, device=observations.device)
         td.update({"bptt": bptt, "batch": batch})
-        self._segment_fields = Transient((bptt, B, TT))
+        self._fields = Transient(Fields(bptt, B, TT, training))
         return B, TT
 
     # Training and inference
@@ -335,9 +344,9 @@ class PyTorchAgentMixin(_Module):
             ops.raise_if_reported(getattr(self, "cum_action_max_params", None), synchronize=mode == "sync")
 
     def _segment_from_fields(self, td: TensorDictBase) -> tuple[int, int]:
-        known = self.__dict__.get("_segment_fields")
-        if known is not None and known.value is not None and td.get("bptt") is known.value[0]:
-            return known.value[1:]
+        known = self.__dict__.get("_fields")
+        if known is not None and known.value is not None and td.get("bptt") is known.value.bptt:
+            return known.value.rows, known.value.steps
         # Fields of a flat TensorDict that were set elsewhere: their values have to be read, a host sync on CUDA.
         return int(td.get("batch")[0]), int(td.get("bptt")[0])
 

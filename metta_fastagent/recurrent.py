@@ -7,6 +7,7 @@ observations) the rollout memory is neither read nor changed: a segment starts f
 without these flags is one call of nn.LSTM; one with them runs layer by layer through `ops.lstm_layer`.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from metta_fastagent import ops
+from metta_fastagent._mode import is_training
 from metta_fastagent._rollout_memory import (
     DeviceRows,
     memory_rows,
@@ -25,9 +27,13 @@ from metta_fastagent._rollout_memory import (
 )
 from metta_fastagent.ops._checks import contiguous, describe, is_whole, under_autocast
 
+logger = logging.getLogger(__name__)
+
 Memory = tuple[dict[int, Tensor], dict[int, Tensor]]
 # Passed from `_manage_lstm_state` to `_store_lstm_state`: a key or a first row, rows on the device, or None.
 MemoryId = int | DeviceRows | None
+# Reasons of `_own_computation` that have been logged.
+_reported_reasons: set[str] = set()
 
 
 class LSTMWrapper(nn.Module):
@@ -73,9 +79,11 @@ class LSTMWrapper(nn.Module):
         super().__init__()
         if not isinstance(policy, nn.Module):
             raise TypeError(f"policy: got {policy!r}, expected the nn.Module that holds the agent's encoder and heads")
-        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        input_size, hidden_size, num_layers = checked_sizes(
+            input_size=input_size, hidden_size=hidden_size, num_layers=num_layers
+        )
         if num_envs is not None:
-            check_sizes(num_envs=num_envs)
+            checked_sizes(num_envs=num_envs)
         self.obs_shape = getattr(getattr(env, "single_observation_space", None), "shape", None)
         self.policy = policy
         self.input_size = input_size
@@ -108,11 +116,10 @@ class LSTMWrapper(nn.Module):
         Raises:
             ValueError: `num_envs` is not a positive integer.
         """
-        check_sizes(num_envs=num_envs)
-        self.num_envs = num_envs
+        (self.num_envs,) = checked_sizes(num_envs=num_envs)
         # Tensors made in inference mode could not be updated outside of it.
         with torch.inference_mode(False):
-            self.lstm_h, self.lstm_c = ({0: self._zero_state(num_envs, self._weight().device)} for _ in range(2))
+            self.lstm_h, self.lstm_c = ({0: self._zero_state(self.num_envs)} for _ in range(2))
 
     def get_memory(self) -> Memory:
         """A copy of the memory: (h, c), each a dict from environment id to a tensor [num_layers, rows, hidden_size].
@@ -166,15 +173,47 @@ class LSTMWrapper(nn.Module):
             else:
                 memory[0].zero_()
 
-    def reset_env_memory(self, env_id: int) -> None:
-        """Forget the state of one environment id; with `num_envs`, zero its row in place. An unknown id is ignored."""
+    def reset_env_memory(self, env_id: int | Tensor) -> None:
+        """Forget the state of one environment id; with `num_envs`, zero its row in place. An unknown id is ignored.
+
+        Args:
+            env_id: an integer, or a tensor of one element; with `num_envs`, one on a device is not read back.
+
+        Raises:
+            ValueError: a tensor of several elements.
+        """
+        if isinstance(env_id, Tensor):
+            if env_id.numel() != 1:
+                raise ValueError(f"env_id: got {describe(env_id)}, expected an integer or a tensor of one element")
+            if self.num_envs is not None and env_id.device.type != "cpu":
+                for memory in (self.lstm_h, self.lstm_c):
+                    rows = torch.arange(self.num_envs, device=memory[0].device)
+                    memory[0].masked_fill_((rows == env_id.view(())).view(1, -1, 1), 0)
+                return
+            env_id = env_id.item()
         for memory in (self.lstm_h, self.lstm_c):
             if self.num_envs is None:
                 memory.pop(env_id, None)
             elif env_id in range(self.num_envs):
                 memory[0][:, int(env_id)].zero_()
 
-    def run_lstm(self, td: TensorDictBase, hidden: Tensor, B: int, TT: int) -> Tensor:
+    def on_new_training_run(self) -> None:
+        """Hook of Metta's trainer: forget the state of every environment."""
+        self.reset_memory()
+
+    def on_rollout_start(self) -> None:
+        """Hook of Metta's trainer: forget the state of every environment."""
+        self.reset_memory()
+
+    def on_train_mb_start(self) -> None:
+        """Hook of Metta's trainer: forget the state of every environment."""
+        self.reset_memory()
+
+    def on_eval_start(self) -> None:
+        """Hook of Metta's trainer: forget the state of every environment."""
+        self.reset_memory()
+
+    def run_lstm(self, td: TensorDictBase, hidden: Tensor, B: int, TT: int, training: bool | None = None) -> Tensor:
         """Run the LSTM over encoded observations, with the state and the resets given in `td`.
 
         Args:
@@ -182,33 +221,48 @@ class LSTMWrapper(nn.Module):
             hidden: encoded observations, B * TT rows of input_size features, time varying fastest.
             B: rows of the batch (environments or segments).
             TT: time steps; 1 in rollout.
+            training: True for segments, False for a rollout step; None decides as `set_tensordict_fields` did for `td`,
+                else by the rank of `td["env_obs"]`.
 
         Returns:
             Tensor [B * TT, hidden_size].
         """
-        output, h, c, env_id = self._advance_lstm(td, hidden, B, TT)
+        output, h, c, env_id = self._advance_lstm(td, hidden, B, TT, training)
         self._store_lstm_state(h, c, env_id)
         return output
 
     def _advance_lstm(
-        self, td: TensorDictBase, hidden: Tensor, B: int, TT: int
+        self, td: TensorDictBase, hidden: Tensor, B: int, TT: int, training: bool | None = None
     ) -> tuple[Tensor, Tensor, Tensor, MemoryId]:
         """(output [B * TT, hidden_size], h, c, env_id): `run_lstm` before it stores the state."""
-        sequence = hidden.view(B, TT, -1).transpose(0, 1)
-        h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device)
+        sequence = hidden.view(B, TT, hidden.shape[-1]).transpose(0, 1)
+        h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device, training)
+        if B * TT == 0:
+            # nn.LSTM refuses an empty sequence.
+            return hidden.new_zeros(0, self.hidden_size), h, c, env_id
         _require_sequence_first(self.lstm)
         # `_manage_lstm_state` has applied the first step's resets. A step on CUDA still takes the segments' path:
         # cuDNN rounds nn.LSTM's products to TF32 by default, and a segment has to reproduce its rollout.
         resets = _resets(td, B, TT, hidden.device) if TT > 1 else None
-        as_segment = TT == 1 and sequence.is_cuda and isinstance(self.lstm, nn.LSTM) and bool(_flag_keys(td))
-        if resets is not None or as_segment:
+        as_segment = TT == 1 and sequence.is_cuda and bool(_flag_keys(td))
+        if (resets is not None or as_segment) and self._is_plain_lstm(warn=resets is not None):
             output, (h, c) = _lstm_with_resets(self.lstm, sequence, h, c, resets)
+        elif resets is not None:
+            output, (h, c) = _step_by_step(self.lstm, sequence, h, c, resets)
         else:
             output, (h, c) = self.lstm(sequence, (h, c))
         return output.transpose(0, 1).reshape(B * TT, -1), h, c, env_id
 
+    def _is_plain_lstm(self, warn: bool) -> bool:
+        """Whether `lstm` computes what nn.LSTM does with its parameters; if not, one message says why."""
+        reason = _own_computation(self.lstm)
+        if reason and warn and reason not in _reported_reasons:
+            _reported_reasons.add(reason)
+            logger.warning("%s: segments with resets call the LSTM step by step, as %s", type(self).__name__, reason)
+        return not reason
+
     def _manage_lstm_state(
-        self, td: TensorDictBase, B: int, TT: int, device: torch.device
+        self, td: TensorDictBase, B: int, TT: int, device: torch.device, training: bool | None = None
     ) -> tuple[Tensor, Tensor, MemoryId]:
         """State before the first of TT steps, rows that start an episode there zeroed.
 
@@ -216,7 +270,8 @@ class LSTMWrapper(nn.Module):
             (h, c, env_id): tensors [num_layers, B, hidden_size], and the id for `_store_lstm_state`: None in training,
             which leaves the rollout memory as it is.
         """
-        env_id = None if _is_training(td, TT) else self._memory_id(td, B)
+        self._fit_memory()
+        env_id = None if self._is_segment(td, TT, training) else self._memory_id(td, B)
         if env_id is None:
             h, c = self._segment_start(td, "lstm_h", B, TT, device), self._segment_start(td, "lstm_c", B, TT, device)
         elif isinstance(env_id, DeviceRows) or self.num_envs is not None:
@@ -231,7 +286,7 @@ class LSTMWrapper(nn.Module):
         else:
             h, c = self._zero_state(B, device), self._zero_state(B, device)
         resets = _resets(td, B, TT, device)
-        if resets is not None:
+        if resets is not None and TT > 0:
             first = resets[0].view(1, B, 1)
             h, c = h.masked_fill(first, 0), c.masked_fill(first, 0)
         return nan_if_out_of_range(h, env_id), nan_if_out_of_range(c, env_id), env_id
@@ -250,25 +305,47 @@ class LSTMWrapper(nn.Module):
             write_rows(self.lstm_h[0], env_id, lstm_h)
             write_rows(self.lstm_c[0], env_id, lstm_c)
             return
-        for memory, state in ((self.lstm_h, lstm_h), (self.lstm_c, lstm_c)):
-            kept = memory.get(env_id)
-            fits = kept is not None and (kept.shape, kept.dtype, kept.device) == (
-                state.shape,
-                state.dtype,
-                state.device,
-            )
-            # In place, so that a captured graph sees the change, unless a backward may still need the old value.
-            if kept is not None and fits and not torch.is_grad_enabled():
-                kept.copy_(state)
-            else:
-                memory[env_id] = _owned(state)
+        # New tensors: a caller may have kept the previous ones.
+        dtype = self._weight().dtype
+        self.lstm_h[env_id], self.lstm_c[env_id] = _kept(lstm_h, dtype), _kept(lstm_c, dtype)
+
+    def _is_segment(self, td: TensorDictBase, TT: int, training: bool | None) -> bool:
+        """Whether this is training, by `training`, else `set_tensordict_fields`, the rank of `env_obs` or TT."""
+        if training is not None:
+            return training
+        known = self.__dict__.get("_fields")
+        if known is not None and known.value is not None and td.get("bptt", None) is known.value.bptt:
+            return known.value.training
+        observations = td.get("env_obs", None)
+        if TT == 1 and isinstance(observations, Tensor):
+            return is_training(observations, self.obs_shape)
+        return TT != 1
 
     def _weight(self) -> Tensor:
-        """A weight of the LSTM: its device and dtype are those of the state."""
-        return self.lstm.all_weights[0][0]
+        """A floating-point weight of the LSTM, else of the agent: its device and dtype are those of the state."""
+        # A module's own parameters first: the others need a walk.
+        for params in (self.lstm._parameters.values(), self.lstm.parameters(), self.parameters()):
+            for param in params:
+                if param is not None and param.is_floating_point():
+                    return param
+        return torch.empty(0)
 
-    def _zero_state(self, rows: int, device: torch.device) -> Tensor:
-        return torch.zeros(self.num_layers, rows, self.hidden_size, device=device, dtype=self._weight().dtype)
+    def _zero_state(self, rows: int, device: torch.device | None = None) -> Tensor:
+        like = self._weight()
+        shape = (self.num_layers, rows, self.hidden_size)
+        return torch.zeros(shape, device=like.device if device is None else device, dtype=like.dtype)
+
+    def _fit_memory(self) -> None:
+        """Bring the memory to the device and dtype of the weights, which `load_state_dict(assign=True)` may change."""
+        like = self._weight()
+        for memory in (self.lstm_h, self.lstm_c):
+            for env_id, state in memory.items():
+                if state.device != like.device or state.dtype != like.dtype:
+                    memory[env_id] = _moved(state, like)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies: torch's multiprocessing shares the tensors that it pickles, and each worker needs a memory of its own.
+        return {**self.__dict__, "lstm_h": _cloned(self.lstm_h), "lstm_c": _cloned(self.lstm_c)}
 
     def _segment_start(self, td: TensorDictBase, key: str, B: int, TT: int, device: torch.device) -> Tensor:
         if key not in td.keys():
@@ -293,10 +370,7 @@ class LSTMWrapper(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LSTMWrapper":
         super()._apply(fn, recurse)
-        reference = self._weight()
-        for memory in (self.lstm_h, self.lstm_c):
-            for env_id, state in memory.items():
-                memory[env_id] = _moved(state, reference)
+        self._fit_memory()
         return self
 
 
@@ -320,18 +394,18 @@ def _moved(state: Tensor, like: Tensor) -> Tensor:
         return state.to(like.device, like.dtype)
 
 
-def _is_training(td: TensorDictBase, TT: int) -> bool:
-    if TT > 1:
-        return True
-    observations = td.get("env_obs", None)
-    return observations is not None and observations.dim() == 4
+def _kept(state: Tensor, dtype: torch.dtype) -> Tensor:
+    """A state to keep: detached, of the weights' dtype, and usable outside of inference mode."""
+    state = state.detach()
+    return _owned(state).to(dtype) if state.is_inference() else state.to(dtype)
 
 
-def check_sizes(**sizes: Any) -> None:
-    """Raise a ValueError that names the first of the given sizes that is not a positive integer."""
+def checked_sizes(**sizes: Any) -> tuple[int, ...]:
+    """The sizes as ints; a ValueError names the first one that is not a positive integer."""
     for name, size in sizes.items():
         if not is_whole(size) or int(size) < 1:
             raise ValueError(f"{name}: got {size!r}, expected a positive integer")
+    return tuple(int(size) for size in sizes.values())
 
 
 def _entry(td: TensorDictBase, key: str, device: torch.device) -> Tensor:
@@ -372,7 +446,9 @@ def _resets(td: TensorDictBase, B: int, TT: int, device: torch.device) -> Tensor
 
 
 def _require_sequence_first(lstm: nn.Module) -> None:
-    """Refuse an LSTM whose layout of input and state differs from ours."""
+    """Refuse an LSTM whose layout of input and state differs from ours, and other recurrent modules."""
+    if isinstance(lstm, nn.RNNBase) and not isinstance(lstm, nn.LSTM):
+        raise TypeError(f"lstm: got {type(lstm).__name__}, expected nn.LSTM or a module with its arguments and results")
     for name in ("batch_first", "bidirectional", "proj_size"):
         value = getattr(lstm, name, False)
         if value:
@@ -385,15 +461,35 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(tensor.device.type) if cast else tensor.dtype
 
 
+def _own_computation(lstm: nn.Module) -> str:
+    """Why `lstm` may compute something else than nn.LSTM does with its parameters; empty if it does not."""
+    if type(lstm) is not nn.LSTM:
+        return f"it is a {type(lstm).__name__}"
+    if "forward" in lstm.__dict__:
+        return "its forward was replaced"
+    if lstm._forward_hooks or lstm._forward_pre_hooks or lstm._backward_hooks or lstm._backward_pre_hooks:
+        return "it has hooks"
+    return ""
+
+
+def _step_by_step(
+    lstm: nn.Module, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """As `_lstm_with_resets`, by one call of the module for each step."""
+    outputs = []
+    for step, reset in zip(sequence.split(1), resets.unsqueeze(-1), strict=True):
+        output, (h, c) = lstm(step, (h.masked_fill(reset, 0), c.masked_fill(reset, 0)))
+        outputs.append(output)
+    return torch.cat(outputs), (h, c)
+
+
 def _lstm_with_resets(
     lstm: nn.Module, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`lstm(sequence, (h, c))` with the state of row b zeroed before step t where resets[t, b]; None resets nothing.
 
-    One matrix product projects a layer's whole input; `lstm_layer` holds only what depends on the step before.
+    One matrix product projects a layer's whole input; `lstm_layer` computes the recurrence.
     """
-    if not isinstance(lstm, nn.LSTM):
-        raise TypeError(f"lstm: got {type(lstm).__name__}, expected nn.LSTM to reset rows inside a segment")
     dtype = _autocast_dtype(sequence)
     sequence, h, c = sequence.to(dtype), h.to(dtype), c.to(dtype)
     # The flags are a transposed view; one copy serves all layers.

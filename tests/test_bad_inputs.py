@@ -208,13 +208,13 @@ CASES = [
         "fields, observations None",
         lambda s: s.net.set_tensordict_fields(s.td([B]), None),
         TypeError,
-        ["observations", "None", r"\[B, tokens, 3\]"],
+        ["observations", "None", r"\[B, T, ...\] or \[B, ...\]"],
     ),
     (
         "fields, observations scalar",
         lambda s: s.net.set_tensordict_fields(s.td([B]), torch.tensor(3)),
         TypeError,
-        ["observations", r"tensor\(3\)", r"\[B, tokens, 3\]"],
+        ["observations", r"int64 tensor of shape \[\]", r"\[B, T, ...\] or \[B, ...\]"],
     ),
     # Training handler
     ("training, td dict", lambda s: train(s, {}, make_actions(B, T)), TypeError, ["td", "dict", "TensorDict"]),

@@ -116,7 +116,7 @@ def test_the_mixin_brings_no_constructor_and_no_forward():
         ("extract_mixin_params", ["kwargs"]),
         ("init_mixin", ["clip_range", "analyze_weights_interval", "extra_kwargs", "clip_mode", "validate"]),
         ("clip_weights", []),
-        ("set_tensordict_fields", ["td", "observations"]),
+        ("set_tensordict_fields", ["td", "observations", "training"]),
         ("handle_training_mode", ["td", "action", "logits_list", "value"]),
         ("handle_inference_mode", ["td", "logits_list", "value"]),
         ("forward_training", ["td", "action", "logits_list", "value"]),

@@ -170,16 +170,18 @@ def test_memory_is_detached():
     assert not any(state.requires_grad for memory in (agent.lstm_h, agent.lstm_c) for state in memory.values())
 
 
-def test_memory_is_updated_in_place_without_gradients():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_state_that_a_caller_kept_does_not_change(mode):
     agent = make_agent()
-    with torch.no_grad():
+    with mode():
         rollout_step(agent, torch.randn(2, INPUT))
         kept = agent.lstm_h[0], agent.lstm_c[0]
         before = agent.get_memory()
         rollout_step(agent, torch.randn(2, INPUT), dones=torch.tensor([True, False]))
     for memory, tensor, old in zip((agent.lstm_h, agent.lstm_c), kept, before, strict=True):
-        assert memory[0].data_ptr() == tensor.data_ptr()
-        assert (tensor - old[0]).abs().amin(dim=(0, 2)).gt(0).all()
+        assert torch.equal(tensor, old[0])
+        assert (memory[0] - tensor).abs().amin(dim=(0, 2)).gt(0).all()
+        assert not memory[0].is_inference() and not memory[0].requires_grad
 
 
 def test_backward_through_earlier_steps_works_while_the_rollout_goes_on():

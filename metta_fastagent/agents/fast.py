@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from metta_fastagent import ops
 from metta_fastagent.mixin import PyTorchAgentMixin, require_tensordict
 from metta_fastagent.ops._checks import describe, is_number, is_whole
-from metta_fastagent.recurrent import LSTMWrapper, check_sizes
+from metta_fastagent.recurrent import LSTMWrapper, checked_sizes
 
 DEFAULT_NUM_FEATURES = 25
 DEFAULT_WINDOW = 11
@@ -56,7 +56,7 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         **kwargs: Any,
     ) -> None:
         mixin_params = self.extract_mixin_params(kwargs)
-        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        checked_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         if policy is None:
             policy = FastPolicy(env, input_size, hidden_size, max_actions)
         super().__init__(env, policy, input_size, hidden_size, num_layers=num_layers, num_envs=num_envs)
@@ -77,17 +77,18 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         """
         observations = self._check_call(td, action)
         hidden = self.policy.encode_observations(observations, state)
-        B, TT = observations.shape[0], observations.shape[1] if observations.dim() == 4 else 1
-        hidden, h, c, env_id = self._advance_lstm(td, hidden, B, TT)
+        training = observations.dim() == 4
+        B, TT = observations.shape[0], observations.shape[1] if training else 1
+        hidden, h, c, env_id = self._advance_lstm(td, hidden, B, TT, training)
         logits, value = self.policy.decode_actions(hidden, B * TT)
         if action is None:
             # State changes last: an error in the draw leaves `td` and the memory unchanged.
             self.handle_inference_mode(td, logits, value)
-            self.set_tensordict_fields(td, observations)
+            self.set_tensordict_fields(td, observations, training)
             self._store_lstm_state(h, c, env_id)
             return td
         td = td.copy()
-        self.set_tensordict_fields(td, observations)
+        self.set_tensordict_fields(td, observations, training)
         result = self.handle_training_mode(td, action, logits, value)
         self._store_lstm_state(h, c, env_id)
         return result
@@ -136,7 +137,7 @@ class FastPolicy(nn.Module):
 
     def __init__(self, env: Any, input_size: int = 128, hidden_size: int = 128, max_actions: int = 100) -> None:
         super().__init__()
-        check_sizes(input_size=input_size, hidden_size=hidden_size, max_actions=max_actions)
+        checked_sizes(input_size=input_size, hidden_size=hidden_size, max_actions=max_actions)
         self.is_continuous = False
         self.out_width = _window_size(env, "obs_width")
         self.out_height = _window_size(env, "obs_height")
@@ -183,6 +184,10 @@ class FastPolicy(nn.Module):
                 f"action_embeddings; Fast(env, max_actions={len(full_action_names)}) makes more"
             )
         self.num_active_actions = len(full_action_names)
+
+    def initialize_to_environment(self, full_action_names: list[str], device: torch.device | str | None = None) -> None:
+        """As `activate_action_embeddings`: the method that hosts since September 2025 call."""
+        self.activate_action_embeddings(full_action_names, device)
 
     def encode_observations(self, observations: Tensor, state: Any = None) -> Tensor:
         """Encode observation tokens, uint8 [B, tokens, 3] or [B, T, tokens, 3], to [B * T, input_size]."""
