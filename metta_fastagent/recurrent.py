@@ -7,6 +7,7 @@ observations) the rollout memory is neither read nor changed: a segment starts f
 without these flags is one call of nn.LSTM; one with them runs layer by layer through `ops.lstm_layer`.
 """
 
+import io
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -344,8 +345,13 @@ class LSTMWrapper(nn.Module):
                     memory[env_id] = _moved(state, like)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies: torch's multiprocessing shares the tensors that it pickles, and each worker needs a memory of its own.
-        return {**self.__dict__, "lstm_h": _cloned(self.lstm_h), "lstm_c": _cloned(self.lstm_c)}
+        # By value: torch's multiprocessing shares tensors that it pickles, and each worker needs a memory of its own.
+        return {**self.__dict__, "lstm_h": _as_bytes(self.lstm_h), "lstm_c": _as_bytes(self.lstm_c)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lstm_h, self.lstm_c = _from_bytes(state["lstm_h"]), _from_bytes(state["lstm_c"])
+        self._fit_memory()
 
     def _segment_start(self, td: TensorDictBase, key: str, B: int, TT: int, device: torch.device) -> Tensor:
         if key not in td.keys():
@@ -378,6 +384,17 @@ def _cloned(memory: dict[int, Tensor], like: Tensor | None = None) -> dict[int, 
     if like is None:
         return {env_id: _owned(state) for env_id, state in memory.items()}
     return {env_id: _owned(state.to(like.device, like.dtype)) for env_id, state in memory.items()}
+
+
+def _as_bytes(memory: dict[int, Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({env_id: state if state.is_meta else state.cpu() for env_id, state in memory.items()}, buffer)
+    return buffer.getvalue()
+
+
+def _from_bytes(memory: bytes) -> dict[int, Tensor]:
+    with torch.inference_mode(False):
+        return torch.load(io.BytesIO(memory), weights_only=True)
 
 
 def _owned(state: Tensor) -> Tensor:
