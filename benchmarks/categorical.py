@@ -1,14 +1,27 @@
-"""What the benchmarks of evaluating and drawing actions share: inputs, upstream's formulas, and peers from PyPI."""
+"""Inputs, shapes and upstream's formulas that the benchmarks of evaluating and drawing actions share."""
 
-import importlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Provider, Shape, Skipped
+from benchmarks.harness import Shape, Size
 from metta_fastagent import ActionSpace
+
+# Rows vary at 21 actions, actions at 4096 rows.
+SHAPES = [
+    Shape("quick", {"rows": 256, "actions": 21}),
+    Shape("quick", {"rows": 4096, "actions": 21}),
+    Shape("full", {"rows": 1, "actions": 5}),
+    Shape("full", {"rows": 64, "actions": 21}),
+    Shape("full", {"rows": 4096, "actions": 5}),
+    Shape("full", {"rows": 4096, "actions": 128}),
+    Shape("full", {"rows": 4096, "actions": 1024}),
+    Shape("full", {"rows": 32768, "actions": 21}),
+    Shape("gpu", {"rows": 4096, "actions": 37}),
+    Shape("gpu", {"rows": 262144, "actions": 9}),
+    Shape("gpu", {"rows": 262144, "actions": 21}),
+]
 
 
 class Inputs(NamedTuple):
@@ -22,22 +35,7 @@ class Inputs(NamedTuple):
     grad_entropy: Tensor  # [rows]
 
 
-# Rows grow at 21 actions, actions grow at 4096 rows.
-SHAPES = [
-    Shape("quick", {"rows": 256, "actions": 21}),
-    Shape("quick", {"rows": 4096, "actions": 21}),
-    Shape("full", {"rows": 4096, "actions": 5}),
-    Shape("full", {"rows": 4096, "actions": 128}),
-    Shape("full", {"rows": 32768, "actions": 21}),
-    Shape("gpu", {"rows": 262144, "actions": 21}),
-    Shape("full", {"rows": 4096, "actions": 1024}),
-    Shape("gpu", {"rows": 64, "actions": 9}),
-    Shape("gpu", {"rows": 4096, "actions": 37}),
-    Shape("gpu", {"rows": 262144, "actions": 9}),
-]
-
-
-def make_inputs(size: Mapping[str, int], device: torch.device) -> Inputs:
+def make_inputs(size: Size, device: torch.device) -> Inputs:
     """Normal logits, uniform actions, two action types."""
     rows, actions = size["rows"], size["actions"]
     generator = torch.Generator(device).manual_seed(0)
@@ -55,7 +53,7 @@ def make_inputs(size: Mapping[str, int], device: torch.device) -> Inputs:
 
 
 def upstream_index(pairs: Tensor, cum_action_max_params: Tensor) -> Tensor:
-    """The compensating formula of the guide, one tensor operation after the other."""
+    """The guide's formula, one tensor operation after the other."""
     kind, param = pairs[:, 0].long(), pairs[:, 1].long()
     return kind + cum_action_max_params[kind] + param
 
@@ -63,11 +61,3 @@ def upstream_index(pairs: Tensor, cum_action_max_params: Tensor) -> Tensor:
 def entropy_of(full_log_probs: Tensor) -> Tensor:
     """-sum p log p, as upstream writes it."""
     return -(full_log_probs.exp() * full_log_probs).sum(dim=-1)
-
-
-def peer(name: str, module: str, make: Callable[[Any], Provider]) -> Provider | Skipped:
-    """The provider that `make` builds from an importable module, or why it is skipped."""
-    try:
-        return make(importlib.import_module(module))
-    except ImportError as error:
-        return Skipped(name, f"{module} does not import: {error}")

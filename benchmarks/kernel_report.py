@@ -29,6 +29,7 @@ from metta_fastagent.ops import (
     _sample_actions,
     _tokens_to_grid,
 )
+from metta_fastagent.ops._bad_action import CONVERT_INDEX, CONVERT_PAIR
 from metta_fastagent.ops._categorical import MAX_COLUMNS, ROWS_PER_PROGRAM, tile_shape
 from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS
 
@@ -146,7 +147,7 @@ def _conversion_cases() -> Iterator[Case]:
         _action_index._action_to_logit_index_kernel,
         {"actions": "i32", "table": "i64", "index": "i64", "word": "i64"},
         {"N": "i32", "num_types": "i32", "stride_row": "i32", "stride_pair": "i32"},
-        {"OPERATION": 3, "BLOCK": block},
+        {"OPERATION": CONVERT_PAIR, "BLOCK": block},
         4,
         block,
     )
@@ -155,7 +156,7 @@ def _conversion_cases() -> Iterator[Case]:
         _action_index._logit_index_to_action_kernel,
         {"index": "i64", "table": "i32", "pairs": "i32", "word": "i64"},
         {"N": "i32", "A": "i32"},
-        {"OPERATION": 4, "BLOCK": block},
+        {"OPERATION": CONVERT_INDEX, "BLOCK": block},
         4,
         block,
     )

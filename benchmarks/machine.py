@@ -6,7 +6,6 @@ python -m benchmarks.machine prints that as one line of JSON.
 import json
 import os
 import platform
-import re
 from importlib import metadata
 from typing import Any
 
@@ -47,11 +46,6 @@ def name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()}, {os.cpu_count()} cores"
-
-
-def folder(machine_name: str) -> str:
-    """The machine's name as a folder's."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", machine_name.lower())).strip("-")
 
 
 def _version(package: str) -> str:
