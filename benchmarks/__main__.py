@@ -43,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     target = (out / time.strftime("%Y-%m-%d-%H%M%S.json", time.gmtime())).resolve()
     command = [sys.executable, "-m", "pytest", *(str(FOLDER / f"bench_{name}.py") for name in names)]
-    command += ["-q", "--no-header", "--benchmark-quiet", "--benchmark-disable-gc", "--benchmark-min-time=0.001"]
+    # A comparison is one of pytest-benchmark's own tables.
+    quiet = [] if any(option.startswith("--benchmark-compare") for option in others) else ["--benchmark-quiet"]
+    command += ["-q", "--no-header", *quiet, "--benchmark-disable-gc", "--benchmark-min-time=0.001"]
     command += [f"--benchmark-max-time={QUICK_SECONDS if known.quick else FULL_SECONDS}", f"--benchmark-json={target}"]
     code = subprocess.run([*command, *(["--quick"] if known.quick else []), *others], cwd=FOLDER.parent).returncode
     # pytest-benchmark creates the file before it knows whether it has anything to write.

@@ -11,21 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Shape, Size, parametrized
+from benchmarks.harness import Case, Size, parametrized, shapes
 from metta_fastagent import PyTorchAgentMixin
 
 BOUND = 0.5
 PROVIDERS = ("upstream", "foreach", "torch.compile", "eager", "native", "triton")
-SHAPES = [
-    Shape("quick", {"tensors": 14, "parameters": 300_000}),
-    Shape("quick", {"tensors": 200, "parameters": 200_000}),
-    Shape("full", {"tensors": 2, "parameters": 64}),
-    Shape("full", {"tensors": 14, "parameters": 14_000_000}),
-    Shape("full", {"tensors": 200, "parameters": 3_000_000}),
-    Shape("full", {"tensors": 200, "parameters": 30_000_000}),
-    Shape("full", {"tensors": 2000, "parameters": 2_000_000}),
-    Shape("gpu", {"tensors": 200, "parameters": 100_000_000}),
-]
+SHAPES = shapes(
+    "tensors parameters",
+    quick=[(14, 300_000), (200, 200_000)],
+    full=[(2, 64), (14, 14_000_000), (200, 3_000_000), (200, 30_000_000), (2000, 2_000_000)],
+    gpu=[(200, 100_000_000)],
+)
 
 
 class Stack(PyTorchAgentMixin, nn.Module):
@@ -35,16 +31,6 @@ class Stack(PyTorchAgentMixin, nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(width, width, device="meta") for _ in range(layers))
         self.clip_range, self.clip_mode = BOUND, "absolute"
-
-
-def make_agent(size: Size, device: torch.device) -> Stack:
-    """An agent of `tensors` tensors with `parameters` elements in all, some outside of the range."""
-    layers = size["tensors"] // 2
-    agent = Stack(layers, round((size["parameters"] / layers) ** 0.5)).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for param in agent.parameters():
-        nn.init.normal_(param, std=0.4, generator=generator)
-    return agent
 
 
 def clip_by_module(agent: nn.Module) -> None:
@@ -69,8 +55,12 @@ def clip_each(tensors: list[Tensor]) -> None:
 
 
 def make_case(size: Size, device: torch.device) -> Case:
-    agent = make_agent(size, device)
+    layers = size["tensors"] // 2
+    agent = Stack(layers, round((size["parameters"] / layers) ** 0.5)).to_empty(device=device)
     data = [param.data for param in agent.parameters()]
+    generator = torch.Generator(device).manual_seed(0)
+    for tensor in data:
+        tensor.normal_(std=0.4, generator=generator)
     initial = [tensor.clone() for tensor in data]
 
     def call_of(provider: str) -> Callable[[], Any]:

@@ -12,19 +12,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import categorical
-from benchmarks.harness import Case, Shape, Size, choose, parametrized
+from benchmarks.harness import Case, Size, choose, parametrized, shapes
 from metta_fastagent import ops
 
 ACTIONS = 21
 PROVIDERS = ("upstream", "torch.compile", "eager", "native", "triton")
 OPERATIONS = ("action_to_logit_index", "logit_index_to_action")
-SHAPES = [
-    Shape("quick", {"rows": 256}),
-    Shape("quick", {"rows": 4096}),
-    Shape("full", {"rows": 1}),
-    Shape("full", {"rows": 65536}),
-    Shape("gpu", {"rows": 1_048_576}),
-]
+SHAPES = shapes("rows", quick=[(256,), (4096,)], full=[(1,), (65536,)], gpu=[(1_048_576,)])
 
 
 def pairs_of(index: Tensor, action_index_tensor: Tensor) -> Tensor:

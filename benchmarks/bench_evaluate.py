@@ -33,43 +33,31 @@ def upstream(logits: Tensor, pairs: Tensor, cum_action_max_params: Tensor) -> tu
     return log_prob, categorical.entropy_of(full_log_probs), full_log_probs
 
 
-def with_distributions(logits: Tensor, pairs: Tensor, cum_action_max_params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """torch.distributions.Categorical."""
-    index = categorical.upstream_index(pairs, cum_action_max_params)
-    distribution = torch.distributions.Categorical(logits=logits, validate_args=False)
-    return distribution.log_prob(index), distribution.entropy(), distribution.logits
-
-
-def with_torchrl() -> Evaluate:
-    """TorchRL's masked categorical, with a mask that allows everything."""
-    from torchrl.modules import MaskedCategorical
+def with_distribution(provider: str) -> Evaluate:
+    """torch.distributions' or TorchRL's categorical."""
+    make = categorical.distribution_of(provider)
 
     def evaluate(logits: Tensor, pairs: Tensor, cum_action_max_params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = categorical.upstream_index(pairs, cum_action_max_params)
-        distribution = MaskedCategorical(logits=logits, mask=torch.ones_like(logits, dtype=torch.bool))
-        return distribution.log_prob(index), distribution.entropy(), distribution.logits.log_softmax(-1)
+        distribution = make(logits)
+        return distribution.log_prob(index), distribution.entropy(), distribution.logits
 
     return evaluate
 
 
-def with_pufferlib() -> Evaluate:
+def with_pufferlib(provider: str) -> Evaluate:
     """pufferlib's sampling function, given the action."""
     from pufferlib.pytorch import sample_logits
 
     def evaluate(logits: Tensor, pairs: Tensor, cum_action_max_params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = categorical.upstream_index(pairs, cum_action_max_params)
-        _, log_prob, entropy = sample_logits(logits, action=index)
-        return log_prob, entropy, logits.log_softmax(-1)
+        return *sample_logits(logits, action=index)[1:], logits.log_softmax(-1)
 
     return evaluate
 
 
-FORMULAS = {
-    "upstream": upstream,
-    "torch.distributions": with_distributions,
-    "torchrl": with_torchrl,
-    "pufferlib": with_pufferlib,
-}
+FORMULAS = {"upstream": upstream, **dict.fromkeys(("torch.distributions", "torchrl"), with_distribution)}
+FORMULAS["pufferlib"] = with_pufferlib
 
 
 def make_case(mode: str, size: Size, device: torch.device) -> Case:

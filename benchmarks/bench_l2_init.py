@@ -12,20 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Shape, Size, choose, parametrized
+from benchmarks.harness import Case, Size, choose, parametrized, shapes
 from metta_fastagent import ops
 
 PROVIDERS = ("upstream", "foreach", "torch.compile", "eager", "native", "triton")
 MODES = ("forward", "forward + backward")
-SHAPES = [
-    Shape("quick", {"tensors": 7, "parameters": 300_000}),
-    Shape("full", {"tensors": 1, "parameters": 64}),
-    Shape("full", {"tensors": 14, "parameters": 14_000_000}),
-    Shape("full", {"tensors": 100, "parameters": 200_000}),
-    Shape("full", {"tensors": 100, "parameters": 3_000_000}),
-    Shape("gpu", {"tensors": 100, "parameters": 30_000_000}),
-    Shape("gpu", {"tensors": 1000, "parameters": 2_000_000}),
-]
+SHAPES = shapes(
+    "tensors parameters",
+    quick=[(7, 300_000)],
+    full=[(1, 64), (14, 14_000_000), (100, 200_000), (100, 3_000_000)],
+    gpu=[(100, 30_000_000), (1000, 2_000_000)],
+)
 
 
 def make_inputs(size: Size, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:

@@ -3,7 +3,7 @@
 `upstream` is the loop that CleanRL-style agents run: `nn.LSTM` on one step at a time, with the state of a row zeroed by
 hand where an episode starts. `nn.LSTM without resets` is one call over the whole segment, which is wrong if a row is
 reset; it is compared only if no row is. The last size is the share of steps, in percent, that start an episode: with 0,
-flags are given and none is set. `torchrl` is TorchRL's LSTMModule, on CUDA with its Triton backend.
+flags are given and none is set.
 """
 
 import functools
@@ -15,21 +15,19 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Shape, Size, parametrized
+from benchmarks.harness import Case, Size, parametrized, shapes
 from metta_fastagent import LSTMWrapper
 
 WITHOUT_RESETS = "nn.LSTM without resets"
-PROVIDERS = ("upstream", WITHOUT_RESETS, "eager", "native", "triton", "torchrl")
+PROVIDERS = ("upstream", WITHOUT_RESETS, "eager", "native", "triton")
 MODES = ("forward", "forward + backward")
 WIDTH, LAYERS = 128, 2
-SHAPES = [
-    Shape("quick", {"segments": 32, "time": 16, "resets": 0}),
-    Shape("quick", {"segments": 32, "time": 16, "resets": 3}),
-    Shape("full", {"segments": 64, "time": 64, "resets": 3}),
-    Shape("full", {"segments": 256, "time": 16, "resets": 3}),
-    Shape("gpu", {"segments": 512, "time": 64, "resets": 3}),
-    Shape("gpu", {"segments": 4096, "time": 16, "resets": 3}),
-]
+SHAPES = shapes(
+    "segments time resets",
+    quick=[(32, 16, 0), (32, 16, 3)],
+    full=[(64, 64, 3), (256, 16, 3)],
+    gpu=[(512, 64, 3), (4096, 16, 3)],
+)
 
 
 class Inputs(NamedTuple):
@@ -73,34 +71,6 @@ def package(inputs: Inputs, **flags: Tensor) -> Tensor:
     return inputs.agent.run_lstm(td, inputs.hidden, segments, steps)
 
 
-def with_torchrl(inputs: Inputs) -> Callable[[Inputs], Tensor]:
-    """TorchRL's module, which takes the state before every step and reads it where `is_init` is set."""
-    from torchrl.modules import LSTMModule
-
-    lstm = nn.LSTM(WIDTH, WIDTH, LAYERS, batch_first=True, device=inputs.hidden.device)
-    # The same parameters, so that their gradients are compared too.
-    for name, param in inputs.agent.lstm.named_parameters():
-        setattr(lstm, name, param)
-    module = LSTMModule(
-        lstm=lstm,
-        in_keys=["hidden", "h", "c"],
-        out_keys=["output", ("next", "h"), ("next", "c")],
-        recurrent_backend="triton" if inputs.hidden.is_cuda else "pad",
-        default_recurrent_mode=True,
-    )
-    segments, steps = inputs.dones.shape
-    states = {}
-    for key, start in (("h", inputs.h), ("c", inputs.c)):
-        states[key] = torch.zeros(segments, steps, LAYERS, WIDTH, device=start.device)
-        states[key][:, 0] = start.masked_fill(inputs.dones[:, 0].view(-1, 1, 1), 0)
-
-    def run(inputs: Inputs) -> Tensor:
-        entries = {"hidden": inputs.hidden.view(segments, steps, -1), "is_init": inputs.dones.unsqueeze(-1), **states}
-        return module(TensorDict(entries, batch_size=[segments, steps]))["output"].reshape(segments * steps, -1)
-
-    return run
-
-
 def make_case(mode: str, size: Size, device: torch.device) -> Case:
     inputs = make_inputs(size, device)
     leaves = [inputs.hidden, *inputs.agent.lstm.parameters()]
@@ -108,11 +78,8 @@ def make_case(mode: str, size: Size, device: torch.device) -> Case:
     grad = torch.randn_like(inputs.hidden) / len(inputs.hidden) ** 0.5
 
     def call_of(provider: str) -> Callable[[], Any]:
-        if provider == "torchrl":
-            run = with_torchrl(inputs)
-        else:
-            ours = functools.partial(package, dones=inputs.dones)
-            run = {"upstream": upstream, WITHOUT_RESETS: package}.get(provider, ours)
+        ours = functools.partial(package, dones=inputs.dones)
+        run = {"upstream": upstream, WITHOUT_RESETS: package}.get(provider, ours)
 
         def with_backward() -> tuple[Tensor, ...]:
             output = run(inputs)

@@ -35,26 +35,19 @@ def with_package(logits: Tensor, table: Tensor) -> Drawn:
     return index, log_prob, full_log_probs, pair
 
 
-def with_distributions(logits: Tensor, table: Tensor) -> Drawn:
-    """torch.distributions.Categorical."""
-    distribution = torch.distributions.Categorical(logits=logits, validate_args=False)
-    index = distribution.sample()
-    return index, distribution.log_prob(index), distribution.logits, table[index]
-
-
-def with_torchrl() -> Callable[[Tensor, Tensor], Drawn]:
-    """TorchRL's masked categorical, with a mask that allows everything."""
-    from torchrl.modules import MaskedCategorical
+def with_distribution(provider: str) -> Callable[[Tensor, Tensor], Drawn]:
+    """torch.distributions' or TorchRL's categorical."""
+    make = categorical.distribution_of(provider)
 
     def draw(logits: Tensor, table: Tensor) -> Drawn:
-        distribution = MaskedCategorical(logits=logits, mask=torch.ones_like(logits, dtype=torch.bool))
+        distribution = make(logits)
         index = distribution.sample()
-        return index, distribution.log_prob(index), distribution.logits.log_softmax(-1), table[index]
+        return index, distribution.log_prob(index), distribution.logits, table[index]
 
     return draw
 
 
-def with_pufferlib() -> Callable[[Tensor, Tensor], Drawn]:
+def with_pufferlib(provider: str) -> Callable[[Tensor, Tensor], Drawn]:
     """pufferlib's sampling function."""
     from pufferlib.pytorch import sample_logits
 
@@ -84,12 +77,8 @@ def frequencies_fit(index: Tensor, full_log_probs: Tensor) -> bool:
     return bool(((counts - probs.sum(0)).abs() <= FREQUENCY_LIMIT * deviation).all())
 
 
-FORMULAS = {
-    "upstream": upstream,
-    "torch.distributions": with_distributions,
-    "torchrl": with_torchrl,
-    "pufferlib": with_pufferlib,
-}
+FORMULAS = {"upstream": upstream, **dict.fromkeys(("torch.distributions", "torchrl"), with_distribution)}
+FORMULAS["pufferlib"] = with_pufferlib
 
 
 def make_case(size: Size, device: torch.device) -> Case:

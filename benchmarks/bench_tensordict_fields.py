@@ -7,17 +7,12 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, Shape, Size, parametrized
+from benchmarks.harness import Case, Size, parametrized, shapes
 from metta_fastagent import PyTorchAgentMixin
 
 TOKENS = 8
 PROVIDERS = ("upstream", "eager")
-SHAPES = [
-    Shape("quick", {"rows": 256, "time": 0}),
-    Shape("quick", {"rows": 64, "time": 16}),
-    Shape("full", {"rows": 4096, "time": 0}),
-    Shape("full", {"rows": 1024, "time": 64}),
-]
+SHAPES = shapes("rows time", quick=[(256, 0), (64, 16)], full=[(4096, 0), (1024, 64)])
 
 
 class Agent(PyTorchAgentMixin, nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Shape, Size, choose, parametrized
+from benchmarks.harness import Case, Size, choose, parametrized, shapes
 from metta_fastagent import ops
 
 FEATURES, SIDE, EMPTY = 25, 11, 255
@@ -19,13 +19,7 @@ CELLS = FEATURES * SIDE * SIDE
 STRIDE = 1009
 EMPTY_SHARE = 0.3
 PROVIDERS = ("upstream", "torch.compile", "eager", "native", "triton")
-SHAPES = [
-    Shape("quick", {"rows": 256, "tokens": 64}),
-    Shape("full", {"rows": 1, "tokens": 200}),
-    Shape("full", {"rows": 64, "tokens": 200}),
-    Shape("full", {"rows": 1024, "tokens": 200}),
-    Shape("gpu", {"rows": 16384, "tokens": 200}),
-]
+SHAPES = shapes("rows tokens", quick=[(256, 64)], full=[(1, 200), (64, 200), (1024, 200)], gpu=[(16384, 200)])
 
 
 def make_inputs(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -13,16 +13,17 @@ graph, after three replays with changing inputs have agreed with a second agent 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from benchmarks import bench_clip, bench_sample, bench_tensordict_fields, bench_tokens_to_grid, categorical, harness
-from benchmarks.harness import Case, Shape, Size, parametrized
+from benchmarks.harness import Case, Size, parametrized, shapes
 from metta_fastagent import Fast
 from metta_fastagent.agents.fast import FastPolicy
 
@@ -33,29 +34,23 @@ LEARNING_RATE = 1e-9
 ENTROPY_COST, VALUE_COST, L2_COST = 0.01, 0.5, 1e-4
 FAST_HEAD = "upstream, Fast's head"
 PROVIDERS = ("upstream", FAST_HEAD, "torch.compile", "eager", "native", "triton", "captured")
-# Layers of the deep agent's trunk between its first and its last: 200 parameter tensors with Fast's own.
+# Between the first and the last one: 200 parameter tensors with Fast's own.
 TRUNK_LAYERS = 86
-# Of Fast without a trunk, about.
-FAST_PARAMETERS = 550_000
-# Widths of the trunk are multiples of this, for the matrix units.
-WIDTH_STEP = 8
 RESIDUAL_SCALE = 0.1
 ENCODED_SIZE = 128
-SHALLOW, DEEP = {"parameters": 1_000_000}, {"parameters": 30_000_000}
-ROLLOUTS = [
-    Shape("quick", {"rows": 64, "time": 0}),
-    Shape("full", {"rows": 512, "time": 0}),
-    Shape("full", {"rows": 64, "time": 0, **SHALLOW}),
-    Shape("gpu", {"rows": 4096, "time": 0}),
-    Shape("gpu", {"rows": 4096, "time": 0, **DEEP}),
-]
-UPDATES = [
-    Shape("quick", {"rows": 16, "time": 8}),
-    Shape("full", {"rows": 64, "time": 16}),
-    Shape("full", {"rows": 16, "time": 4, **SHALLOW}),
-    Shape("gpu", {"rows": 4096, "time": 64}),
-    Shape("gpu", {"rows": 1024, "time": 16, **DEEP}),
-]
+# A third number makes the agent deep; it is the width of its trunk: 1 and 30 million parameters.
+ROLLOUTS = shapes(
+    "rows time trunk",
+    quick=[(64, 0)],
+    full=[(512, 0), (64, 0, 72)],
+    gpu=[(4096, 0), (4096, 0, 584)],
+)
+UPDATES = shapes(
+    "rows time trunk",
+    quick=[(16, 8)],
+    full=[(64, 16), (16, 4, 72)],
+    gpu=[(4096, 64), (1024, 16, 584)],
+)
 
 
 class Trunk(nn.Module):
@@ -80,7 +75,6 @@ class Policy(FastPolicy):
     trunk: nn.Module
 
     def encode_observations(self, observations: Tensor, state: Any = None) -> Tensor:
-        """As `FastPolicy.encode_observations`."""
         return self.trunk(super().encode_observations(observations, state))
 
 
@@ -88,7 +82,6 @@ class FastHeadPolicy(Policy):
     """Upstream's encoder input and Fast's actor head."""
 
     def encode_observations(self, observations: Tensor, state: Any = None) -> Tensor:
-        """As `FastPolicy.encode_observations`."""
         tokens = observations.reshape(-1, *observations.shape[-2:])
         grid = bench_tokens_to_grid.upstream(tokens, self.max_vec.view(-1))
         features = torch.relu(self.cnn2(torch.relu(self.cnn1(grid)))).flatten(1)
@@ -99,7 +92,6 @@ class UpstreamPolicy(FastHeadPolicy):
     """Upstream's encoder input, and its actor head on each pair of row and action."""
 
     def decode_actions(self, hidden: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
-        """As `FastPolicy.decode_actions`."""
         value = self.value_head(torch.tanh(self.critic_1(hidden)))
         actor = torch.relu(self.actor_1(hidden))
         rows, actions, width = actor.shape[0], self.num_active_actions, actor.shape[1]
@@ -139,7 +131,6 @@ class UpstreamFast(Fast):
         return flat.reshape(int(flat["batch"][0].item()), int(flat["bptt"][0].item()))
 
     def clip_weights(self) -> None:
-        """Module by module."""
         bench_clip.clip_by_module(self)
 
     def l2_init_loss(self) -> Tensor:
@@ -152,14 +143,11 @@ class UpstreamFast(Fast):
 
 
 def make_agent(size: Size, device: torch.device, provider: str = "eager") -> Fast:
-    """A provider's agent with 21 actions, the same weights each time; deep if the size names its `parameters`."""
+    """A provider's agent with 21 actions, the same weights each time; deep if the size names a `trunk`."""
     torch.manual_seed(0)
     env = SimpleNamespace()
     policy = {"upstream": UpstreamPolicy, FAST_HEAD: FastHeadPolicy}.get(provider, Policy)(env)
-    policy.trunk = nn.Identity()
-    if "parameters" in size:
-        width = ((size["parameters"] - FAST_PARAMETERS) / TRUNK_LAYERS) ** 0.5
-        policy.trunk = Trunk(WIDTH_STEP * round(width / WIDTH_STEP))
+    policy.trunk = Trunk(size["trunk"]) if "trunk" in size else nn.Identity()
     kind = UpstreamFast if provider in ("upstream", FAST_HEAD) else Fast
     agent = kind(env, policy=policy, clip_range=CLIP_RANGE).to(device)
     agent.activate_actions(["noop", "act"], [0, ACTIONS - 2])
@@ -169,44 +157,30 @@ def make_agent(size: Size, device: torch.device, provider: str = "eager") -> Fas
     return agent
 
 
-class Inputs(NamedTuple):
-    """Observations and episode starts, and actions for them."""
-
-    td: TensorDict
-    action: Tensor
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.td.values(), self.action]
-
-
-def make_inputs(size: Size, device: torch.device) -> Inputs:
-    """Observations of `rows` rows (x `time` steps unless that is 0), episode starts, and actions."""
+def make_inputs(size: Size, device: torch.device) -> TensorDict:
+    """Observations of `rows` rows (x `time` steps unless that is 0), episode starts, and pairs of actions."""
     shape = (size["rows"], size["time"]) if size["time"] else (size["rows"],)
+    tokens, _ = bench_tokens_to_grid.make_inputs({"rows": math.prod(shape), "tokens": TOKENS}, device)
     generator = torch.Generator().manual_seed(1)
-    cells = torch.stack([torch.randperm(121, generator=generator)[:TOKENS] for _ in range(shape[0])])
-    cells = cells.view(shape[0], *[1] * (len(shape) - 1), TOKENS).expand(*shape, TOKENS)
-    feature = torch.randint(25, (*shape, TOKENS), generator=generator)
-    value = torch.randint(256, (*shape, TOKENS), generator=generator)
-    env_obs = torch.stack((cells // 11 * 16 + cells % 11, feature, value), dim=-1).to(torch.uint8)
     dones = torch.rand(shape, generator=generator) < 0.03
     param = torch.randint(ACTIONS - 1, shape, generator=generator)
-    entries = {"env_obs": env_obs, "dones": dones, "truncateds": torch.zeros_like(dones)}
-    td = TensorDict(entries, batch_size=shape).to(device)
-    return Inputs(td, torch.stack((torch.ones_like(param), param), dim=-1).to(device))
+    pairs = torch.stack((torch.ones_like(param), param), dim=-1)
+    entries = {"env_obs": tokens.view(*shape, TOKENS, 3), "dones": dones, "pairs": pairs}
+    return TensorDict(entries, batch_size=shape).to(device)
 
 
-def rollout_step(agent: Fast, inputs: Inputs, capturable: bool = False) -> Callable[[], Any]:
+def rollout_step(agent: Fast, td: TensorDict, capturable: bool = False) -> Callable[[], Any]:
     """A function that takes one rollout step and returns the TensorDict."""
-    return torch.no_grad()(lambda: agent(inputs.td.copy()))
+    return torch.no_grad()(lambda: agent(td.copy()))
 
 
-def update_step(agent: Fast, inputs: Inputs, capturable: bool = False) -> Callable[[], Any]:
+def update_step(agent: Fast, td: TensorDict, capturable: bool = False) -> Callable[[], Any]:
     """A function that makes one update and returns the evaluation and the gradients."""
     optimizer = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE, fused=True, capturable=capturable)
 
     def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
-        out = agent(inputs.td, action=inputs.action)
+        out = agent(td, action=td["pairs"])
         loss = VALUE_COST * out["value"].square().mean() - out["act_log_prob"].mean()
         loss = loss - ENTROPY_COST * out["entropy"].mean() + L2_COST * agent.l2_init_loss()
         loss.backward()
@@ -234,7 +208,7 @@ def compared_update(result: Any) -> dict[str, Any]:
 
 
 def make_case(kind: str, size: Size, device: torch.device) -> Case:
-    inputs = make_inputs(size, device)
+    td = make_inputs(size, device)
     make_step, compared, atol = (
         (rollout_step, compared_rollout, 1e-4) if kind == "rollout" else (update_step, compared_update, 1e-3)
     )
@@ -242,20 +216,20 @@ def make_case(kind: str, size: Size, device: torch.device) -> Case:
     def call_of(provider: str) -> Callable[[], Any]:
         if provider == "captured":
             return captured_step()
-        return make_step(make_agent(size, device, provider), inputs)
+        return make_step(make_agent(size, device, provider), td)
 
     def captured_step() -> Callable[[], Any]:
-        own = Inputs(inputs.td.clone(), inputs.action.clone())
+        own = td.clone()
 
         def rotate() -> None:
-            for tensor in own.tensors():
+            for tensor in own.values():
                 tensor.copy_(tensor.roll(1, 0))
 
         step, twin = (make_step(make_agent(size, device), own, device.type == "cuda") for _ in range(2))
         return harness.captured(step, twin, rotate, case, device)
 
-    name = f"{kind} step" + (" of a deep agent" if "parameters" in size else "")
-    # The captured step has been compared with its twin, a step of the package that is compared with upstream.
+    name = f"{kind} step" + (" of a deep agent" if "trunk" in size else "")
+    # A captured step is compared with its twin.
     case = Case(name, call_of, compared, uncompared=("captured",), rtol=1e-3, atol=atol)
     return case
 

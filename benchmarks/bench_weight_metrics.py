@@ -11,19 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Shape, Size, parametrized
+from benchmarks.harness import Case, Size, parametrized, shapes
 from metta_fastagent.weight_metrics import ZERO_SV, analyze_weights
 
 DELTA = 0.01
 # The figures that do not depend on the smallest singular value.
 COMPARED = ("weight_norm", "mean_sv", "largest_sv", "sv_loglog_r2", "sv_loglog_slope", "effective_rank")
 PROVIDERS = ("upstream", "eager")
-SHAPES = [
-    Shape("quick", {"weights": 6, "width": 64}),
-    Shape("full", {"weights": 6, "width": 128}),
-    Shape("full", {"weights": 24, "width": 128}),
-    Shape("gpu", {"weights": 24, "width": 512}),
-]
+SHAPES = shapes("weights width", quick=[(6, 64)], full=[(6, 128), (24, 128)], gpu=[(24, 512)])
 
 
 def upstream(weights: Mapping[str, Tensor]) -> list[dict[str, Any]]:

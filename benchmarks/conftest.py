@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import harness, machine
+from benchmarks import cuda, harness, machine
 
 
 def pytest_addoption(parser):
@@ -32,22 +32,19 @@ def options_of(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep the selected shapes, small ones first, torch.compile last: --seconds then leaves out what is least missed."""
-    options = options_of(config)
-    count = 1 if config.getoption("--quick") else 2 if options.device.type == "cpu" else 3
-    levels = harness.LEVELS[:count]
+    """Keep the selected shapes, small ones first, torch.compile last: --seconds then skips the least important."""
+    device = options_of(config).device
+    levels = harness.LEVELS[: 1 if config.getoption("--quick") else 2 if device.type == "cpu" else 3]
 
     def rank(item):
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        if "shape" not in params:
-            return (False, 0)
+        params = item.callspec.params
         return (params["provider"] == "torch.compile", harness.LEVELS.index(params["shape"].level))
 
-    left_out = [item for item in items if rank(item)[1] >= len(levels)]
+    left_out = [item for item in items if item.callspec.params["shape"].level not in levels]
     config.hook.pytest_deselected(items=left_out)
     items[:] = sorted((item for item in items if item not in left_out), key=rank)
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=harness.clock_of(options.device)))
+        item.add_marker(pytest.mark.benchmark(timer=cuda.clock_of(device)))
 
 
 @pytest.fixture

@@ -71,8 +71,7 @@ def _circumstances(result: Mapping[str, Any]) -> list[str]:
         + ", ".join(f"{value:.1f}" for value in load)
         + f" on {conditions['cores']} cores",
     ]
-    if load[0] > conditions["cores"]:
-        lines.append("- **The machine was busy with other work**: trust the ratios, not the times.")
+    lines += ["- **Busy machine**: trust the ratios, not the times."] if load[0] > conditions["cores"] else []
     return lines + [f"- skipped {count}: {reason}" for reason, count in sorted(conditions["skipped"].items())]
 
 
