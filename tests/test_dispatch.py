@@ -68,8 +68,8 @@ def test_native_where_it_is_not_built(monkeypatch):
         assert backend("cpu") == "eager"
         assert "cpu: eager; native operators not built: a reason" in explain()
     with use_backend("native"):
-        assert "cpu: an error, as backend native was asked for" in explain()
-        with pytest.raises(RuntimeError, match="backend 'native' was asked for and does not work: not built: a reason"):
+        assert "cpu: an error, because backend native was requested" in explain()
+        with pytest.raises(RuntimeError, match="backend 'native' was requested and does not work: not built: a reason"):
             action_to_logit_index(torch.tensor([[1, 2]]), torch.tensor([0, 1, 3]))
 
 
@@ -143,7 +143,7 @@ def test_triton_missing_is_one_warning_and_eager_operations(monkeypatch):
     with pytest.warns(RuntimeWarning, match=r"Triton does not work on cuda:0.*No module named 'triton'") as warned:
         assert [backend(device), backend(device)] == ["eager", "eager"]
     assert len(warned) == 1
-    with use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was asked for.*cuda:0"):
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was requested.*cuda:0"):
         backend(device)
     with use_backend("eager"):
         assert backend(device) == "eager"
