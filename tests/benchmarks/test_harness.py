@@ -69,7 +69,7 @@ def test_providers_that_work_in_place_start_from_the_same_inputs():
     case = Case("op", calls.__getitem__, compared=lambda _: memory, reset=memory.zero_)
     reference = Provider("upstream", calls["upstream"])
     harness.require_agreement(case, reference, Provider("same", calls["same"]))
-    with pytest.raises(Disagreement, match="^twice: "):
+    with pytest.raises(Disagreement, match=r"^twice: "):
         harness.require_agreement(case, reference, Provider("twice", calls["twice"]))
 
 
@@ -81,19 +81,16 @@ def test_providers_that_work_in_place_start_from_the_same_inputs():
         ([torch.ones(2)], [torch.ones(2), torch.ones(2)]),
         ({"a": 1.0}, {"b": 1.0}),
         ({"a": 1.0}, {"a": 1.1}),
-        (True, False),
     ],
 )
 def test_differences(expected, actual):
     case = Case("op", lambda name: ones, rtol=1e-3, atol=1e-3)
-    harness.require_close("same", expected, expected, case)
-    with pytest.raises(Disagreement, match="^other: "):
+    rounded = torch.utils._pytree.tree_map(
+        lambda leaf: leaf + 1e-4 if isinstance(leaf, torch.Tensor) else leaf, expected
+    )
+    harness.require_close("rounded", expected, rounded, case)
+    with pytest.raises(Disagreement, match=r"^other: "):
         harness.require_close("other", expected, actual, case)
-
-
-def test_rounding_is_not_a_difference():
-    case = Case("op", lambda name: ones, rtol=1e-3, atol=1e-3)
-    harness.require_close("rounded", {"a": [torch.ones(2)]}, {"a": (torch.ones(2) + 1e-4,)}, case)
 
 
 class Clock:
@@ -138,15 +135,6 @@ def test_the_order_alternates_between_rounds():
     harness.interleaved_ratios(*(clock.provider(name, constant(1.0)) for name in "ab"), 0.0, clock)
     rounds = "".join(clock.order)[4:]
     assert rounds == "abba" * 2 + "ab"
-
-
-def test_quartiles_show_a_scatter():
-    clock = Clock()
-    seconds = iter([1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 5.0])
-    low, middle, high = harness.interleaved_ratios(
-        clock.provider("upstream", constant(1.0)), clock.provider("other", seconds), 0.0, clock
-    )
-    assert low < middle == 3 < high
 
 
 def test_short_calls_are_repeated_within_a_round():

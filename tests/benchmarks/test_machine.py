@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine
-
 
 def test_the_command_prints_one_line_of_json():
     command = [sys.executable, "-m", "benchmarks.machine"]
@@ -16,12 +14,5 @@ def test_the_command_prints_one_line_of_json():
     (line,) = done.stdout.splitlines()
     facts = json.loads(line)
     assert facts["cuda"] is torch.cuda.is_available()
-    assert facts["torch"] == torch.__version__
-    assert facts["cuda"] or facts["why"]
-    assert facts["name"] and facts["backend"] in ("triton", "native", "eager")
-
-
-def test_a_machine_without_a_gpu_is_named_by_its_processor():
-    described = machine.description(torch.device("cpu"))
-    assert described["name"] == described["processor_name"] and described["gpu"] == "none used"
-    assert " cores" in described["name"]
+    assert facts["cuda"] or (facts["why"] and facts["name"] == facts["processor_name"] and facts["gpu"] == "none used")
+    assert facts["torch"] == torch.__version__ and facts["backend"] in ("triton", "native", "eager")

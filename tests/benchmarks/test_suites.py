@@ -1,6 +1,7 @@
 """Every suite: its providers agree on a tiny shape, and a changed result is refused. Then the command as a whole."""
 
 import functools
+import importlib
 import json
 import subprocess
 import sys
@@ -9,71 +10,52 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    bench_clip,
-    bench_conversions,
-    bench_evaluate,
-    bench_l2_init,
-    bench_lstm,
-    bench_sample,
-    bench_tensordict_fields,
-    bench_tokens_to_grid,
-    bench_train_step,
-    bench_weight_metrics,
-    harness,
-)
+from benchmarks import bench_train_step, harness
 from benchmarks.__main__ import SUITES, main
 from benchmarks.harness import Options, Provider, Shape
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-BOTH = "forward + backward"
-DEEP = {"rows": 2, "time": 3, "trunk": 8}
-CASES = [
-    (bench_clip, bench_clip.make_case, {"tensors": 4, "parameters": 128}),
-    *[
-        (bench_conversions, functools.partial(bench_conversions.make_case, o), {"rows": 5})
-        for o in bench_conversions.OPERATIONS
-    ],
-    *[
-        (bench_evaluate, functools.partial(bench_evaluate.make_case, m), {"rows": 5, "actions": 9})
-        for m in ("forward", BOTH)
-    ],
-    *[
-        (bench_l2_init, functools.partial(bench_l2_init.make_case, m), {"tensors": 3, "parameters": 48})
-        for m in ("forward", BOTH)
-    ],
-    *[
-        (bench_lstm, functools.partial(bench_lstm.make_case, m), {"segments": 3, "time": 4, "resets": 30})
-        for m in ("forward", BOTH)
-    ],
-    (bench_lstm, functools.partial(bench_lstm.make_case, BOTH), {"segments": 3, "time": 4, "resets": 0}),
-    (bench_sample, bench_sample.make_case, {"rows": 5, "actions": 9}),
-    (bench_tensordict_fields, bench_tensordict_fields.make_case, {"rows": 3, "time": 0}),
-    (bench_tensordict_fields, bench_tensordict_fields.make_case, {"rows": 3, "time": 2}),
-    (bench_tokens_to_grid, bench_tokens_to_grid.make_case, {"rows": 2, "tokens": 40}),
-    (bench_weight_metrics, bench_weight_metrics.make_case, {"weights": 2, "width": 12}),
-    (bench_train_step, functools.partial(bench_train_step.make_case, "rollout"), {"rows": 4, "time": 0}),
-    (bench_train_step, functools.partial(bench_train_step.make_case, "update"), {"rows": 2, "time": 3}),
-    (bench_train_step, functools.partial(bench_train_step.make_case, "update"), DEEP),
+MODES = ("forward", "forward + backward")
+# Suite, first arguments of its make_case, and a size for each.
+TINY = [
+    ("clip", (), {"tensors": 4, "parameters": 128}),
+    *(("conversions", (name,), {"rows": 5}) for name in ("action_to_logit_index", "logit_index_to_action")),
+    *(("evaluate", (mode,), {"rows": 5, "actions": 9}) for mode in MODES),
+    *(("l2_init", (mode,), {"tensors": 3, "parameters": 48}) for mode in MODES),
+    *(("lstm", (MODES[n % 2],), {"segments": 3, "time": 4, "resets": 30 * (n // 2)}) for n in range(4)),
+    ("sample", (), {"rows": 5, "actions": 9}),
+    *(("tensordict_fields", (), {"rows": 3, "time": time}) for time in (0, 2)),
+    ("tokens_to_grid", (), {"rows": 2, "tokens": 40}),
+    ("weight_metrics", (), {"weights": 2, "width": 12}),
+    ("train_step", ("rollout",), {"rows": 4, "time": 0}),
+    ("train_step", ("update",), {"rows": 2, "time": 3}),
+    ("train_step", ("update",), {"rows": 2, "time": 3, "trunk": 8}),
 ]
+every_suite = pytest.mark.parametrize(("name", "arguments", "size"), TINY)
 
 
-def made(make_case, size):
+def made(name, arguments, size):
+    """A case on the tiny shape, and its reference."""
     torch.manual_seed(0)
-    case = make_case(size, CPU)
+    case = importlib.import_module(f"benchmarks.bench_{name}").make_case(*arguments, size, CPU)
     return case, Provider("upstream", case.call_of("upstream"))
 
 
-@pytest.mark.parametrize(("suite", "make_case", "size"), CASES)
-def test_providers_agree(suite, make_case, size):
-    case, reference = made(make_case, size)
+def test_no_suite_is_missing_here():
+    assert {name for name, _, _ in TINY} == set(SUITES)
+
+
+@every_suite
+def test_providers_agree(name, arguments, size):
+    names = importlib.import_module(f"benchmarks.bench_{name}").PROVIDERS
     options = Options(CPU, compiled=False, seconds=0.0)
-    available = [name for name in suite.PROVIDERS if not harness.unavailable(name, Shape("quick", size), options)]
+    available = [each for each in names if not harness.unavailable(each, Shape("quick", size), options)]
     assert available[0] == "upstream" and "eager" in available
-    for name in available[1:]:
-        if name not in case.uncompared:
-            harness.require_agreement(case, reference, Provider(name, case.call_of(name)))
+    for provider in available[1:]:
+        case, reference = made(name, arguments, size)
+        if provider not in case.uncompared:
+            harness.require_agreement(case, reference, Provider(provider, case.call_of(provider)))
 
 
 def changed(result):
@@ -86,43 +68,38 @@ def changed(result):
     return (result.double() + 1).to(result.dtype) if isinstance(result, torch.Tensor) else result + 1
 
 
-@pytest.mark.parametrize(("suite", "make_case", "size"), CASES)
-def test_a_changed_result_is_refused(suite, make_case, size):
-    case, reference = made(make_case, size)
+@every_suite
+def test_a_changed_result_is_refused(name, arguments, size):
+    case, reference = made(name, arguments, size)
     compared, turn = case.compared, iter((False, True))
     wrong = case._replace(compared=lambda result: changed(compared(result)) if next(turn) else compared(result))
-    with pytest.raises(harness.Disagreement, match="^eager: "):
+    with pytest.raises(harness.Disagreement, match=r"^eager: "):
         harness.require_agreement(wrong, reference, Provider("eager", case.call_of("eager")))
 
 
-@pytest.mark.parametrize("kind", ["rollout", "update"])
-def test_encoder_and_heads_compile_and_agree(kind, monkeypatch):
-    compiled = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", compiled)
+@pytest.mark.parametrize("tiny", [each for each in TINY if each[0] == "train_step"][:2], ids=["rollout", "update"])
+def test_encoder_and_heads_compile_and_agree(tiny, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.utils.counters.clear()
-    size = {"rows": 2, "time": 3} if kind == "update" else {"rows": 4, "time": 0}
-    case, reference = made(functools.partial(bench_train_step.make_case, kind), size)
+    case, reference = made(*tiny)
     harness.require_agreement(case, reference, Provider("torch.compile", case.call_of("torch.compile")))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_the_deep_agent_has_200_tensors_of_30_million_parameters():
-    (trunk,) = {
-        shape.size["trunk"] for shape in bench_train_step.UPDATES if shape.level == "gpu" and "trunk" in shape.size
-    }
+    trunk = max(shape.size.get("trunk", 0) for shape in bench_train_step.UPDATES)
     params = list(bench_train_step.make_agent({"trunk": trunk}, torch.device("meta")).parameters())
     assert len(params) == 200
     assert sum(param.numel() for param in params) == pytest.approx(30e6, rel=0.01)
 
 
-@pytest.mark.parametrize("size", [{}, DEEP])
+@pytest.mark.parametrize("size", [{}, {"trunk": 8}])
 def test_all_agents_start_with_the_same_weights(size):
-    ours, theirs, head = (
-        bench_train_step.make_agent(size, CPU, name).state_dict()
-        for name in ("eager", "upstream", bench_train_step.FAST_HEAD)
-    )
-    assert ours.keys() == theirs.keys() == head.keys()
-    assert all(torch.equal(ours[name], theirs[name]) and torch.equal(ours[name], head[name]) for name in ours)
+    names = ("eager", "upstream", bench_train_step.FAST_HEAD)
+    ours, *others = (bench_train_step.make_agent(size, CPU, name).state_dict() for name in names)
+    for other in others:
+        assert ours.keys() == other.keys()
+        assert all(torch.equal(ours[key], other[key]) for key in ours)
 
 
 def test_an_unknown_suite_is_named(capsys):
@@ -185,13 +162,3 @@ def test_a_wrong_provider_fails_its_benchmark_and_no_other(tmp_path):
     assert done.returncode == 1
     assert "1 failed, 2 passed" in done.stdout
     assert "Disagreement: wrong: " in done.stdout
-
-
-@pytest.mark.parametrize("name", SUITES)
-def test_no_shape_is_listed_twice(name):
-    suite = __import__(f"benchmarks.bench_{name}", fromlist=["bench"])
-    lists = [
-        value for value in vars(suite).values() if isinstance(value, list) and value and isinstance(value[0], Shape)
-    ]
-    shapes = [harness.size_text(shape.size) for shape in (lists or [bench_evaluate.categorical.SHAPES])[0]]
-    assert len(set(shapes)) == len(shapes)
