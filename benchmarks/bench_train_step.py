@@ -169,14 +169,14 @@ def make_inputs(size: Size, device: torch.device) -> TensorDict:
     return TensorDict(entries, batch_size=shape).to(device)
 
 
-def rollout_step(agent: Fast, td: TensorDict, capturable: bool = False) -> Callable[[], Any]:
+def rollout_step(agent: Fast, td: TensorDict) -> Callable[[], Any]:
     """A function that takes one rollout step and returns the TensorDict."""
     return torch.no_grad()(lambda: agent(td.copy()))
 
 
-def update_step(agent: Fast, td: TensorDict, capturable: bool = False) -> Callable[[], Any]:
+def update_step(agent: Fast, td: TensorDict) -> Callable[[], Any]:
     """A function that makes one update and returns the evaluation and the gradients."""
-    optimizer = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE, fused=True, capturable=capturable)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE, fused=True, capturable=td["dones"].is_cuda)
 
     def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
@@ -225,7 +225,7 @@ def make_case(kind: str, size: Size, device: torch.device) -> Case:
             for tensor in own.values():
                 tensor.copy_(tensor.roll(1, 0))
 
-        step, twin = (make_step(make_agent(size, device), own, device.type == "cuda") for _ in range(2))
+        step, twin = (make_step(make_agent(size, device), own) for _ in range(2))
         return harness.captured(step, twin, rotate, case, device)
 
     name = f"{kind} step" + (" of a deep agent" if "trunk" in size else "")

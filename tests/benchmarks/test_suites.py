@@ -108,13 +108,6 @@ def test_an_unknown_suite_is_named(capsys):
     assert "--only: got nonsense, expected some of clip, " in capsys.readouterr().err
 
 
-def test_without_pytest_benchmark_it_is_named(monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        main(["--only", "clip"])
-    assert "pytest-benchmark is not installed" in capsys.readouterr().err
-
-
 def run(*arguments):
     command = [sys.executable, "-m", "benchmarks", "--device", "cpu", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -147,18 +140,3 @@ def test_shapes_that_have_not_begun_in_time_are_skipped(tmp_path):
     done = run("--quick", "--only", "conversions", "--out", str(tmp_path), "--seconds", "0")
     assert "not begun within --seconds" in done.stdout
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_wrong_provider_fails_its_benchmark_and_no_other(tmp_path):
-    suite = tmp_path / "bench_made_up.py"
-    suite.write_text(
-        "import torch\nfrom benchmarks.harness import Case, parametrized, shapes\n\n\n"
-        "@parametrized(('upstream', 'same', 'wrong'), shapes('rows', quick=[(2,)], full=[]))\n"
-        "def test_made_up(measure):\n"
-        "    measure(lambda size, device: Case('op', lambda name: lambda: torch.ones(2 + (name == 'wrong'))))\n"
-    )
-    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "-p", "no:importnb", "-p", "no:xdist"]
-    done = subprocess.run([*command, "--device=cpu", str(suite)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "1 failed, 2 passed" in done.stdout
-    assert "Disagreement: wrong: " in done.stdout

@@ -65,13 +65,10 @@ def test_constants_are_patched_in_every_module_and_restored():
     with sweep.patched(sweep.CHUNK_MODULES, {"CHUNK": 512, "CHUNK_WARPS": 2}):
         assert (_chunk_table.CHUNK, _clip_weights.CHUNK, _clip_weights.CHUNK_WARPS) == (512, 512, 2)
         assert _chunk_table._tables == {}
-    assert before == (_chunk_table.CHUNK, _clip_weights.CHUNK, _chunk_table._tables)
-
-
-def test_layouts_follow_the_patched_constants():
     with sweep.patched([_categorical], {"MAX_COLUMNS": 0}):
         assert _categorical.choose_kernel(5, 9, "columns", "tile")[1] == "tile"
     assert _categorical.choose_kernel(5, 9, "columns", "tile")[1] == "columns"
+    assert before == (_chunk_table.CHUNK, _clip_weights.CHUNK, _chunk_table._tables)
 
 
 @pytest.mark.parametrize("name", list(sweep.EXPERIMENTS))
