@@ -21,6 +21,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.benchmarks_started = time.monotonic()
     config.benchmarks_skipped = {}
+    if options_of(config).device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device: got cuda, expected cpu, as there is no CUDA device")
 
 
 def options_of(config):

@@ -152,7 +152,7 @@ def copy_gb_per_s(moved_bytes: int, device: torch.device) -> float:
 
 
 def capture(function: Call, device: torch.device) -> tuple[Any, Any]:
-    """A CUDA graph of `function`, warmed up on the same stream, and what its captured call returned."""
+    """A CUDA graph of `function`, warmed up on the same stream, and the result of its captured call."""
     stream = torch.cuda.Stream(device)
     before = torch.cuda.current_stream(device)
     stream.wait_stream(before)

@@ -60,7 +60,7 @@ class Case(NamedTuple):
     operation: str
     # Name of a provider -> the function to time; "upstream" gives the reference.
     call_of: Callable[[str], Call]
-    # Result of a call -> what is compared; for operations that work in place or draw at random.
+    # Result of a call -> the part that is compared; for operations that work in place or draw at random.
     compared: Callable[[Any], Any] = lambda result: result
     # Restores the inputs before a compared call.
     reset: Call = lambda: None

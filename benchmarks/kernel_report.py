@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for GPUs that need not be there, and count what the machine code holds.
+"""Compile every Triton kernel for GPUs that need not be there, and read the machine code.
 
     python -m benchmarks.kernel_report [--json FILE] [--targets sm_80,sm_90]
 
@@ -55,12 +55,12 @@ class Case(NamedTuple):
     rows_per_program: int
     # None: Triton's default.
     num_stages: int | None = None
-    # What is launched in its place on AMD GPUs; None: the same.
+    # The case launched in its place on AMD GPUs; None: the same.
     on_amd: "Case | None" = None
 
 
 class Figures(NamedTuple):
-    """What the machine code of one case for one target holds."""
+    """Figures of one case's machine code for one target."""
 
     case: str
     target: str
@@ -308,7 +308,7 @@ def _output(*command: object) -> str:
 
 
 def main() -> None:
-    """Print the table; write it as JSON where asked."""
+    """Print the table; write it as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, of " + ", ".join(TARGETS))
