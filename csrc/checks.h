@@ -13,6 +13,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+// PyTorch 2.11 has only the older macro; the newer one, from 2.14 on, keeps the error's text.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>

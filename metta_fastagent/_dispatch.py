@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metta_fastagent import _native, _triton
+from metta_fastagent._machine import describe_cpu
 
 BACKENDS = ("auto", "triton", "native", "eager")
 ENVIRONMENT_VARIABLE = "METTA_FASTAGENT_BACKEND"
@@ -170,6 +171,7 @@ def explain() -> str:
     lines = [
         f"metta_fastagent on PyTorch {torch.__version__}, {version}, Python {platform.python_version()}",
         f"requested: {_requested} (by {ENVIRONMENT_VARIABLE} or use_backend; one of {', '.join(BACKENDS)})",
+        f"processor: {describe_cpu()}",
         f"cpu: {_explain_cpu()}",
         *_explain_cuda(),
         "other devices: eager, because there are no kernels for them",

@@ -36,6 +36,21 @@ def test_explain_names_versions_devices_and_the_request():
     assert "use_backend" in text
 
 
+def test_explain_names_the_processor_and_how_it_computes():
+    def line():
+        return next(line for line in explain().splitlines() if line.startswith("processor: "))
+
+    assert f"vectors {torch.backends.cpu.get_cpu_capability()}" in line()
+    assert f"{torch.get_num_threads()} of {os.cpu_count()} threads" in line()
+    assert line().endswith("subnormal numbers kept")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        assert line().endswith("subnormal numbers flushed to zero")
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_explain_lists_every_registered_operation():
     registered = {
         name.removeprefix("metta_fastagent::")

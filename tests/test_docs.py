@@ -1,5 +1,6 @@
 """The README's code runs and learns, the examples run, and the list of public names is complete."""
 
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +30,10 @@ def test_the_readme_runs_and_its_agent_learns():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_the_example_runs(example, tmp_path):
-    run = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, example], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip()
 

@@ -100,7 +100,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def under_autocast(device: torch.device) -> bool:
     """Whether autocast is on for `device`; some devices do not support it."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _knows_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+# A constant for Dynamo, which cannot trace this function before PyTorch 2.12.
+@torch.compiler.assume_constant_result
+def _knows_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

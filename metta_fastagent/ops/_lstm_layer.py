@@ -225,19 +225,21 @@ def _lstm_layer_bwd_kernel(
         kept = _kept_rows(resets + row, live, HAS_RESETS, BLOCK_B)
         last_c = tl.where(row == top, c + top * H, cells + (row - B) * H)
         after = grad_projected + (row + B) * (4 * H)
+        # A block: Triton 3.9's interpreter refuses a scalar comparison in a mask.
+        is_last = (row + local == bottom + local)[:, None]
         for first in range(0, width, BLOCK_N):
             column = first + tl.arange(0, BLOCK_N)
             inside = live[:, None] & (column < H)[None, :]
             state = local[:, None] * H + column[None, :]
             place = local[:, None] * (4 * H) + column[None, :]
             d_h = _state_gradient(after, weight_hh, followed, column, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
-            d_c = tl.load(grad_c + top * H + state, mask=inside & (row != bottom), other=0.0)
+            d_c = tl.load(grad_c + top * H + state, mask=inside & (is_last == 0), other=0.0)
             if HAS_OUTPUT:
                 d_h += tl.load(grad_output + row * H + state, mask=inside, other=0.0).to(tl.float32)
             if HAS_LAST_H:
-                d_h += tl.load(grad_last_h + top * H + state, mask=inside & (row == bottom), other=0.0).to(tl.float32)
+                d_h += tl.load(grad_last_h + top * H + state, mask=inside & is_last, other=0.0).to(tl.float32)
             if HAS_LAST_C:
-                d_c += tl.load(grad_last_c + top * H + state, mask=inside & (row == bottom), other=0.0).to(tl.float32)
+                d_c += tl.load(grad_last_c + top * H + state, mask=inside & is_last, other=0.0).to(tl.float32)
             gate_i, gate_f, gate_g, gate_o = _load_gates(gates + row * (4 * H) + place, inside, H)
             squashed = _tanh(tl.load(cells + row * H + state, mask=inside, other=0.0).to(tl.float32))
             carried = inside & kept[:, None]
