@@ -12,28 +12,19 @@ from typing import Any
 import torch
 
 import metta_fastagent
+from metta_fastagent._machine import processor_name
 
 PEERS = ("torchrl", "pufferlib-core")
 
 
-def processor_name() -> str:
-    """The CPU's model and its number of cores."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def description(device: torch.device) -> dict[str, Any]:
     """Processor, GPU, versions and the package's backend on `device`; `name` is the machine in words."""
+    processor = f"{processor_name()}, {os.cpu_count()} cores"
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "name": gpu or processor_name(),
+        "name": gpu or processor,
         "device": device.type,
-        "processor_name": processor_name(),
+        "processor_name": processor,
         "gpu": gpu or "none used",
         "torch": torch.__version__,
         "triton": _version("triton"),
