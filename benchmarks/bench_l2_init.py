@@ -1,47 +1,41 @@
 """L2-init loss: the sum of squared differences of the weights to their initial values, and its gradient.
 
-`upstream` adds up one term for each weight. The initial weights are on the device in all providers, which spares
-upstream the transfers that it makes where they were remembered on the CPU.
+`upstream` adds one term per weight. The initial weights are on the device for all providers, which spares upstream the
+transfers that it makes if they were stored on the CPU.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Provider, Shape, Skipped, Suite, compiled_provider, package_providers
+from benchmarks.harness import Case, Size, choose, parametrized, shapes
 from metta_fastagent import ops
 
-NAMES = ("upstream", "foreach", "torch.compile", "eager", "triton", "native")
-SHAPES = [
-    Shape("quick", {"tensors": 7, "parameters": 300_000}),
-    Shape("full", {"tensors": 100, "parameters": 200_000}),
-    Shape("full", {"tensors": 100, "parameters": 3_000_000}),
-    Shape("gpu", {"tensors": 100, "parameters": 30_000_000}),
-    Shape("gpu", {"tensors": 1000, "parameters": 2_000_000}),
-]
-Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+PROVIDERS = ("upstream", "foreach", "torch.compile", "eager", "native", "triton")
+MODES = ("forward", "forward + backward")
+SHAPES = shapes(
+    "tensors parameters",
+    quick=[(7, 300_000)],
+    full=[(1, 64), (14, 14_000_000), (100, 200_000), (100, 3_000_000)],
+    gpu=[(100, 30_000_000), (1000, 2_000_000)],
+)
 
 
-class Inputs(NamedTuple):
-    """Square weights and their initial values."""
-
-    params: list[Tensor]
-    initial: list[Tensor]
-
-
-def make_inputs(size: Mapping[str, int], device: torch.device) -> Inputs:
-    """Weights a little away from where they began."""
+def make_inputs(size: Size, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Square weights a little away from their initial values, and these."""
     width = round((size["parameters"] / size["tensors"]) ** 0.5)
     generator = torch.Generator(device).manual_seed(0)
     initial = [torch.randn(width, width, device=device, generator=generator) for _ in range(size["tensors"])]
     moved = [start + 0.01 * torch.randn(width, width, device=device, generator=generator) for start in initial]
-    return Inputs([param.requires_grad_() for param in moved], initial)
+    return [param.requires_grad_() for param in moved], initial
 
 
 def upstream(params: Sequence[Tensor], initial: Sequence[Tensor]) -> Tensor:
-    """One subtraction, square and sum for each weight."""
+    """One subtraction, square and sum per weight."""
     total = torch.zeros((), device=params[0].device)
     for param, start in zip(params, initial, strict=True):
         total = total + torch.sum((param - start) ** 2)
@@ -54,52 +48,24 @@ def foreach(params: Sequence[Tensor], initial: Sequence[Tensor]) -> Tensor:
     return torch.stack(norms).square().sum()
 
 
-def with_backward(loss: Loss, inputs: Inputs) -> Callable[[], tuple[Tensor, ...]]:
-    """A function that returns the loss and its gradients."""
+def make_case(mode: str, size: Size, device: torch.device) -> Case:
+    params, initial = make_inputs(size, device)
 
-    def run() -> tuple[Tensor, ...]:
-        value = loss(inputs.params, inputs.initial)
-        return value, *torch.autograd.grad(value, inputs.params)
+    def call_of(provider: str) -> Callable[[], Any]:
+        loss = choose(provider, {"upstream": upstream, "foreach": foreach}, ops.l2_init_loss)
 
-    return run
+        def with_backward() -> tuple[Tensor, ...]:
+            value = loss(params, initial)
+            return value, *torch.autograd.grad(value, params)
 
+        return with_backward if mode != "forward" else torch.no_grad()(lambda: loss(params, initial))
 
-def forward_only(loss: Loss, inputs: Inputs) -> Callable[[], Tensor]:
-    """A function that returns the loss."""
-    return torch.no_grad()(lambda: loss(inputs.params, inputs.initial))
-
-
-def make_providers(
-    bind: Callable[[Loss, Inputs], Callable], size: Mapping[str, int], device: torch.device, compiled: bool
-) -> list[Provider | Skipped]:
-    """upstream, foreach, torch.compile and the package, each bound to the inputs by `bind`."""
-    inputs = make_inputs(size, device)
-    return [
-        Provider("upstream", bind(upstream, inputs)),
-        Provider("foreach", bind(foreach, inputs)),
-        compiled_provider(upstream, lambda f: bind(f, inputs), compiled),
-        *package_providers(device, bind(ops.l2_init_loss, inputs)),
-    ]
+    # Both lists in; with the backward once more, and the gradient out.
+    per_parameter = 8 if mode == "forward" else 20
+    return Case(f"l2_init_loss {mode}", call_of, moved_bytes=per_parameter * size["parameters"])
 
 
-SUITES = [
-    Suite(
-        "l2_init_loss forward",
-        NAMES,
-        SHAPES,
-        lambda size, device, compiled: make_providers(forward_only, size, device, compiled),
-        lambda size: 8 * size["parameters"],
-    ),
-    Suite(
-        "l2_init_loss forward + backward",
-        NAMES,
-        SHAPES,
-        lambda size, device, compiled: make_providers(with_backward, size, device, compiled),
-        # Both lists in, twice, and the gradient out.
-        lambda size: 20 * size["parameters"],
-    ),
-]
-
-
-def test_providers(case, run_case):
-    run_case(case)
+@pytest.mark.parametrize("mode", MODES)
+@parametrized(PROVIDERS, SHAPES)
+def test_l2_init_loss(measure, mode):
+    measure(functools.partial(make_case, mode))

@@ -1,34 +1,22 @@
 """The TensorDict fields `bptt` and `batch`: `set_tensordict_fields` in rollout (time 0) and in training."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from benchmarks.harness import Provider, Shape, Skipped, Suite, package_providers
+from benchmarks.harness import Case, Size, parametrized, shapes
 from metta_fastagent import PyTorchAgentMixin
 
 TOKENS = 8
+PROVIDERS = ("upstream", "eager")
+SHAPES = shapes("rows time", quick=[(256, 0), (64, 16)], full=[(4096, 0), (1024, 64)])
 
 
 class Agent(PyTorchAgentMixin, nn.Module):
     """The mixin and nothing else."""
-
-
-class Inputs(NamedTuple):
-    """A TensorDict of batch size [rows] in rollout, [rows, time] in training, and its observations."""
-
-    td: TensorDict
-    observations: Tensor
-
-
-def make_inputs(size: Mapping[str, int], device: torch.device) -> Inputs:
-    """Empty observations."""
-    batch_size = [size["rows"], size["time"]] if size["time"] else [size["rows"]]
-    observations = torch.zeros(*batch_size, TOKENS, 3, dtype=torch.uint8, device=device)
-    return Inputs(TensorDict({"env_obs": observations}, batch_size=batch_size), observations)
 
 
 def upstream(td: Any, observations: Tensor) -> Any:
@@ -41,36 +29,22 @@ def upstream(td: Any, observations: Tensor) -> Any:
     return td
 
 
-def make_providers(size: Mapping[str, int], device: torch.device, compiled: bool) -> list[Provider | Skipped]:
-    """upstream and the package."""
-    inputs, agent = make_inputs(size, device), Agent()
+def make_case(size: Size, device: torch.device) -> Case:
+    batch_size = [size["rows"], size["time"]] if size["time"] else [size["rows"]]
+    observations = torch.zeros(*batch_size, TOKENS, 3, dtype=torch.uint8, device=device)
+    td, agent = TensorDict({"env_obs": observations}, batch_size=batch_size), Agent()
 
     def package() -> Any:
-        agent.set_tensordict_fields(inputs.td, inputs.observations)
-        return inputs.td
+        agent.set_tensordict_fields(td, observations)
+        return td
 
-    # The package keeps [rows, time] where upstream's TensorDict is flat.
-    shared: dict[str, Any] = {"compared": lambda td: [td["bptt"].flatten(), td["batch"].flatten()]}
-    return [
-        Provider("upstream", lambda: upstream(*inputs), **shared),
-        *package_providers(device, package, **shared),
-    ]
+    def call_of(provider: str) -> Callable[[], Any]:
+        return package if provider == "eager" else lambda: upstream(td, observations)
 
-
-SUITES = [
-    Suite(
-        "set_tensordict_fields",
-        ("upstream", "eager", "triton", "native"),
-        [
-            Shape("quick", {"rows": 256, "time": 0}),
-            Shape("quick", {"rows": 64, "time": 16}),
-            Shape("full", {"rows": 4096, "time": 0}),
-            Shape("full", {"rows": 1024, "time": 64}),
-        ],
-        make_providers,
-    )
-]
+    # The package keeps [rows, time]; upstream's TensorDict is flat.
+    return Case("set_tensordict_fields", call_of, compared=lambda td: [td["bptt"].flatten(), td["batch"].flatten()])
 
 
-def test_providers(case, run_case):
-    run_case(case)
+@parametrized(PROVIDERS, SHAPES)
+def test_set_tensordict_fields(measure):
+    measure(make_case)

@@ -1,33 +1,29 @@
 """Scatter of observation tokens into the normalised grid that Fast's encoder reads.
 
-The inputs hold no cell twice in a row, because which token then wins is undefined in upstream's indexing on CUDA.
+No row holds a cell twice, because the token that wins is undefined in upstream's indexing on CUDA.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Provider, Shape, Skipped, Suite, compiled_provider, package_providers
+from benchmarks.harness import Case, Size, choose, parametrized, shapes
 from metta_fastagent import ops
 
 FEATURES, SIDE, EMPTY = 25, 11, 255
 CELLS = FEATURES * SIDE * SIDE
-# Prime to the number of cells (5^2 11^2), so that no row visits a cell twice.
+# Coprime to the number of cells (5^2 11^2), so that no row visits a cell twice.
 STRIDE = 1009
 EMPTY_SHARE = 0.3
+PROVIDERS = ("upstream", "torch.compile", "eager", "native", "triton")
+SHAPES = shapes("rows tokens", quick=[(256, 64)], full=[(1, 200), (64, 200), (1024, 200)], gpu=[(16384, 200)])
 
 
-class Inputs(NamedTuple):
-    """Tokens uint8 [rows, tokens, 3] and what divides each feature's values."""
-
-    tokens: Tensor
-    scale: Tensor  # [25]
-
-
-def make_inputs(size: Mapping[str, int], device: torch.device) -> Inputs:
-    """Tokens in distinct cells, about a third of them empty."""
+def make_inputs(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens uint8 [rows, tokens, 3] in distinct cells, about a third of them empty, and each feature's scale."""
     rows, count = size["rows"], size["tokens"]
     generator = torch.Generator(device).manual_seed(0)
     start = torch.randint(CELLS, (rows, 1), device=device, generator=generator)
@@ -35,9 +31,8 @@ def make_inputs(size: Mapping[str, int], device: torch.device) -> Inputs:
     feature, place = cell // (SIDE * SIDE), cell % (SIDE * SIDE)
     value = torch.randint(1, 256, (rows, count), device=device, generator=generator)
     tokens = torch.stack((place // SIDE * 16 + place % SIDE, feature, value), dim=-1).to(torch.uint8)
-    empty = torch.rand(rows, count, device=device, generator=generator) < EMPTY_SHARE
-    tokens[empty] = EMPTY
-    return Inputs(tokens, torch.rand(FEATURES, device=device, generator=generator) * 9 + 1)
+    tokens[torch.rand(rows, count, device=device, generator=generator) < EMPTY_SHARE] = EMPTY
+    return tokens, torch.rand(FEATURES, device=device, generator=generator) * 9 + 1
 
 
 def upstream(tokens: Tensor, scale: Tensor) -> Tensor:
@@ -52,31 +47,20 @@ def upstream(tokens: Tensor, scale: Tensor) -> Tensor:
     return grid / scale.view(1, -1, 1, 1)
 
 
-def make_providers(size: Mapping[str, int], device: torch.device, compiled: bool) -> list[Provider | Skipped]:
-    """upstream, torch.compile and the package."""
+def package(tokens: Tensor, scale: Tensor) -> Tensor:
+    """The package's operation."""
+    return ops.tokens_to_grid(tokens, FEATURES, SIDE, SIDE, scale)
+
+
+def make_case(size: Size, device: torch.device) -> Case:
     inputs = make_inputs(size, device)
-    return [
-        Provider("upstream", lambda: upstream(*inputs)),
-        compiled_provider(upstream, lambda f: lambda: f(*inputs), compiled),
-        *package_providers(device, lambda: ops.tokens_to_grid(inputs.tokens, FEATURES, SIDE, SIDE, inputs.scale)),
-    ]
+
+    def call_of(provider: str) -> Callable[[], Any]:
+        return functools.partial(choose(provider, {"upstream": upstream}, package), *inputs)
+
+    return Case("tokens_to_grid", call_of, moved_bytes=size["rows"] * (3 * size["tokens"] + 4 * CELLS))
 
 
-SUITES = [
-    Suite(
-        "tokens_to_grid",
-        ("upstream", "torch.compile", "eager", "triton", "native"),
-        [
-            Shape("quick", {"rows": 256, "tokens": 64}),
-            Shape("full", {"rows": 64, "tokens": 200}),
-            Shape("full", {"rows": 1024, "tokens": 200}),
-            Shape("gpu", {"rows": 16384, "tokens": 200}),
-        ],
-        make_providers,
-        lambda size: size["rows"] * (3 * size["tokens"] + 4 * CELLS),
-    )
-]
-
-
-def test_providers(case, run_case):
-    run_case(case)
+@parametrized(PROVIDERS, SHAPES)
+def test_tokens_to_grid(measure):
+    measure(make_case)

@@ -1,30 +1,24 @@
 """Singular-value metrics of an agent's Linear weights.
 
-`upstream` decomposes one weight after the other, in float32, and reads each figure from the device. The package works
-in float64, which costs time and tells a collapsed dimension from rounding.
+`upstream` decomposes one weight after the other in float32 and reads each figure from the device. The package works in
+float64, which costs time and separates a collapsed dimension from rounding.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Provider, Shape, Skipped, Suite, package_providers
+from benchmarks.harness import Case, Size, parametrized, shapes
 from metta_fastagent.weight_metrics import ZERO_SV, analyze_weights
 
 DELTA = 0.01
-# A float32 decomposition against a float64 one.
-RTOL, ATOL = 1e-3, 1e-4
+# The figures that do not depend on the smallest singular value.
 COMPARED = ("weight_norm", "mean_sv", "largest_sv", "sv_loglog_r2", "sv_loglog_slope", "effective_rank")
-
-
-def make_inputs(size: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:
-    """Normal weights of one shape."""
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (size["width"], size["width"] * 2)
-    return {f"layer{i}": torch.randn(*shape, device=device, generator=generator) for i in range(size["weights"])}
+PROVIDERS = ("upstream", "eager")
+SHAPES = shapes("weights width", quick=[(6, 64)], full=[(6, 128), (24, 128)], gpu=[(24, 512)])
 
 
 def upstream(weights: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -54,34 +48,21 @@ def _metrics(name: str, weight: Tensor) -> dict[str, Any]:
     }
 
 
-def compared(records: list[dict[str, Any]]) -> list[list[float]]:
-    """The figures that do not hang on the smallest singular value."""
-    return [[float(record.get(key, math.nan)) for key in COMPARED] for record in records]
+def make_case(size: Size, device: torch.device) -> Case:
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (size["width"], size["width"] * 2)
+    weights = {f"layer{i}": torch.randn(*shape, device=device, generator=generator) for i in range(size["weights"])}
+
+    def call_of(provider: str) -> Callable[[], Any]:
+        return lambda: upstream(weights) if provider == "upstream" else analyze_weights(weights, DELTA)
+
+    def compared(records: list[dict[str, Any]]) -> list[list[float]]:
+        return [[float(record.get(key, math.nan)) for key in COMPARED] for record in records]
+
+    # A float32 decomposition against a float64 one.
+    return Case("weight_metrics", call_of, compared, rtol=1e-3, atol=1e-4)
 
 
-def make_providers(size: Mapping[str, int], device: torch.device, compiled: bool) -> list[Provider | Skipped]:
-    """upstream and the package, which has one implementation."""
-    weights = make_inputs(size, device)
-    package = package_providers(device, lambda: analyze_weights(weights, DELTA), compared=compared)
-    return [Provider("upstream", lambda: upstream(weights), compared=compared), package[0]]
-
-
-SUITES = [
-    Suite(
-        "weight_metrics",
-        ("upstream", "eager"),
-        [
-            Shape("quick", {"weights": 6, "width": 64}),
-            Shape("full", {"weights": 6, "width": 128}),
-            Shape("full", {"weights": 24, "width": 128}),
-            Shape("gpu", {"weights": 24, "width": 512}),
-        ],
-        make_providers,
-        rtol=RTOL,
-        atol=ATOL,
-    )
-]
-
-
-def test_providers(case, run_case):
-    run_case(case)
+@parametrized(PROVIDERS, SHAPES)
+def test_weight_metrics(measure):
+    measure(make_case)

@@ -1,14 +1,21 @@
-"""What the benchmarks of evaluating and drawing actions share: inputs, upstream's formulas, and peers from PyPI."""
+"""Inputs, shapes and upstream's formulas that the benchmarks of evaluating and drawing actions share."""
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Provider, Shape, Skipped
+from benchmarks.harness import Size, shapes
 from metta_fastagent import ActionSpace
+
+# Rows vary at 21 actions, actions at 4096 rows.
+SHAPES = shapes(
+    "rows actions",
+    quick=[(256, 21), (4096, 21)],
+    full=[(1, 5), (64, 21), (4096, 5), (4096, 128), (4096, 1024), (32768, 21)],
+    gpu=[(4096, 37), (262144, 9), (262144, 21)],
+)
 
 
 class Inputs(NamedTuple):
@@ -22,22 +29,7 @@ class Inputs(NamedTuple):
     grad_entropy: Tensor  # [rows]
 
 
-# Rows grow at 21 actions, actions grow at 4096 rows.
-SHAPES = [
-    Shape("quick", {"rows": 256, "actions": 21}),
-    Shape("quick", {"rows": 4096, "actions": 21}),
-    Shape("full", {"rows": 4096, "actions": 5}),
-    Shape("full", {"rows": 4096, "actions": 128}),
-    Shape("full", {"rows": 32768, "actions": 21}),
-    Shape("gpu", {"rows": 262144, "actions": 21}),
-    Shape("full", {"rows": 4096, "actions": 1024}),
-    Shape("gpu", {"rows": 64, "actions": 9}),
-    Shape("gpu", {"rows": 4096, "actions": 37}),
-    Shape("gpu", {"rows": 262144, "actions": 9}),
-]
-
-
-def make_inputs(size: Mapping[str, int], device: torch.device) -> Inputs:
+def make_inputs(size: Size, device: torch.device) -> Inputs:
     """Normal logits, uniform actions, two action types."""
     rows, actions = size["rows"], size["actions"]
     generator = torch.Generator(device).manual_seed(0)
@@ -55,19 +47,20 @@ def make_inputs(size: Mapping[str, int], device: torch.device) -> Inputs:
 
 
 def upstream_index(pairs: Tensor, cum_action_max_params: Tensor) -> Tensor:
-    """The compensating formula of the guide, one tensor operation after the other."""
+    """The guide's formula, one tensor operation after the other."""
     kind, param = pairs[:, 0].long(), pairs[:, 1].long()
     return kind + cum_action_max_params[kind] + param
+
+
+def distribution_of(provider: str) -> Callable[[Tensor], Any]:
+    """A peer's class of distributions, made of logits; TorchRL's masked one allows every action."""
+    if provider == "torch.distributions":
+        return lambda logits: torch.distributions.Categorical(logits=logits, validate_args=False)
+    from torchrl.modules import MaskedCategorical
+
+    return lambda logits: MaskedCategorical(logits=logits, mask=torch.ones_like(logits, dtype=torch.bool))
 
 
 def entropy_of(full_log_probs: Tensor) -> Tensor:
     """-sum p log p, as upstream writes it."""
     return -(full_log_probs.exp() * full_log_probs).sum(dim=-1)
-
-
-def peer(name: str, module: str, make: Callable[[Any], Provider]) -> Provider | Skipped:
-    """The provider that `make` builds from an importable module, or why it is skipped."""
-    try:
-        return make(importlib.import_module(module))
-    except ImportError as error:
-        return Skipped(name, f"{module} does not import: {error}")

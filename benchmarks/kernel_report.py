@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for GPUs that need not be there, and count what the machine code holds.
+"""Compile every Triton kernel for GPUs that need not be there, and read the machine code.
 
     python -m benchmarks.kernel_report [--json FILE] [--targets sm_80,sm_90]
 
@@ -29,6 +29,7 @@ from metta_fastagent.ops import (
     _sample_actions,
     _tokens_to_grid,
 )
+from metta_fastagent.ops._bad_action import CONVERT_INDEX, CONVERT_PAIR
 from metta_fastagent.ops._categorical import MAX_COLUMNS, ROWS_PER_PROGRAM, tile_shape
 from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS
 
@@ -54,12 +55,12 @@ class Case(NamedTuple):
     rows_per_program: int
     # None: Triton's default.
     num_stages: int | None = None
-    # What is launched in its place on AMD GPUs; None: the same.
+    # The case launched in its place on AMD GPUs; None: the same.
     on_amd: "Case | None" = None
 
 
 class Figures(NamedTuple):
-    """What the machine code of one case for one target holds."""
+    """Figures of one case's machine code for one target."""
 
     case: str
     target: str
@@ -146,7 +147,7 @@ def _conversion_cases() -> Iterator[Case]:
         _action_index._action_to_logit_index_kernel,
         {"actions": "i32", "table": "i64", "index": "i64", "word": "i64"},
         {"N": "i32", "num_types": "i32", "stride_row": "i32", "stride_pair": "i32"},
-        {"OPERATION": 3, "BLOCK": block},
+        {"OPERATION": CONVERT_PAIR, "BLOCK": block},
         4,
         block,
     )
@@ -155,7 +156,7 @@ def _conversion_cases() -> Iterator[Case]:
         _action_index._logit_index_to_action_kernel,
         {"index": "i64", "table": "i32", "pairs": "i32", "word": "i64"},
         {"N": "i32", "A": "i32"},
-        {"OPERATION": 4, "BLOCK": block},
+        {"OPERATION": CONVERT_INDEX, "BLOCK": block},
         4,
         block,
     )
@@ -307,7 +308,7 @@ def _output(*command: object) -> str:
 
 
 def main() -> None:
-    """Print the table; write it as JSON where asked."""
+    """Print the table; write it as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, of " + ", ".join(TARGETS))

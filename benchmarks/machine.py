@@ -1,38 +1,31 @@
-"""What a figure has to name: the processor or GPU that it was taken on, and the versions.
+"""The machine behind a figure: processor or GPU, and versions.
 
-python -m benchmarks.machine prints that as one line of JSON.
+python -m benchmarks.machine prints it as one line of JSON.
 """
 
 import json
 import os
 import platform
-import re
 from importlib import metadata
 from typing import Any
 
 import torch
 
 import metta_fastagent
+from metta_fastagent._machine import processor_name
 
 PEERS = ("torchrl", "pufferlib-core")
 
 
-def processor_name() -> str:
-    """The CPU's model."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def description(device: torch.device) -> dict[str, str]:
-    """Processor, GPU, versions and the package's backend on `device`."""
+def description(device: torch.device) -> dict[str, Any]:
+    """Processor, GPU, versions and the package's backend on `device`; `name` is the machine in words."""
+    processor = f"{processor_name()}, {os.cpu_count()} cores"
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "name": name(device),
+        "name": gpu or processor,
         "device": device.type,
-        "processor_name": f"{processor_name()}, {os.cpu_count()} cores",
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none used",
+        "processor_name": processor,
+        "gpu": gpu or "none used",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "tensordict": _version("tensordict"),
@@ -40,18 +33,6 @@ def description(device: torch.device) -> dict[str, str]:
         "python_version": platform.python_version(),
         "backend": metta_fastagent.backend(device),
     }
-
-
-def name(device: torch.device) -> str:
-    """The machine in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {os.cpu_count()} cores"
-
-
-def folder(machine_name: str) -> str:
-    """The machine's name as a folder's."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", machine_name.lower())).strip("-")
 
 
 def _version(package: str) -> str:
@@ -62,19 +43,15 @@ def _version(package: str) -> str:
 
 
 def facts() -> dict[str, Any]:
-    """The description of the GPU where there is one, else of the processor; `cuda` says which, `why` why not."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", 0)
-        properties = torch.cuda.get_device_properties(device)
-        memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        gpu = {
-            "multiprocessors": properties.multi_processor_count,
-            "memory": memory,
-            "cuda_version": torch.version.cuda,
-        }
-        return {"cuda": True, **description(device), **gpu}
-    why = "no device" if torch.backends.cuda.is_built() else "PyTorch was built without CUDA"
-    return {"cuda": False, "why": why, **description(torch.device("cpu"))}
+    """The description of the GPU if there is one, else of the processor, with `why` there is no GPU."""
+    if not torch.cuda.is_available():
+        why = "no device" if torch.backends.cuda.is_built() else "PyTorch was built without CUDA"
+        return {"cuda": False, "why": why, **description(torch.device("cpu"))}
+    device = torch.device("cuda", 0)
+    properties = torch.cuda.get_device_properties(device)
+    memory = f"{properties.total_memory / 2**30:.0f} GiB"
+    cores = {"multiprocessors": properties.multi_processor_count, "cuda_version": torch.version.cuda}
+    return {"cuda": True, **description(device), "memory": memory, **cores}
 
 
 if __name__ == "__main__":

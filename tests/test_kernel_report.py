@@ -1,4 +1,4 @@
-"""What the kernels compile to for GPUs that need not be there: no spills, few registers, wide loads and stores."""
+"""Limits on the kernels' machine code, compiled for GPUs that need not be there."""
 
 import json
 
