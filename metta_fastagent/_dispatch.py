@@ -8,6 +8,7 @@ holds the switch that overrides the choice (`METTA_FASTAGENT_BACKEND`, `use_back
 
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -38,8 +39,21 @@ def _checked_backend(name: object, source: str) -> str:
     return str(name)
 
 
-# A plain global, not a ContextVar: reading a ContextVar breaks a graph that torch.compile traces.
-_requested = _checked_backend(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+_default = _checked_backend(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+
+
+class _Request(threading.local):
+    """The backend that `use_backend` chose in this thread."""
+
+    backend = _default
+
+
+_request = _Request()
+
+
+def requested() -> str:
+    """The backend requested in this thread: by `use_backend`, else by METTA_FASTAGENT_BACKEND."""
+    return _request.backend
 
 
 def register(
@@ -86,7 +100,7 @@ def _choosing_on_cpu(cuda: Callable | None, native: Callable | None, eager: Call
     choose = _choosing(cuda, native, eager)
 
     def run(*args: Any) -> Any:
-        if _requested == "auto" and native is not None and _native.loaded():
+        if _request.backend == "auto" and native is not None and _native.loaded():
             return native(*args)
         return choose(*args)
 
@@ -104,14 +118,14 @@ def uses_triton(device: torch.device) -> bool:
     Raises:
         RuntimeError: backend "triton" was requested and does not work on this CUDA device.
     """
-    if _requested == "eager":
+    if _request.backend == "eager":
         return False
     if device.type == "cpu":
-        return _triton.INTERPRETED and _requested == "triton"
+        return _triton.INTERPRETED and _request.backend == "triton"
     if device.type != "cuda":
         return False
     works = _triton.works_on(device)
-    if not works and _requested == "triton":
+    if not works and _request.backend == "triton":
         raise RuntimeError(
             f"backend 'triton' was requested and does not work on {device}; see metta_fastagent.explain()"
         )
@@ -124,17 +138,19 @@ def uses_native(device: torch.device) -> bool:
     Raises:
         RuntimeError: backend "native" was requested on the CPU and the operators are not built or cannot be loaded.
     """
-    if device.type != "cpu" or _requested not in ("auto", "native"):
+    if device.type != "cpu" or _request.backend not in ("auto", "native"):
         return False
     available = _native.load()
-    if not available and _requested == "native":
+    if not available and _request.backend == "native":
         raise RuntimeError(f"backend 'native' was requested and does not work: {_native.reason()}")
     return available
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the implementation for the calls inside the `with` block.
+    """Choose the implementation for the calls inside the `with` block, in this thread.
+
+    A backward runs on the implementation of its forward.
 
     Args:
         name: "auto" (the fastest one on each device), "triton" (an error on a CUDA device if it does not work),
@@ -144,12 +160,11 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: `name` is not a backend.
     """
-    global _requested
-    previous, _requested = _requested, _checked_backend(name, "name")
+    previous, _request.backend = _request.backend, _checked_backend(name, "name")
     try:
         yield
     finally:
-        _requested = previous
+        _request.backend = previous
 
 
 def backend(device: torch.device | str) -> str:
@@ -170,7 +185,7 @@ def explain() -> str:
     version = f"Triton {triton.__version__}" if triton is not None else f"no Triton ({_triton.import_error})"
     lines = [
         f"metta_fastagent on PyTorch {torch.__version__}, {version}, Python {platform.python_version()}",
-        f"requested: {_requested} (by {ENVIRONMENT_VARIABLE} or use_backend; one of {', '.join(BACKENDS)})",
+        f"requested: {requested()} (by {ENVIRONMENT_VARIABLE} or use_backend; one of {', '.join(BACKENDS)})",
         f"processor: {describe_cpu()}",
         f"cpu: {_explain_cpu()}",
         *_explain_cuda(),
@@ -185,11 +200,11 @@ def explain() -> str:
 def _explain_cpu() -> str:
     if uses_triton(torch.device("cpu")):
         return "triton in its interpreter, because TRITON_INTERPRET=1 and backend triton are set; slow, for tests"
-    if _requested in ("eager", "triton"):
-        return f"eager, because backend {_requested} was requested"
+    if requested() in ("eager", "triton"):
+        return f"eager, because backend {requested()} was requested"
     if _native.load():
         return f"native, {_native.reason()}"
-    if _requested == "native":
+    if requested() == "native":
         return f"an error, because backend native was requested and does not work: {_native.reason()}"
     return f"eager; native operators {_native.reason()}"
 
@@ -201,7 +216,7 @@ def _explain_cuda() -> list[str]:
     lines = []
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        if _requested == "eager":
+        if requested() == "eager":
             chosen = "eager, as requested"
         elif _triton.works_on(device):
             chosen = "triton"

@@ -2,11 +2,12 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from metta_fastagent import _native, _triton, backend, explain, use_backend
+from metta_fastagent import _dispatch, _native, _triton, backend, explain, ops, use_backend
 from metta_fastagent.ops import action_to_logit_index
 
 
@@ -173,3 +174,36 @@ def test_the_package_works_without_triton():
     assert done.returncode == 0, done.stderr
     assert "torch.Size([2])" in done.stdout
     assert "no Triton" in done.stdout
+
+
+def test_use_backend_is_right_if_blocks_overlap_in_threads():
+    inside, leave = threading.Event(), threading.Event()
+    seen = []
+
+    def other():
+        with use_backend("eager"):
+            inside.set()
+            leave.wait(30)
+            seen.append(requested())
+        seen.append(requested())
+
+    before = requested()
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(30)
+    with use_backend("triton"):
+        leave.set()
+        thread.join(30)
+        assert requested() == "triton"
+    assert (requested(), seen) == (before, ["eager", before])
+
+
+def test_a_backward_runs_on_the_backend_of_its_forward(monkeypatch):
+    used = []
+    logits = torch.randn(3, 4, requires_grad=True)
+    with use_backend("eager"):
+        log_prob, _, _ = ops.evaluate_actions(logits, torch.tensor([0, 1, 2]))
+    monkeypatch.setattr(_dispatch, "uses_native", lambda device: used.append(requested()) or False)
+    with use_backend("auto"):
+        log_prob.sum().backward()
+    assert used == ["eager"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import cdiv, device_guard, jit, tl
 from metta_fastagent.ops import _bad_action
+from metta_fastagent.ops._autograd import checks_values, under_transform
 from metta_fastagent.ops._bad_action import report_index, report_pair
 from metta_fastagent.ops._checks import (
     describe,
@@ -153,7 +154,7 @@ def action_to_logit_index_eager(actions: Tensor, cum_action_max_params: Tensor) 
     first = cum_action_max_params[known_type]
     limit = cum_action_max_params[known_type + 1] - first
     legal = (action_type == known_type) & (action_param >= 0) & (action_param <= limit)
-    if actions.device.type == "cpu":
+    if checks_values(actions):
         if not bool(legal.all()):
             raise _illegal_pair(actions, legal, limit, last_type)
         return (action_type + first + action_param).contiguous()
@@ -176,7 +177,7 @@ def logit_index_to_action_eager(index: Tensor, action_index_tensor: Tensor) -> T
     last = action_index_tensor.shape[0] - 1
     known = index.clamp(0, last)
     legal = index == known
-    if index.device.type == "cpu":
+    if checks_values(index):
         if not bool(legal.all()):
             position = tuple((~legal).nonzero()[0].tolist())
             where = f"action_logit_index[{', '.join(map(str, position))}]"
@@ -243,7 +244,8 @@ def action_to_logit_index(actions: Tensor, cum_action_max_params: Tensor) -> Ten
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also a type or parameter out of range.
     """
-    return _action_to_logit_index(*check_pairs(actions, cum_action_max_params))
+    actions, table = check_pairs(actions, cum_action_max_params)
+    return action_to_logit_index_eager(actions, table) if under_transform() else _action_to_logit_index(actions, table)
 
 
 def logit_index_to_action(index: Tensor, action_index_tensor: Tensor) -> Tensor:
@@ -265,4 +267,4 @@ def logit_index_to_action(index: Tensor, action_index_tensor: Tensor) -> Tensor:
         raise TypeError(f"action_logit_index: got {describe(index)}, expected {expected}")
     table = check_action_index_tensor(action_index_tensor)
     require_same_device("action_logit_index", index, "action_index_tensor", table)
-    return _logit_index_to_action(index, table)
+    return logit_index_to_action_eager(index, table) if under_transform() else _logit_index_to_action(index, table)

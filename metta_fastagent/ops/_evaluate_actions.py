@@ -16,12 +16,19 @@ results are cast once, at the store. A row with an index out of range (off the C
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import compute_type, device_guard, jit, tl
 from metta_fastagent.ops import _bad_action
 from metta_fastagent.ops._action_index import action_to_logit_index_eager, check_pairs, pair_to_index
+from metta_fastagent.ops._autograd import (
+    checks_values,
+    chosen_backend,
+    gradients_with_graph,
+    needs_graph,
+    run_backward,
+    under_transform,
+)
 from metta_fastagent.ops._bad_action import EVALUATE_INDEX, EVALUATE_PAIR, report_index, report_pair
 from metta_fastagent.ops._categorical import (
     MAX_ACTIONS,
@@ -45,6 +52,8 @@ from metta_fastagent.ops._checks import (
     under_autocast,
 )
 
+# exp of this is 0 in every dtype.
+LOWEST_LOG_PROB = -1000.0
 # Triton reads a global of the module only if it is a constexpr.
 _EVALUATE_PAIR, _EVALUATE_INDEX = tl.constexpr(EVALUATE_PAIR), tl.constexpr(EVALUATE_INDEX)
 
@@ -328,7 +337,7 @@ def _checked_index(index: Tensor, num_actions: int) -> Tensor:
     # A copy: an operator's output may not be its input.
     index = index.to(torch.int64, copy=True)
     legal = (index >= 0) & (index < num_actions)
-    if index.device.type == "cpu" and not bool(legal.all()):
+    if checks_values(index) and not bool(legal.all()):
         row = int((~legal).nonzero()[0])
         raise ValueError(f"actions[{row}]: got logit index {int(index[row])}, expected 0 to {num_actions - 1}")
     return index
@@ -349,7 +358,7 @@ def evaluate_actions_forward_eager(
 
 def select_log_prob(full_log_probs: Tensor, index: Tensor) -> Tensor:
     """Entry `index` of each row; NaN for an index out of range, which the CPU refuses earlier."""
-    if index.device.type == "cpu":
+    if checks_values(index):
         return full_log_probs.gather(1, index.unsqueeze(1)).squeeze(1)
     known = index.clamp(0, full_log_probs.shape[1] - 1)
     return torch.where(known == index, full_log_probs.gather(1, known.unsqueeze(1)).squeeze(1), torch.nan)
@@ -361,8 +370,8 @@ def entropy_of(full_log_probs: Tensor) -> Tensor:
 
 
 def _without_infinity(full_log_probs: Tensor) -> Tensor:
-    """Lowest finite number in place of -inf: p = 0 times it is 0. NaN stays NaN."""
-    return full_log_probs.clamp(min=torch.finfo(full_log_probs.dtype).min)
+    """A finite number in place of -inf: p = 0 times it is 0, in derivatives too. NaN stays NaN."""
+    return full_log_probs.clamp(min=LOWEST_LOG_PROB)
 
 
 def evaluate_actions_backward_eager(
@@ -435,13 +444,30 @@ class _EvaluateActions(torch.autograd.Function):
         log_prob, entropy, full_log_probs, index = _evaluate_actions_forward(logits, actions, cum_action_max_params)
         ctx.save_for_backward(logits, index)
         ctx.set_materialize_grads(False)
+        ctx.backend = chosen_backend()
         return log_prob, entropy, full_log_probs
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_log_prob, grad_entropy, grad_full_log_probs):
-        logits, index = ctx.saved_tensors
-        return evaluate_actions_backward(logits, index, grad_log_prob, grad_entropy, grad_full_log_probs), None, None
+    def backward(ctx, *grads):
+        return logits_gradient(ctx, *grads), None, None
+
+
+def logits_gradient(ctx, *grads: Tensor | None) -> Tensor:
+    """Gradient of the saved logits [N, A] for upstream gradients of log_prob, entropy and full_log_probs."""
+    logits, index = ctx.saved_tensors
+    if not needs_graph():
+        return run_backward(ctx.backend, evaluate_actions_backward, logits, index, *grads)
+    return gradients_with_graph(lambda x: _formula(x, index), (logits,), grads)[0]
+
+
+def _formula(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log_prob, entropy, full_log_probs) of logit indices, differentiable any number of times."""
+    full_log_probs = torch.log_softmax(logits.to(compute_dtype(logits.dtype)), dim=-1)
+    legal = (index >= 0) & (index < logits.shape[1])
+    known = index.clamp(0, logits.shape[1] - 1).unsqueeze(1)
+    log_prob = torch.where(legal, full_log_probs.gather(1, known).squeeze(1), torch.nan)
+    results = log_prob, entropy_of(full_log_probs), full_log_probs
+    return tuple(result.to(logits.dtype) for result in results)
 
 
 def float32_under_autocast(logits: Tensor) -> Tensor:
@@ -463,7 +489,7 @@ def evaluate_actions(
 
     Returns:
         (log_prob [N], entropy [N] in nats, full_log_probs [N, A]), all of the logits' dtype (float32 under CUDA
-        autocast). All three are differentiable, once, with respect to the logits.
+        autocast). All three are differentiable with respect to the logits, any number of times.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also an action out of range.
@@ -484,4 +510,6 @@ def evaluate_actions(
             f"actions: got {describe(actions)}, expected shape {list(expected_shape)} for {describe(logits)}"
         )
     require_same_device("actions", actions, "logits", logits)
+    if under_transform():
+        return evaluate_actions_forward_eager(float32_under_autocast(logits), actions, cum_action_max_params)[:3]
     return _EvaluateActions.apply(float32_under_autocast(logits), actions, cum_action_max_params)

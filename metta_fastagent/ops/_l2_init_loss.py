@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import compute_type, device_guard, jit, next_power_of_2, tl
+from metta_fastagent.ops._autograd import chosen_backend, needs_graph, run_backward, under_transform
 from metta_fastagent.ops._checks import NATIVE_DTYPES, compute_dtype, describe, require_floating_point, require_number
 from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS, cached, chunk_rows, is_dense, upload
 
@@ -189,7 +189,7 @@ def l2_init_loss_forward_eager(params: Sequence[Tensor], initial: Sequence[Tenso
     total = params[0].new_zeros((), dtype=torch.float64 if params[0].device.type == "cpu" else torch.float32)
     for param, start in zip(params, initial, strict=True):
         difference = param.to(compute_dtype(param.dtype)) - start
-        total += difference.square().sum()
+        total = total + difference.square().sum()
     return (total * scale).to(torch.float32)
 
 
@@ -223,15 +223,18 @@ _l2_init_loss_backward = register(
 class _L2InitLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scale: float, count: int, *tensors: Tensor):
-        ctx.scale, ctx.count = scale, count
+        ctx.scale, ctx.count, ctx.backend = scale, count, chosen_backend()
         ctx.save_for_backward(*tensors)
         return _l2_init_loss_forward(list(tensors[:count]), list(tensors[count:]), scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         params, initial = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
-        return None, None, *_l2_init_loss_backward(params, initial, ctx.scale, grad), *([None] * ctx.count)
+        if needs_graph():
+            grads = l2_init_loss_backward_eager(params, initial, ctx.scale, grad)
+        else:
+            grads = run_backward(ctx.backend, _l2_init_loss_backward, params, initial, ctx.scale, grad)
+        return None, None, *grads, *([None] * ctx.count)
 
 
 def l2_init_loss(params: Sequence[Tensor], initial: Sequence[Tensor], scale: float = 1.0) -> Tensor:
@@ -243,7 +246,7 @@ def l2_init_loss(params: Sequence[Tensor], initial: Sequence[Tensor], scale: flo
         scale: factor of the sum.
 
     Returns:
-        0-dim float32 tensor, differentiable once with respect to `params`. Without tensors: 0.
+        0-dim float32 tensor, differentiable any number of times with respect to `params`. Without tensors: 0.
 
     Raises:
         TypeError: a tensor does not hold floating-point numbers, or `scale` is not a number.
@@ -262,4 +265,6 @@ def l2_init_loss(params: Sequence[Tensor], initial: Sequence[Tensor], scale: flo
             )
     if not params:
         return torch.zeros((), dtype=torch.float32)
+    if under_transform():
+        return l2_init_loss_forward_eager(params, initial, scale)
     return _L2InitLoss.apply(scale, len(params), *params, *initial)

@@ -26,10 +26,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import cdiv, device_guard, jit, tl
+from metta_fastagent.ops._autograd import (
+    chosen_backend,
+    needs_graph,
+    refuse_second_derivative,
+    run_backward,
+    under_transform,
+)
 from metta_fastagent.ops._checks import (
     NATIVE_DTYPES,
     compute_dtype,
@@ -505,18 +511,44 @@ class _LSTMLayer(torch.autograd.Function):
         output, cells, gates = _lstm_layer_forward(projected, weight_hh, h, c, resets)
         ctx.save_for_backward(weight_hh, h, c, resets, output, cells, gates)
         ctx.set_materialize_grads(False)
+        ctx.backend = chosen_backend()
         # Copies: views of the output could not be written in place.
         return output, output[-1].clone(), cells[-1].clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output, grad_last_h, grad_last_c):
+    def backward(ctx, *grads):
+        with_graph = needs_graph()
+        with torch.no_grad():
+            results = _LSTMLayer._gradients(ctx, *grads)
+        if with_graph:
+            results = refuse_second_derivative("lstm_layer", results, (*ctx.saved_tensors[:3], *grads))
+        return *results, None
+
+    @staticmethod
+    def _gradients(ctx, *grads: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         weight_hh, h, c, resets, output, cells, gates = ctx.saved_tensors
-        grad_projected, grad_h, grad_c = _lstm_layer_backward(
-            weight_hh, c, resets, cells, gates, grad_output, grad_last_h, grad_last_c
+        grad_projected, grad_h, grad_c = run_backward(
+            ctx.backend, _lstm_layer_backward, weight_hh, c, resets, cells, gates, *grads
         )
         grad_weight = _weight_gradient(grad_projected, h, output, resets) if ctx.needs_input_grad[1] else None
-        return grad_projected, grad_weight, grad_h, grad_c, None
+        return grad_projected, grad_weight, grad_h, grad_c
+
+
+def _formula(
+    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lstm_layer` in operations that autograd and torch.func differentiate any number of times."""
+    outputs = []
+    with _without_autocast(projected.device):
+        for t, inputs in enumerate(projected):
+            if resets is not None:
+                reset_rows = resets[t].unsqueeze(1)
+                h, c = h.masked_fill(reset_rows, 0), c.masked_fill(reset_rows, 0)
+            gate_i, gate_f, gate_g, gate_o = (inputs + h @ weight_hh.t()).chunk(4, dim=-1)
+            c = gate_f.sigmoid() * c + gate_i.sigmoid() * gate_g.tanh()
+            h = gate_o.sigmoid() * c.tanh()
+            outputs.append(h)
+    return torch.stack(outputs), h, c
 
 
 def _weight_gradient(grad_projected: Tensor, h: Tensor, output: Tensor, resets: Tensor | None) -> Tensor:
@@ -545,7 +577,7 @@ def lstm_layer(
     Returns:
         (output [T, B, H], last_h [B, H], last_c [B, H]): the hidden state after each step, and the state after the last
         one. Dtype as `projected`, under autocast too. Differentiable once with respect to the four floating-point
-        tensors.
+        tensors, and under torch.func any number of times.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device.
@@ -559,6 +591,8 @@ def lstm_layer(
         _require(name, value, shape, projected.dtype, projected)
     if resets is not None:
         _require("resets", resets, (steps, rows), torch.bool, projected)
+    if under_transform():
+        return _formula(projected, weight_hh, h, c, resets)
     return _LSTMLayer.apply(projected, weight_hh, h, c, resets)
 
 

@@ -13,11 +13,11 @@ differ between backends. The gradient is that of `evaluate_actions` at the drawn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from metta_fastagent._dispatch import backend, register
 from metta_fastagent._triton import compute_type, device_guard, jit, tl
 from metta_fastagent.ops._action_index import check_action_index_tensor, logit_index_to_action_eager
+from metta_fastagent.ops._autograd import checks_values, chosen_backend, under_transform
 from metta_fastagent.ops._categorical import (
     MAX_ACTIONS,
     choose_kernel,
@@ -36,8 +36,8 @@ from metta_fastagent.ops._checks import (
 )
 from metta_fastagent.ops._evaluate_actions import (
     entropy_of,
-    evaluate_actions_backward,
     float32_under_autocast,
+    logits_gradient,
     select_log_prob,
 )
 
@@ -212,7 +212,7 @@ def sample_actions_eager(
     """
     full_log_probs = torch.log_softmax(logits.to(compute_dtype(logits.dtype)), dim=-1)
     probs = full_log_probs.exp()
-    if logits.device.type == "cpu":
+    if checks_values(logits):
         _refuse_rows_without_distribution(full_log_probs)
     else:
         # multinomial stops the whole device on a NaN; such a row's log-probability is NaN already.
@@ -271,13 +271,12 @@ class _SampleActions(torch.autograd.Function):
         ctx.save_for_backward(logits, index)
         ctx.mark_non_differentiable(index, pair)
         ctx.set_materialize_grads(False)
+        ctx.backend = chosen_backend()
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, _grad_index, grad_log_prob, grad_entropy, grad_full_log_probs, _grad_pair):
-        logits, index = ctx.saved_tensors
-        return evaluate_actions_backward(logits, index, grad_log_prob, grad_entropy, grad_full_log_probs), None, None
+        return logits_gradient(ctx, grad_log_prob, grad_entropy, grad_full_log_probs), None, None
 
 
 def sample_actions(
@@ -292,7 +291,8 @@ def sample_actions(
 
     Returns:
         (index int64 [N], log_prob [N], entropy [N] in nats, full_log_probs [N, A]) and, with a table, pair int32
-        [N, 2]. The floating-point ones have the logits' dtype and are differentiable, once, with respect to the logits.
+        [N, 2]. The floating-point ones have the logits' dtype and are differentiable with respect to the logits, any
+        number of times.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also a row that is not a distribution.
@@ -308,5 +308,9 @@ def sample_actions(
         require_same_device("logits", logits, "action_index_tensor", table)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: got {describe(generator)}, expected a torch.Generator or None")
-    outputs = _SampleActions.apply(float32_under_autocast(logits), action_index_tensor, generator)
+    logits = float32_under_autocast(logits)
+    if under_transform():
+        outputs = sample_actions_eager(logits, action_index_tensor, generator)
+    else:
+        outputs = _SampleActions.apply(logits, action_index_tensor, generator)
     return outputs if action_index_tensor is not None else outputs[:4]

@@ -120,13 +120,6 @@ def test_gradcheck():
     )
 
 
-def test_differentiable_only_once():
-    param, upstream = torch.ones(3, requires_grad=True), torch.ones((), requires_grad=True)
-    (grad,) = torch.autograd.grad(l2_init_loss([param], [torch.zeros(3)]), param, upstream, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [lambda x: x, lambda x: x.t(), lambda x: x[:, ::2]], ids=["rows", "columns", "gaps"])
 def test_opcheck(layout, dtype):

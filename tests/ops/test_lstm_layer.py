@@ -194,13 +194,6 @@ def test_gradcheck(kind):
     assert torch.autograd.gradcheck(lambda *tensors: lstm_layer(*tensors, resets), inputs)
 
 
-def test_differentiable_only_once():
-    inputs = [tensor.requires_grad_() for tensor in make_inputs(2, 2, 3)]
-    grads = torch.autograd.grad(lstm_layer(*inputs)[0].square().sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grads[0].sum().backward()
-
-
 def test_autocast_does_not_change_the_products():
     inputs, resets = [tensor.requires_grad_() for tensor in make_inputs(4, 3, 8, torch.float32)], None
     results = []

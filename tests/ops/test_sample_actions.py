@@ -174,14 +174,6 @@ def test_gradcheck(mask):
     assert torch.autograd.gradcheck(sample, logits.requires_grad_())
 
 
-def test_differentiable_only_once():
-    logits, upstream = torch.randn(3, 5, requires_grad=True), torch.ones(3, requires_grad=True)
-    _, log_prob, _, _ = sample_actions(logits)
-    (grad,) = torch.autograd.grad(log_prob, logits, upstream, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("table", [None, PAIRS], ids=["index", "pairs"])
 @pytest.mark.parametrize(
     "logits",

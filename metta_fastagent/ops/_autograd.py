@@ -1,0 +1,67 @@
+"""Autograd around the operators: gradients of gradients, torch.func, and the backend of a backward."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metta_fastagent._dispatch import requested, use_backend
+
+
+def under_transform() -> bool:
+    """Whether a function transform of torch.func (grad, vmap, jvp, ...) is active, which operators do not support."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def checks_values(tensor: Tensor) -> bool:
+    """Whether values may be read: they are on the CPU, and no function transform hides them."""
+    return tensor.device.type == "cpu" and not under_transform()
+
+
+def needs_graph() -> bool:
+    """Whether a backward has to be differentiable itself (`create_graph=True`)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def chosen_backend() -> str:
+    """The requested backend, for `run_backward`."""
+    return "auto" if torch.compiler.is_compiling() else requested()
+
+
+def run_backward(backend: str, function: Callable, *args: Any) -> Any:
+    """`function(*args)` with the backend of the forward, which autograd's own threads do not inherit."""
+    if torch.compiler.is_compiling() or backend == requested():
+        return function(*args)
+    with use_backend(backend):
+        return function(*args)
+
+
+def gradients_with_graph(
+    function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Gradients of `function(*inputs)` in plain PyTorch, differentiable by the inputs and the upstream gradients."""
+    used = [(output, grad) for output, grad in zip(function(*inputs), grads, strict=True) if grad is not None]
+    outputs, upstream = zip(*used, strict=True)
+    return torch.autograd.grad(outputs, inputs, upstream, create_graph=True)
+
+
+class _Refusal(torch.autograd.Function):
+    """A gradient that depends on `sources`, with an error in place of its derivative."""
+
+    @staticmethod
+    def forward(ctx, message: str, grad: Tensor, *sources: Tensor | None):
+        ctx.message = message
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(ctx.message)
+
+
+def refuse_second_derivative(
+    name: str, grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients, computed from `sources`; differentiating them is a RuntimeError."""
+    message = f"{name}: got a second derivative, expected first derivatives only; torch.func supports higher ones"
+    return [None if grad is None else _Refusal.apply(message, grad, *sources) for grad in grads]
