@@ -14,19 +14,19 @@ from metta_fastagent.train import checkpoint, cli, ppo, ranks
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.environments import make_environment
 from metta_fastagent.train.experience import Experience
-from metta_fastagent.train.stopwatch import Stopwatch
+from metta_fastagent.train.timer import PhaseTimer
 from metta_fastagent.train.trainer import Trainer, TrainingDiverged, make_agent
 
 CPU = torch.device("cpu")
 ENTRIES = (
     *("observations", "actions", "log_probs", "values", "rewards", "dones", "truncateds", "terminals", "truncations"),
-    *("cut_values", "lstm_h", "lstm_c"),
+    *("bootstrap_values", "lstm_h", "lstm_c"),
 )
 
 
 def share(values: torch.Tensor) -> torch.Tensor:
     """This rank's rows of all ranks' rows."""
-    return values.chunk(ranks.count())[ranks.index()]
+    return values.chunk(ranks.world_size())[ranks.rank()]
 
 
 def learn(
@@ -37,18 +37,18 @@ def learn(
     optimizer_type: type[torch.optim.Optimizer] = torch.optim.Adam,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
     """One `ppo.update` on this rank's share of `rollout`: parameters, this rank's statistics, passes."""
-    config = replace(config, num_envs=config.num_envs // ranks.count())
+    config = replace(config, num_envs=config.num_envs // ranks.world_size())
     agent = make_agent(config, make_environment("memory", config.num_envs))
     agent.policy.load_state_dict(model)
     agent.update_l2_init_weight_copy()
-    learner = ranks.wrap(agent.to(dtype), CPU)
+    learner = ranks.wrap_ddp(agent.to(dtype), CPU)
     optimizer = optimizer_type(agent.parameters(), lr=config.lr)
     tokens = rollout["observations"].shape[2]
     experience = Experience(config.num_envs, config.segment_length, tokens, *rollout["lstm_h"].shape[1:], CPU)
     for name in ENTRIES:
         setattr(experience, name, share(rollout[name]))
     advantages, returns = share(rollout["advantages"]).to(dtype), share(rollout["returns"]).to(dtype)
-    statistics, epochs = ppo.update(learner, optimizer, experience, advantages, returns, config, Stopwatch(CPU))
+    statistics, epochs = ppo.update(learner, optimizer, experience, advantages, returns, config, PhaseTimer(CPU))
     return {name: parameter.detach() for name, parameter in agent.named_parameters()}, statistics, epochs
 
 
@@ -59,7 +59,7 @@ def shifted_kl(config: TrainConfig, shift: float) -> tuple[float, int]:
     trainer.experience.log_probs += shift if ranks.is_first() else 0.0
     advantages = trainer.advantages()
     returns = advantages + trainer.experience.values
-    arguments = (trainer.experience, advantages, returns, config, trainer.stopwatch)
+    arguments = (trainer.experience, advantages, returns, config, trainer.timer)
     statistics, epochs = ppo.update(trainer.learner, trainer.optimizer, *arguments)
     return statistics[ppo.KL].item(), epochs
 
@@ -105,7 +105,7 @@ def diverging(config: TrainConfig) -> str:
     trainer = Trainer(config)
     trainer.train_update()
     if not ranks.is_first():
-        trainer.experience.put = spoiled(trainer.experience.put)
+        trainer.experience.store = with_nan_rewards(trainer.experience.store)
     try:
         trainer.train_update()
     except TrainingDiverged as error:
@@ -113,7 +113,7 @@ def diverging(config: TrainConfig) -> str:
     return "no error"
 
 
-def spoiled(put: Any) -> Any:
+def with_nan_rewards(put: Any) -> Any:
     def put_nan(t: int, **step: torch.Tensor) -> None:
         put(t, **{name: value * torch.nan if name == "rewards" else value for name, value in step.items()})
 
@@ -121,15 +121,15 @@ def spoiled(put: Any) -> Any:
 
 
 def failing_alone(failing: int) -> tuple[str, str]:
-    """Type and text of what `together` raises where rank `failing` fails."""
+    """Type and text of what `run_on_all_ranks` raises where rank `failing` fails."""
 
     def action() -> int:
-        if ranks.index() == failing:
+        if ranks.rank() == failing:
             raise OSError(28, "No space left on device")
-        return ranks.index()
+        return ranks.rank()
 
     try:
-        ranks.together(action)
+        ranks.run_on_all_ranks(action)
     except (OSError, ranks.RankError) as error:
         return type(error).__name__, str(error)
     return "", ""

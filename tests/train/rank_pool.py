@@ -88,7 +88,7 @@ def _serve(index: int, count: int, port: str, connection: Any) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count), **address)
     torch.set_num_threads(1)
-    with ranks.joined():
+    with ranks.process_group():
         while True:
             job, arguments = pickle.loads(connection.recv_bytes())
             try:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from metta_fastagent.train.experience import Experience
-from metta_fastagent.train.stopwatch import PHASES, Stopwatch
+from metta_fastagent.train.timer import PHASES, PhaseTimer
 
 ROWS, LENGTH, TOKENS, LAYERS, HIDDEN = 5, 4, 7, 2, 3
 
@@ -21,7 +21,7 @@ def filled() -> tuple[Experience, dict[str, torch.Tensor]]:
             stored = getattr(experience, name)
             step[name] = torch.randint(0, 200, (ROWS, *shapes.get(name, ())), generator=generator).to(stored.dtype)
             put.setdefault(name, []).append(step[name])
-        experience.put(t, **step)
+        experience.store(t, **step)
     return experience, {name: torch.stack(steps, dim=1) for name, steps in put.items()}
 
 
@@ -35,14 +35,14 @@ def test_put_stores_by_row_and_time():
 def test_put_refuses_an_unknown_name():
     experience, _ = filled()
     with pytest.raises(AttributeError, match="reward"):
-        experience.put(0, reward=torch.zeros(ROWS))
+        experience.store(0, reward=torch.zeros(ROWS))
 
 
 def test_begin_copies_the_state_of_the_segments_start():
     experience, _ = filled()
     h, c = torch.randn(LAYERS, ROWS, HIDDEN), torch.randn(LAYERS, ROWS, HIDDEN)
     wanted = h.clone(), c.clone()
-    experience.begin((h, c))
+    experience.store_initial_state((h, c))
     # the agent updates its memory in place
     h.zero_(), c.zero_()
     assert torch.equal(experience.lstm_h, wanted[0].transpose(0, 1))
@@ -51,7 +51,7 @@ def test_begin_copies_the_state_of_the_segments_start():
 
 def test_segments_are_the_chosen_rows_in_their_order():
     experience, put = filled()
-    experience.begin((torch.randn(LAYERS, ROWS, HIDDEN), torch.randn(LAYERS, ROWS, HIDDEN)))
+    experience.store_initial_state((torch.randn(LAYERS, ROWS, HIDDEN), torch.randn(LAYERS, ROWS, HIDDEN)))
     rows = torch.tensor([3, 0])
     td = experience.segments(rows)
     assert td.batch_size == torch.Size([2])
@@ -63,10 +63,10 @@ def test_segments_are_the_chosen_rows_in_their_order():
 
 
 def test_stopwatch_counts_its_phases_apart_and_starts_again_after_a_read():
-    stopwatch = Stopwatch(torch.device("cpu"))
-    with stopwatch("learning"):
+    timer = PhaseTimer(torch.device("cpu"))
+    with timer("learning"):
         sum(range(10_000))
-    first, second = stopwatch.read(), stopwatch.read()
+    first, second = timer.read(), timer.read()
     assert tuple(first) == PHASES
     assert first["learning"] > 0 and first["environment"] == first["clip"] == 0
     assert set(second.values()) == {0.0}
