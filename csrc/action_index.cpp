@@ -1,4 +1,4 @@
-// Conversion between (action type, parameter) pairs and logit indices; the formula stands in ops/_action_index.py.
+// Conversion between (action type, parameter) pairs and logit indices; the formula is in ops/_action_index.py.
 
 #include "checks.h"
 
@@ -7,7 +7,7 @@
 namespace metta_fastagent {
 namespace {
 
-// Index of each row, and the first row that has none, or -1.
+// Index of each row, and the first row out of range, or -1.
 std::tuple<Tensor, int64_t> to_index(const Tensor& actions, const Tensor& cum_action_max_params) {
   STD_TORCH_CHECK(actions.dim() == 2 && actions.size(1) == 2, "actions: expected shape [N, 2]");
   const int64_t N = actions.size(0), step = actions.stride(0), next = actions.stride(1);

@@ -1,9 +1,9 @@
-// What evaluate_actions and sample_actions share: sums over W rows of logits held as columns.
+// Sums over W rows of logits held as columns, for evaluate_actions and sample_actions.
 //
 //   e_j = exp(x_j - top)     s = sum e_j     w = sum e_j (x_j - top), a term with e_j = 0 counting 0
 //   log_prob_j = x_j - top - log s           entropy = log s - w / s
 //
-// A lane is a row and its arithmetic does not depend on the other lanes, nor then on how rows are split over threads.
+// A lane is a row. Its arithmetic does not depend on the other lanes, nor on how rows are split over threads.
 #pragma once
 
 #include "vec.h"
@@ -15,7 +15,7 @@ struct Sums {
   Vec<T> s, w;
 };
 
-// Columns become shifted by `top`, their largest; their exponentials go to `exponentials` unless that is null.
+// Subtracts `top`, their maximum, from the columns; their exponentials go to `exponentials` unless that is null.
 template <class T>
 METTA_INLINE Sums<T> shift_and_sum(T* columns, Vec<T> top, T* exponentials, int64_t A) {
   constexpr int64_t W = Lanes<T>::W;

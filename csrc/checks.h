@@ -1,6 +1,6 @@
-// What the operators share: arguments checked so that no access leaves a tensor, results, and work split over threads.
+// Argument checks, allocation and threads, shared by the operators.
 //
-// The Python side has told the user what is wrong by then; these checks guard memory against a direct call.
+// The Python side raises the errors that users see; these checks guard memory against a direct call of an operator.
 #pragma once
 
 #ifndef TORCH_TARGET_VERSION
@@ -12,6 +12,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+
+// PyTorch 2.11 has only the older macro; the newer one, from 2.14 on, keeps the error's text.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -25,7 +30,7 @@ namespace metta_fastagent {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Elements below which another thread costs more than it brings.
+// Below this many elements another thread costs more than it saves.
 constexpr int64_t ELEMENTS_PER_THREAD = 16384;
 
 inline void require_dense(const Tensor& tensor, const char* name, ScalarType dtype) {
@@ -45,7 +50,7 @@ inline void require(const Tensor& tensor, const char* name, ScalarType dtype, st
   require_shape(tensor, name, shape);
 }
 
-// The tensor's dtype, which is one of the two that the operators calculate in.
+// The tensor's dtype: float32 or float64.
 inline ScalarType require_floating_point(const Tensor& tensor, const char* name) {
   const ScalarType dtype = tensor.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name, ": expected float32 or float64");
@@ -121,11 +126,11 @@ struct ActionTable {
   bool legal(int64_t type, int64_t param) const {
     return type >= 0 && type < types && param >= 0 && param <= data[type + 1] - data[type];
   }
-  // Of a legal pair.
+  // The pair has to be legal.
   int64_t index(int64_t type, int64_t param) const { return type + data[type] + param; }
 };
 
-// The first bad row of all threads; -1 where there is none.
+// The first bad row over all threads, or -1.
 class FirstBad {
  public:
   void report(int64_t row) {

@@ -18,14 +18,14 @@ struct Clipped {
 template <class T>
 void clip(T* x, int64_t count, double wide_bound) {
   constexpr int64_t W = Lanes<T>::W;
-  // Read again, out of the nearest cache, only where something is out of range: what is within is not written.
+  // A second pass, through the cache, only if a value is out of range: values within range are not written.
   constexpr int64_t BLOCK = 32 * W;
   // A finite bound beyond the dtype's range clips infinities to its largest number.
   const T bound = static_cast<T>(
       std::isfinite(wide_bound) ? std::min<double>(wide_bound, std::numeric_limits<T>::max()) : wide_bound);
   int64_t first = 0;
   for (; first + BLOCK <= count; first += BLOCK) {
-    // Largest magnitudes, NaN not counted, in four chains that do not wait for each other.
+    // Largest magnitudes, ignoring NaN, in four independent chains.
     Vec<T> largest[4] = {};
     for (int64_t i = first; i < first + BLOCK; i += 4 * W)
 #pragma GCC unroll 4
@@ -49,8 +49,8 @@ void clip(T* x, int64_t count, double wide_bound) {
   }
 }
 
-// False, and nothing done, where a bound is negative or NaN, their number is wrong, or a tensor is not float32 or
-// float64, is elsewhere, or does not fill its memory.
+// False, and nothing changed, if a bound is negative or NaN, their number is wrong, or a tensor is not float32 or
+// float64, not on the CPU, or has gaps.
 bool clip_all(const std::vector<Tensor>& tensors, const std::vector<double>& bounds) {
   if (tensors.size() != bounds.size()) return false;
   std::vector<Clipped> parts;
@@ -82,7 +82,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) {
   m.def("clip_weights_(Tensor(a!)[] tensors, float[] bounds) -> bool");
 }
 
-// For every device, as a list may hold tensors of several.
+// For every device, because a list may mix devices.
 STABLE_TORCH_LIBRARY_IMPL(metta_fastagent_native, CompositeExplicitAutograd, m) {
   m.impl("clip_weights_", TORCH_BOX(&metta_fastagent::clip_all));
 }

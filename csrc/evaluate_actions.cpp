@@ -1,5 +1,5 @@
 // Log-probability, entropy and all log-probabilities of given actions, and the gradient of the logits.
-// The formulas stand in ops/_evaluate_actions.py.
+// The formulas are in ops/_evaluate_actions.py.
 
 #include "checks.h"
 
@@ -11,7 +11,7 @@
 namespace metta_fastagent {
 namespace {
 
-// Every index is one of a logit.
+// Every index is within [0, A).
 template <class T>
 void forward_rows(const T* logits, const int64_t* index, T* log_prob, T* entropy, T* full, int64_t N, int64_t A) {
   constexpr int64_t W = Lanes<T>::W;
@@ -30,7 +30,7 @@ void forward_rows(const T* logits, const int64_t* index, T* log_prob, T* entropy
   });
 }
 
-// The index of each row's action, -1 where it is no logit; returns the first such row, or -1.
+// The index of each row's action, -1 if out of range; returns the first such row, or -1.
 int64_t read_actions(const Tensor& actions, const std::optional<Tensor>& table, int64_t N, int64_t A, int64_t* index) {
   const Integers values(actions, "actions");
   FirstBad bad;
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> evaluate_forward(const Tenso
   return {log_prob, entropy, full, index, bad};
 }
 
-// One value for each row, with any stride; 0 for all without a tensor.
+// One value per row, with any stride; 0 for every row without a tensor.
 template <class T>
 struct PerRow {
   const T* data = nullptr;

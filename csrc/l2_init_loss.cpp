@@ -43,7 +43,7 @@ ScalarType require_alike(const std::vector<Tensor>& params, const std::vector<Te
 
 template <class T>
 double loss_of(const std::vector<Tensor>& params, const std::vector<Tensor>& initial) {
-  // Chunks do not depend on the threads, nor then does the sum.
+  // Chunks, and so the sum, do not depend on the number of threads.
   struct Part {
     const T *a, *b;
     int64_t count;

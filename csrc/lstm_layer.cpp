@@ -1,7 +1,7 @@
 // The recurrence of one LSTM layer over a segment, its rows reset where an episode starts, and its gradient.
-// The formulas stand in ops/_lstm_layer.py.
+// The formulas are in ops/_lstm_layer.py.
 //
-// PyTorch multiplies the matrices, a product for each step; between two products lies one pass over the rows.
+// Each step is one matrix product by PyTorch, followed by one pass over the rows.
 
 #include "checks.h"
 
@@ -22,11 +22,11 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  // The result is `out` once more, as a handle to be released.
+  // The result is another handle to `out`, which has to be released.
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Which rows start an episode at which step.
+// Rows that are reset before a step.
 class Resets {
  public:
   Resets(const std::optional<Tensor>& resets, const Sizes& sizes) : data_(nullptr), rows_(sizes.B) {
@@ -50,8 +50,8 @@ METTA_INLINE void each_vector(int64_t H, const F& f) {
   if (j < H) f(j, H - j);
 }
 
-// One step of one row. `gates` holds h W_hh^T and becomes the activated gates; `state_h` is what the next step
-// multiplies with, zeros where it starts an episode.
+// One step of one row. `gates` holds h W_hh^T and becomes the activated gates; `state_h` is the next
+// step's factor, zero if that step resets the row.
 template <class T>
 void forward_row(const T* projected, const T* previous_c, bool reset, bool reset_next, T* gates, T* cell, T* output,
                  T* state_h, int64_t H) {
@@ -116,8 +116,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_forward(const Tensor& projected, const T
   return {output, cells, gates};
 }
 
-// One step of one row, backwards. `dh` and `dc` are the gradients of the state that the step returns; `dc` becomes
-// that of the state that it took. A null pointer stands for zeros.
+// Backward of one step of one row. `dh` and `dc` are the gradients of the state after the step; `dc` becomes the
+// gradient of the cell before it. A null pointer means zeros.
 template <class T>
 void backward_row(const T* gates, const T* cell, const T* previous_c, const T* grad_output, const T* dh, bool reset,
                   T* dc, T* grad_projected, int64_t H) {
@@ -158,7 +158,7 @@ void backward_steps(const Tensor& weight_hh, const Tensor& c, Resets resets, con
     T* grad_t = mutable_data_of<T>(grad_projected) + t * B * 4 * H;
     parallel(B, 4 * H, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        // The state after a step does not reach the next one where that is reset.
+        // A row that the next step resets receives no gradient from it.
         const bool reached = t == steps - 1 || !resets.at(t + 1, b);
         backward_row<T>(gates_t + b * 4 * H, cells_t + b * H, previous_c + b * H,
                         grad_output == nullptr ? nullptr : grad_output + b * H,

@@ -1,4 +1,4 @@
-// Many tensors seen as one run of elements, so that one parallel region covers all of them.
+// Many tensors as one range of elements, so that one parallel region covers all of them.
 #pragma once
 
 #include "checks.h"
@@ -8,7 +8,7 @@
 
 namespace metta_fastagent {
 
-// Whether the elements fill their memory without gaps or overlaps, in whatever order.
+// Whether the elements fill their memory without gaps or overlaps, in any order.
 inline bool is_dense(const Tensor& tensor) {
   if (tensor.is_contiguous()) return true;
   constexpr int64_t MAX_DIMS = 8;
@@ -28,7 +28,7 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-// Positions of tensors in a run of all their elements: starts[i] is where tensor i begins, starts.back() the length.
+// Positions of tensors in that range: starts[i] is where tensor i begins, starts.back() the length.
 class Run {
  public:
   explicit Run(const std::vector<Tensor>& tensors) : starts_(1, 0) {

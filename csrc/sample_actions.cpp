@@ -19,7 +19,7 @@ struct Draw {
 };
 
 // The column of each row at which the running sum of e first exceeds u times the whole sum. Running sums never fall and
-// u is below 1, so there is one, and e > 0 there. `e` becomes its running sums.
+// u is below 1, so there is one, and its e > 0. `e` becomes its running sums.
 template <class T>
 METTA_INLINE typename Lanes<T>::I first_above(T* e, Vec<T> u, int64_t A) {
   constexpr int64_t W = Lanes<T>::W;
@@ -30,7 +30,7 @@ METTA_INLINE typename Lanes<T>::I first_above(T* e, Vec<T> u, int64_t A) {
   }
   const Vec<T> threshold = u * running;
   typename Lanes<T>::I count{};
-  // A comparison gives -1 where it holds.
+  // A vector comparison is -1 if true.
   for (int64_t j = 0; j < A; ++j) count -= load(e + j * W) <= threshold;
   return count;
 }
@@ -54,7 +54,7 @@ void draw_rows(const Draw<T>& d, FirstBad& bad) {
       for (int64_t l = 0; l < live; ++l) u[l] = d.uniform[row + l];
       const typename Lanes<T>::I drawn = first_above<T>(e, u, A);
       for (int64_t l = 0; l < live; ++l) {
-        // The sum is NaN where the row holds NaN or +inf, or nothing but -inf.
+        // The sum is NaN if the row holds NaN or +inf, or only -inf.
         if (!(sums.s[l] > T(0))) bad.report(row + l);
         const int64_t chosen = std::min<int64_t>(drawn[l], A - 1);
         d.index[row + l] = chosen;

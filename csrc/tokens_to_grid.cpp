@@ -9,7 +9,7 @@ namespace {
 
 constexpr int EMPTY_COORDINATE = 255;
 
-// Cell of each coordinate byte within a feature's plane, -1 where it lies outside of the window.
+// Cell of each coordinate byte within a feature's plane, -1 if outside of the window.
 std::array<int16_t, 256> cells_of_window(int64_t width, int64_t height) {
   std::array<int16_t, 256> cells;
   for (int coordinate = 0; coordinate < 256; ++coordinate) {

@@ -1,6 +1,6 @@
 // 32-byte vectors of float or double, their elementary functions, and rows of a matrix as columns of vectors.
 //
-// The vectors are those of GCC and Clang: the compiler splits them where the machine's are narrower.
+// The vectors are those of GCC and Clang: the compiler splits them if the machine's are narrower.
 #pragma once
 
 #include <cstddef>
@@ -83,7 +83,7 @@ struct Constants;
 template <>
 struct Constants<float> {
   static constexpr int mantissa_bits = 23, exponent_bias = 127;
-  // Adding and subtracting 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  // Adding and subtracting 1.5 * 2^23 rounds to an integer, which is then in the low bits.
   static constexpr float rounder = 12582912.0f;
   // ln 2 in two parts; the first has so few bits that its products with exponents are exact.
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f, log2_e = 1.44269504f;
@@ -160,7 +160,7 @@ METTA_INLINE Reduced<T> reduce(Vec<T> x) {
   const Vec<T> rounded = x * C::log2_e + C::rounder;
   const Vec<T> n = rounded - C::rounder;
   const Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low;
-  // n stands in the low bits, which the shift brings up.
+  // n is in the low bits; the shift moves it to the exponent.
   constexpr typename L::Unsigned bias = C::exponent_bias + C::subnormal_shift;
   return {r, bits<Vec<T>>((bits<U>(rounded) + bias) << C::mantissa_bits)};
 }
@@ -272,7 +272,7 @@ METTA_INLINE void transpose(Vec<T>* v) {
 }
 
 // columns[j][l] = matrix[l][j] for W rows of A contiguous elements, the last live one standing in for those past it.
-// Returns the largest element of each row, NaN not counted.
+// Returns the largest element of each row, ignoring NaN.
 template <class T>
 METTA_INLINE Vec<T> load_columns(const T* matrix, int64_t live, int64_t A, T* columns) {
   constexpr int64_t W = Lanes<T>::W;
@@ -305,7 +305,7 @@ METTA_INLINE Vec<T> load_columns(const T* matrix, int64_t live, int64_t A, T* co
   return top;
 }
 
-// matrix[l][j] = column(j)[l] for the live rows l; a column may be asked for twice.
+// matrix[l][j] = column(j)[l] for the live rows l; a column may be requested twice.
 template <class T, class F>
 METTA_INLINE void store_columns(int64_t live, int64_t A, T* matrix, const F& column) {
   constexpr int64_t W = Lanes<T>::W;

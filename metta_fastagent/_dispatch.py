@@ -1,9 +1,9 @@
 """Which implementation runs an operation, and the library that the operations register in.
 
 Every operation is a `torch.library` operator, so PyTorch's dispatcher picks the implementation by device: the eager
-twin is registered for every device, a Triton kernel, where there is one, for CUDA, and a C++ operator, where there is
-one and it was built, for the CPU. This module holds the one switch that overrides that choice
-(`METTA_FASTAGENT_BACKEND`, `use_backend`) and the functions that say what was chosen (`backend`, `explain`).
+twin is registered for every device, a Triton kernel for CUDA, and a C++ operator, once built, for the CPU. This module
+holds the switch that overrides the choice (`METTA_FASTAGENT_BACKEND`, `use_backend`) and the functions that report it
+(`backend`, `explain`).
 """
 
 import os
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metta_fastagent import _native, _triton
+from metta_fastagent._machine import describe_cpu
 
 BACKENDS = ("auto", "triton", "native", "eager")
 ENVIRONMENT_VARIABLE = "METTA_FASTAGENT_BACKEND"
@@ -55,8 +56,8 @@ def register(
         schema: name, arguments and results.
         eager: implementation on every device without a kernel.
         fake: shapes and dtypes of the results, for tracing.
-        cuda: launcher of the Triton kernel; `eager` runs in its place where Triton does not work.
-        native: caller of the C++ operator for the CPU; `eager` runs in its place where that was not built.
+        cuda: launcher of the Triton kernel; without a working Triton, `eager` runs instead.
+        native: caller of the C++ operator for the CPU; if that is not built, `eager` runs instead.
         tags: the operator's tags.
     """
     LIBRARY.define(schema, tags=tags)
@@ -81,7 +82,7 @@ def _choosing(cuda: Callable | None, native: Callable | None, eager: Callable) -
 
 
 def _choosing_on_cpu(cuda: Callable | None, native: Callable | None, eager: Callable) -> Callable:
-    """As `_choosing`, in fewer steps: a call on the CPU is short."""
+    """As `_choosing`, with a shortcut for the automatic choice: calls on the CPU are short."""
     choose = _choosing(cuda, native, eager)
 
     def run(*args: Any) -> Any:
@@ -101,7 +102,7 @@ def uses_triton(device: torch.device) -> bool:
     """Whether Triton kernels run on `device` now.
 
     Raises:
-        RuntimeError: backend "triton" was asked for and does not work on this CUDA device.
+        RuntimeError: backend "triton" was requested and does not work on this CUDA device.
     """
     if _requested == "eager":
         return False
@@ -112,7 +113,7 @@ def uses_triton(device: torch.device) -> bool:
     works = _triton.works_on(device)
     if not works and _requested == "triton":
         raise RuntimeError(
-            f"backend 'triton' was asked for and does not work on {device}; see metta_fastagent.explain()"
+            f"backend 'triton' was requested and does not work on {device}; see metta_fastagent.explain()"
         )
     return works
 
@@ -121,13 +122,13 @@ def uses_native(device: torch.device) -> bool:
     """Whether the C++ operators run on `device` now.
 
     Raises:
-        RuntimeError: backend "native" was asked for, this is the CPU, and they are not built or cannot be loaded.
+        RuntimeError: backend "native" was requested on the CPU and the operators are not built or cannot be loaded.
     """
     if device.type != "cpu" or _requested not in ("auto", "native"):
         return False
     available = _native.load()
     if not available and _requested == "native":
-        raise RuntimeError(f"backend 'native' was asked for and does not work: {_native.reason()}")
+        raise RuntimeError(f"backend 'native' was requested and does not work: {_native.reason()}")
     return available
 
 
@@ -136,9 +137,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Choose the implementation for the calls inside the `with` block.
 
     Args:
-        name: "auto" (the fastest one that the device has), "triton" (an error on a CUDA device where it does not work),
-            "native" (the C++ operators: an error on the CPU where they are not built; elsewhere as "auto") or "eager"
-            (plain PyTorch everywhere).
+        name: "auto" (the fastest one on each device), "triton" (an error on a CUDA device if it does not work),
+            "native" (the C++ operators: an error on the CPU if they are not built; as "auto" elsewhere) or "eager"
+            (plain PyTorch on every device).
 
     Raises:
         ValueError: `name` is not a backend.
@@ -155,7 +156,7 @@ def backend(device: torch.device | str) -> str:
     """The name of the implementation that runs on `device`: "triton", "native" or "eager".
 
     Raises:
-        RuntimeError: the backend that was asked for does not work on this device.
+        RuntimeError: the requested backend does not work on this device.
     """
     device = torch.device(device)
     if uses_triton(device):
@@ -164,15 +165,16 @@ def backend(device: torch.device | str) -> str:
 
 
 def explain() -> str:
-    """What runs on each kind of device and why, with versions: a text of a few lines."""
+    """A few lines of text: which implementation runs on each device and why, with versions."""
     triton = _triton.triton
     version = f"Triton {triton.__version__}" if triton is not None else f"no Triton ({_triton.import_error})"
     lines = [
         f"metta_fastagent on PyTorch {torch.__version__}, {version}, Python {platform.python_version()}",
         f"requested: {_requested} (by {ENVIRONMENT_VARIABLE} or use_backend; one of {', '.join(BACKENDS)})",
+        f"processor: {describe_cpu()}",
         f"cpu: {_explain_cpu()}",
         *_explain_cuda(),
-        "other devices: eager, as there are no kernels for them",
+        "other devices: eager, because there are no kernels for them",
         "operations: " + ", ".join(sorted(_operations)),
         "without a Triton kernel: " + (", ".join(sorted(n for n, k in _operations.items() if not k.triton)) or "none"),
         "without a C++ operator: " + (", ".join(sorted(n for n, k in _operations.items() if not k.native)) or "none"),
@@ -182,13 +184,13 @@ def explain() -> str:
 
 def _explain_cpu() -> str:
     if uses_triton(torch.device("cpu")):
-        return "triton in its interpreter, as TRITON_INTERPRET=1 and backend triton were asked for; slow, for tests"
+        return "triton in its interpreter, because TRITON_INTERPRET=1 and backend triton are set; slow, for tests"
     if _requested in ("eager", "triton"):
-        return f"eager, as backend {_requested} was asked for"
+        return f"eager, because backend {_requested} was requested"
     if _native.load():
         return f"native, {_native.reason()}"
     if _requested == "native":
-        return f"an error, as backend native was asked for and does not work: {_native.reason()}"
+        return f"an error, because backend native was requested and does not work: {_native.reason()}"
     return f"eager; native operators {_native.reason()}"
 
 
@@ -200,10 +202,10 @@ def _explain_cuda() -> list[str]:
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         if _requested == "eager":
-            chosen = "eager, as asked for"
+            chosen = "eager, as requested"
         elif _triton.works_on(device):
             chosen = "triton"
         else:
-            chosen = "eager, as Triton does not work here"
+            chosen = "eager, because Triton does not work here"
         lines.append(f"{device} ({torch.cuda.get_device_name(index)}): {chosen}")
     return lines

@@ -1,8 +1,8 @@
-"""The modules of an agent that weight clipping and regularisation act on, found without a walk on each call.
+"""An index of the modules that weight clipping and regularisation act on, so that a call need not walk the tree.
 
-PyTorch tells nobody of `del`, `_parameters[...] =`, `copy.deepcopy` or an assigned submodule. Comparing the identities
-of all submodules, and of the layers' parameters, notices each of them and costs a few microseconds where a walk costs
-tens.
+PyTorch has no hook for `del`, `_parameters[...] =`, `copy.deepcopy` or an assigned submodule. Comparing the identities
+of all submodules and of the layers' parameters detects each of them, in a few microseconds instead of the tens that a
+walk takes.
 """
 
 import operator
@@ -16,7 +16,7 @@ CLIPPED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 class Transient:
-    """Holds a value that copies and pickles of its owner do not take along."""
+    """A cache slot that copies and pickles of its owner do not carry over."""
 
     __slots__ = ("value",)
 
@@ -48,7 +48,7 @@ class _ClippedTensors:
                 self.weights[name] = weight
             unique |= {id(param): param for param in (weight, bias) if param is not None and not is_lazy(param)}
         self.tensors = list(unique.values())
-        # A lazy parameter stays the same object when it gets its shape, so nothing would tell of it.
+        # A lazy parameter stays the same object when it gets its shape, so the comparison would miss it.
         self.complete = not any(is_lazy(param) for param in self.seen)
 
     def is_current(self) -> bool:
@@ -56,7 +56,7 @@ class _ClippedTensors:
 
 
 class LayerIndex:
-    """The modules of a tree and what clipping needs of them; `is_current` tells whether the tree is still the same."""
+    """The modules of a tree and their clipped parameters; `is_current` checks whether the tree is unchanged."""
 
     def __init__(self, root: nn.Module) -> None:
         self.modules = list(root.named_modules())

@@ -1,7 +1,7 @@
-"""Rows of a preallocated rollout memory [layers, environments, hidden]: which ones a step means, read and written.
+"""Rows of a preallocated rollout memory [layers, environments, hidden]: find, read and write those of one step.
 
-A plain int names the first row, and rows are narrow views. A tensor on the memory's device is never read back, so that
-a captured graph follows it: rows are gathered and scattered by index.
+A plain int is the first row, and the rows are a narrow view. A tensor on the memory's device is never read back, so a
+captured graph sees its value at each replay: rows are gathered and scattered by index.
 """
 
 from typing import Any, NamedTuple
@@ -14,17 +14,17 @@ from metta_fastagent.ops._checks import describe
 
 
 class DeviceRows(NamedTuple):
-    """Rows that only the device knows."""
+    """Rows whose numbers are on the device."""
 
     index: Tensor  # int64 [rows], always within the memory
-    valid: Tensor  # bool []: whether they are the rows that were asked for
+    valid: Tensor  # bool []: False if the id was out of range and the rows were clamped
 
 
 MemoryRows = int | DeviceRows
 
 
 def whole_number(env_id: Any) -> int:
-    """`env_id` as an int; a ValueError where it is no number without a fraction."""
+    """`env_id` as an int; a ValueError if it is not a whole number."""
     if isinstance(env_id, Tensor) and env_id.numel() == 1:
         env_id = env_id.item()
     fraction = isinstance(env_id, float) and not env_id.is_integer()
@@ -52,10 +52,10 @@ def environment_rows_eager(env_id: Tensor, rows: int, num_envs: int) -> tuple[Te
 
 
 def clamped_rows(start: Tensor, rows: int, num_envs: int) -> tuple[Tensor, Tensor]:
-    """`rows` row numbers from `start` (0-dim) on, moved into the memory, and whether they had not to be."""
+    """Row numbers from `start` (0-dim) on, clamped to the memory, and whether they were in range."""
     whole = start.long()
     first = whole.clamp(0, num_envs - rows)
-    # a fraction is as wrong as a number out of range; unsigned integers do not compare with int64
+    # Fractions are out of range too. Unsigned integers do not compare with int64.
     valid = first == (start if start.is_floating_point() else whole)
     return first + torch.arange(rows, device=start.device), valid
 
@@ -74,14 +74,14 @@ def memory_rows(env_id: Any, rows: int, num_envs: int, device: torch.device) -> 
     """The rows `env_id` .. `env_id` + `rows` - 1 of a memory of `num_envs` rows on `device`.
 
     Args:
-        env_id: an integer, or a tensor of any shape whose first element counts, on `device` or on the CPU.
+        env_id: an integer, or a tensor of any shape on `device` or the CPU; its first element is the id.
 
     Returns:
-        int where the number is known here, else `DeviceRows`.
+        int if the host knows the number, else `DeviceRows`.
 
     Raises:
-        ValueError: no integer, more rows than the memory has, another device, or rows out of range; of a tensor on a
-            device other than the CPU the value is not looked at.
+        ValueError: not an integer, more rows than the memory has, another device, or rows out of range. The value of a
+            tensor on a device other than the CPU is not checked.
     """
     if rows > num_envs:
         raise ValueError(
@@ -98,16 +98,16 @@ def memory_rows(env_id: Any, rows: int, num_envs: int, device: torch.device) -> 
 
 
 def read_rows(memory: Tensor, where: MemoryRows, rows: int) -> Tensor:
-    """State [layers, rows, hidden], contiguous; the memory itself where that is safe and saves a copy."""
+    """State [layers, rows, hidden], contiguous; a view of the memory if a copy is not needed."""
     if isinstance(where, DeviceRows):
         return memory.index_select(1, where.index)
     part = memory.narrow(1, where, rows)
-    # A backward may come after the memory has changed in place.
+    # The memory may change in place before the backward.
     return part.clone(memory_format=torch.contiguous_format) if torch.is_grad_enabled() else part.contiguous()
 
 
 def write_rows(memory: Tensor, where: MemoryRows, state: Tensor) -> None:
-    """Copy `state` into the memory in place; nothing changes where `where` was out of range."""
+    """Copy `state` into the memory in place; rows out of range change nothing."""
     state = state.detach()
     if not isinstance(where, DeviceRows):
         memory.narrow(1, where, state.shape[1]).copy_(state)
@@ -116,6 +116,6 @@ def write_rows(memory: Tensor, where: MemoryRows, state: Tensor) -> None:
     memory.index_copy_(1, where.index, kept)
 
 
-def spoiled(state: Tensor, where: MemoryRows | None) -> Tensor:
-    """`state`, or NaN where `where` turns out to be out of range on the device."""
+def nan_if_out_of_range(state: Tensor, where: MemoryRows | None) -> Tensor:
+    """`state`; NaN throughout if the id, known to the device only, is out of range."""
     return torch.where(where.valid, state, torch.nan) if isinstance(where, DeviceRows) else state

@@ -1,6 +1,6 @@
-"""Triton where it is installed, and what its absence leaves: kernels that are never launched.
+"""Triton as an optional dependency: without it, kernels are defined but never launched.
 
-Importing this asks no device. Whether Triton works is found out at the first call on a CUDA device (`works_on`), once.
+Importing this module touches no device. `works_on` tries Triton once, at the first call on a CUDA device.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Any: Triton's language has no types that a checker could follow.
+# Any: type checkers cannot follow Triton's language.
 triton: Any = None
 tl: Any = SimpleNamespace(constexpr=int)
 import_error: Exception | None = None
@@ -22,12 +22,12 @@ try:
     triton = importlib.import_module("triton")
     tl = importlib.import_module("triton.language")
 except Exception as error:
-    # Missing, or broken in any way: the reason is told at the first use on a CUDA device.
+    # Missing or broken: `works_on` warns with the reason at the first use on a CUDA device.
     import_error = error
 
 
 def jit(function: Callable) -> Any:
-    """`triton.jit`; without Triton the function as it is, which nothing launches then."""
+    """`triton.jit`; without Triton the function itself, which is then never launched."""
     return function if triton is None else triton.jit(function)
 
 
@@ -42,7 +42,7 @@ def _first_use_kernel(out):
 
 
 def works_on(device: torch.device) -> bool:
-    """Whether Triton compiles and launches kernels on `device`: tried once, with one warning where it does not."""
+    """Whether Triton compiles and launches kernels on `device`: tried once, with a warning if not."""
     if device not in _works:
         reason = _failure(device)
         _works[device] = reason is None

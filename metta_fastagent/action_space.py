@@ -1,9 +1,10 @@
 """ActionSpace: the tables behind (action type, parameter) pairs and logit indices."""
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 
 import torch
+
+from metta_fastagent.ops._checks import require_integer
 
 
 class ActionSpace:
@@ -20,10 +21,10 @@ class ActionSpace:
     Args:
         action_names: distinct, non-empty names, one for each type.
         action_max_params: integers >= 0, one for each type.
-        device: where the tables are made.
+        device: device of the tables.
 
     Raises:
-        TypeError, ValueError: an argument is empty, of another length, or holds something else; the message says which.
+        TypeError, ValueError: an argument is empty, has another length or a wrong element.
     """
 
     def __init__(
@@ -71,9 +72,7 @@ def checked_max_params(argument: str, max_params: Iterable[int], num_types: int 
     values = list(max_params)
     if num_types is not None and len(values) != num_types:
         raise ValueError(f"{argument}: got {len(values)} values, expected {num_types}, one for each action name")
-    for position, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{argument}[{position}]: got {value!r}, expected an integer >= 0")
-        if value < 0:
-            raise ValueError(f"{argument}[{position}]: got {value!r}, expected an integer >= 0")
-    return [int(value) for value in values]
+    return [
+        require_integer(f"{argument}[{position}]", value, "an integer >= 0", minimum=0)
+        for position, value in enumerate(values)
+    ]

@@ -1,13 +1,12 @@
 """MettaAgent and DistributedMettaAgent: tie a policy to an environment.
 
-A small host of this package's own. It makes the action tables and hands them to the policy, keeps feature ids stable
-when the environment numbers its features anew, and passes everything else on to the policy.
+A small host of this package's own. It makes the action tables, sets them on the policy, keeps feature ids stable when
+the environment renumbers its features, and delegates everything else to the policy.
 """
 
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metta_fastagent.action_space import ActionSpace
+from metta_fastagent.ops._checks import is_number, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,9 @@ class MettaAgent(nn.Module):
     """Host of a policy, normally an agent written with `PyTorchAgentMixin`.
 
     Args:
-        env: the environment; `feature_normalizations` is read where there is one.
+        env: the environment; `feature_normalizations` is read if present.
         policy: the agent.
-        device: where the policy is moved; None leaves it where it is.
+        device: device that the policy is moved to; None does not move it.
 
     Attributes:
         policy: the agent.
@@ -77,7 +77,7 @@ class MettaAgent(nn.Module):
             features: name to `{"id": 0..254, "normalization": number > 0 (optional)}`.
             action_names: name of each action type.
             action_max_params: largest legal parameter of each type.
-            device: where the tables are made; None means the device of the policy's parameters.
+            device: device of the tables; None means the device of the policy's parameters.
 
         Raises:
             TypeError, ValueError: an argument has a wrong value; nothing was changed then.
@@ -115,7 +115,7 @@ class MettaAgent(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the policy's parameters; the CPU where it has none."""
+        """Device of the policy's parameters; the CPU if it has none."""
         return next((param.device for param in self.parameters()), torch.device("cpu"))
 
     @property
@@ -135,7 +135,7 @@ class MettaAgent(nn.Module):
 
     @property
     def lstm(self) -> nn.Module | None:
-        """The policy's LSTM, None where it has none."""
+        """The policy's LSTM, or None."""
         return getattr(self.policy, "lstm", None)
 
     # Features
@@ -145,7 +145,7 @@ class MettaAgent(nn.Module):
         return None if self.original_feature_mapping is None else dict(self.original_feature_mapping)
 
     def restore_original_feature_mapping(self, mapping: Mapping[str, int]) -> None:
-        """Restore what `get_original_feature_mapping` gave; call it before `initialize_to_environment`.
+        """Restore a mapping from `get_original_feature_mapping`; call it before `initialize_to_environment`.
 
         Raises:
             TypeError, ValueError: not a mapping from names to distinct ids 0 to 254.
@@ -176,14 +176,14 @@ class MettaAgent(nn.Module):
         if hasattr(self.policy, "update_normalization_factors"):
             self.policy.update_normalization_factors({n: dict(f) for n, f in features.items()}, dict(known))
 
-    # Passed on to the policy
+    # Delegated to the policy
 
     def has_memory(self) -> bool:
         """Whether the policy carries state from step to step."""
         return bool(self._policy_call("has_memory", default=False))
 
     def get_memory(self) -> Any:
-        """The policy's memory; an empty dict where it has none."""
+        """The policy's memory; an empty dict if it has none."""
         return self._policy_call("get_memory", default={})
 
     def set_memory(self, memory: Any) -> None:
@@ -199,19 +199,19 @@ class MettaAgent(nn.Module):
         self._policy_call("reset_env_memory", env_id)
 
     def clip_weights(self) -> None:
-        """Clip the policy's weights, as its configuration says."""
+        """Clip the policy's weights by its configuration."""
         self._policy_call("clip_weights")
 
     def l2_init_loss(self) -> Tensor:
-        """The policy's L2-init loss, 0-dim float32; 0 where it has none."""
+        """The policy's L2-init loss, 0-dim float32; 0 if it has none."""
         return self._policy_call("l2_init_loss", default=torch.tensor(0.0, dtype=torch.float32))
 
     def update_l2_init_weight_copy(self) -> None:
-        """Make the present weights the ones that the L2-init loss measures from."""
+        """Make the current weights the reference of the L2-init loss."""
         self._policy_call("update_l2_init_weight_copy")
 
     def compute_weight_metrics(self, delta: float = 0.01) -> list[dict]:
-        """The policy's weight metrics; an empty list where it has none."""
+        """The policy's weight metrics; an empty list if it has none."""
         return self._policy_call("compute_weight_metrics", delta, default=[])
 
     def maybe_compute_weight_metrics(self, epoch: int, delta: float = 0.01) -> list[dict] | None:
@@ -262,7 +262,7 @@ def _checked_feature_ids(features: Mapping[str, Mapping[str, Any]], argument: st
     ids: dict[str, int] = {}
     for name, properties in features.items():
         feature_id = properties.get("id") if isinstance(properties, Mapping) else None
-        if isinstance(feature_id, bool) or not isinstance(feature_id, int) or not 0 <= feature_id < UNKNOWN_FEATURE_ID:
+        if not is_whole(feature_id) or not 0 <= int(feature_id) < UNKNOWN_FEATURE_ID:
             raise ValueError(
                 f"{argument}[{name!r}]: got id {feature_id!r}, expected an integer 0 to {UNKNOWN_FEATURE_ID - 1}"
             )
@@ -271,12 +271,11 @@ def _checked_feature_ids(features: Mapping[str, Mapping[str, Any]], argument: st
                 f"{argument}[{name!r}]: got id {feature_id}, which another feature has, expected distinct ids"
             )
         normalization = properties.get("normalization", 1.0)
-        number = isinstance(normalization, Real) and not isinstance(normalization, bool)
-        if not number or not 0 < float(normalization) < math.inf:
+        if not is_number(normalization) or not 0 < float(normalization) < math.inf:
             raise ValueError(
                 f"{argument}[{name!r}]: got normalization {properties['normalization']!r}, expected a number > 0"
             )
-        ids[name] = feature_id
+        ids[name] = int(feature_id)
     return ids
 
 

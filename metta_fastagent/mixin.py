@@ -1,15 +1,15 @@
-"""PyTorchAgentMixin: what every PyTorch agent of a Metta trainer shares.
+"""PyTorchAgentMixin: behaviour shared by the PyTorch agents of a Metta trainer.
 
 Configuration, weight clipping, the TensorDict fields `bptt` and `batch`, conversion between (action type, parameter)
 pairs and logit indices, the training and inference handlers, L2-init regularisation and weight metrics. The mixin holds
 state and calls `ops`; it computes nothing itself and never branches on a device.
 """
 
+import difflib
 import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +20,14 @@ from torch.nn.parameter import is_lazy
 from metta_fastagent import ops
 from metta_fastagent._layer_index import CLIPPED_LAYERS, LayerIndex, Transient
 from metta_fastagent.action_space import ActionSpace, checked_max_params
-from metta_fastagent.ops._checks import describe
+from metta_fastagent.ops._checks import describe, require_integer, require_number
 from metta_fastagent.weight_metrics import analyze_weights
 
 logger = logging.getLogger(__name__)
 
 CLIP_MODES = ("absolute", "init_scaled")
 VALIDATE_MODES = ("deferred", "sync", "off")
+PARAMETERS = ("clip_range", "analyze_weights_interval", "clip_mode", "validate")
 TABLES = ("action_index_tensor", "cum_action_max_params")
 REGULARIZED_LAYERS = (*CLIPPED_LAYERS, nn.ConvTranspose2d)
 
@@ -43,7 +44,7 @@ class PyTorchAgentMixin(_Module):
     Attributes:
         clip_range: weights are clipped to [-clip_range, clip_range]; 0 or less turns clipping off.
         clip_mode: "absolute", or "init_scaled" for ComponentPolicy's rule (see `clip_weights`).
-        validate: when a report of an action out of range is looked at: "deferred", "sync" or "off".
+        validate: when a kernel's report of an action out of range is read: "deferred", "sync" or "off".
         analyze_weights_interval: epochs between weight metrics; 0 turns them off.
         l2_init_scale: factor of `l2_init_loss`.
         clip_scale: factor of the bounds of the "init_scaled" mode.
@@ -85,7 +86,7 @@ class PyTorchAgentMixin(_Module):
 
         Returns:
             dict for `init_mixin`: `clip_range` (default 0), `analyze_weights_interval` (default 300), `clip_mode` and
-            `validate` where given, and `extra_kwargs`, which is `kwargs` itself with what is left in it.
+            `validate` if given, and `extra_kwargs`, which is `kwargs` itself with the rest.
 
         Raises:
             TypeError, ValueError: a parameter has a wrong value; nothing was removed then.
@@ -93,7 +94,7 @@ class PyTorchAgentMixin(_Module):
         if not isinstance(kwargs, MutableMapping):
             raise TypeError(f"kwargs: got {describe(kwargs)}, expected the dict of the agent's keyword arguments")
         params = {"clip_range": 0, "analyze_weights_interval": 300}
-        params |= {name: kwargs[name] for name in (*params, "clip_mode", "validate") if name in kwargs}
+        params |= {name: kwargs[name] for name in PARAMETERS if name in kwargs}
         _check_configuration(**params)
         for name in params:
             kwargs.pop(name, None)
@@ -107,15 +108,16 @@ class PyTorchAgentMixin(_Module):
         clip_mode: str = "absolute",
         validate: str = "deferred",
     ) -> None:
-        """Set the configuration, remember the initial weights, log one line; comes after the base class's `__init__`.
+        """Set the configuration and keep a copy of the initial weights; call it after the base class's `__init__`.
 
         Args:
             clip_range: float >= 0; 0 turns clipping off.
             analyze_weights_interval: epochs between weight metrics, an integer >= 0; 0 turns them off.
-            extra_kwargs: parameters that nobody took; they are named in the log and otherwise ignored.
+            extra_kwargs: parameters that neither the agent nor the mixin knows; a warning names them, and they are
+                otherwise ignored.
             clip_mode: "absolute" or "init_scaled".
-            validate: when a kernel's report of an action out of range is looked at: "deferred" (on the next call,
-                without waiting), "sync" (at once, waiting for the device) or "off". On the CPU errors come at once.
+            validate: when a kernel's report of an action out of range is read: "deferred" (on the next call, without a
+                host sync), "sync" (in the same call, with one) or "off". On the CPU errors are immediate.
 
         Raises:
             TypeError, ValueError: a parameter has a wrong value.
@@ -133,16 +135,17 @@ class PyTorchAgentMixin(_Module):
         self._store_initial_weights()
         if clip_mode == "init_scaled":
             self.initial_weight_magnitudes = _largest_magnitudes(self.initial_weights)
-        unknown = ", ".join(sorted(extra_kwargs)) if extra_kwargs else "none"
+        name = type(self).__name__
         logger.info(
-            "%s: clip_range=%s, clip_mode=%s, validate=%s, analyze_weights_interval=%s, extra parameters (ignored): %s",
-            type(self).__name__,
+            "%s: clip_range=%s, clip_mode=%s, validate=%s, analyze_weights_interval=%s",
+            name,
             clip_range,
             clip_mode,
             validate,
             analyze_weights_interval,
-            unknown,
         )
+        if extra_kwargs:
+            logger.warning("%s: ignored unknown parameters: %s", name, ", ".join(map(_with_suggestion, extra_kwargs)))
 
     # Weight clipping
 
@@ -156,13 +159,14 @@ class PyTorchAgentMixin(_Module):
         With `clip_range` <= 0 nothing happens. NaN stays NaN. A parametrized weight is a temporary and is skipped; tied
         weights are clipped once.
         """
-        if not self.clip_range > 0:
+        clip_range = self._configured("clip_range")
+        if not clip_range > 0:
             return
         clipped = self._layers().clipped()
-        if self.clip_mode == "absolute":
-            ops.clip_weights_(clipped.tensors, [float(self.clip_range)] * len(clipped.tensors))
+        if self._configured("clip_mode") == "absolute":
+            ops.clip_weights_(clipped.tensors, [float(clip_range)] * len(clipped.tensors))
             return
-        factor = self.clip_range * self.clip_scale
+        factor = clip_range * self.clip_scale
         bounded = [
             (weight, factor * self.initial_weight_magnitudes[name])
             for name, weight in clipped.weights.items()
@@ -170,8 +174,17 @@ class PyTorchAgentMixin(_Module):
         ]
         ops.clip_weights_([weight for weight, _ in bounded], [bound for _, bound in bounded])
 
+    def _configured(self, name: str) -> Any:
+        """An attribute that `init_mixin` sets."""
+        value = getattr(self, name, None)
+        if value is None:
+            raise RuntimeError(
+                f"{name} not set: call self.init_mixin(**mixin_params) at the end of {type(self).__name__}.__init__"
+            )
+        return value
+
     def _layers(self) -> LayerIndex:
-        """The layers that clipping and regularisation act on, found again only if the module tree has changed."""
+        """The layers that clipping and regularisation act on, indexed again only if the module tree has changed."""
         cache = self.__dict__.get("_layer_cache")
         if cache is None:
             cache = self._layer_cache = Transient()
@@ -190,7 +203,7 @@ class PyTorchAgentMixin(_Module):
 
         Returns:
             (B, T) as ints; T is 1 in inference. The fields are fresh int64 tensors on the observations' device: [B] in
-            inference; in training [B, T] where the batch size of `td` is [B, T] or [B], and [B * T] elsewhere.
+            inference; in training [B, T] if the batch size of `td` is [B, T] or [B], else [B * T].
 
         Raises:
             TypeError, ValueError: `td` is not a TensorDict, or its batch size does not fit; `td` is unchanged then.
@@ -205,7 +218,8 @@ class PyTorchAgentMixin(_Module):
         training = observations.dim() == 4
         TT = observations.shape[1] if training else 1
         shape = _field_shape(tuple(td.batch_size), B, TT, training)
-        bptt, batch = ops.segment_fields(observations, shape, TT, B)
+        bptt = torch.full(shape, TT, dtype=torch.int64, device=observations.device)
+        batch = torch.full(shape, B, dtype=torch.int64, device=observations.device)
         td.update({"bptt": bptt, "batch": batch})
         self._segment_fields = Transient((bptt, B, TT))
         return B, TT
@@ -235,7 +249,7 @@ class PyTorchAgentMixin(_Module):
         """
         require_tensordict(td)
         table = self._require_table("cum_action_max_params")
-        self._look_for_bad_actions("deferred")
+        self._raise_reported_actions("deferred")
         rows = _require_rows(logits_list, value)
         pairs = _flat_pairs(action, rows)
         segment = self._segment_shape(td, action, rows)
@@ -245,7 +259,7 @@ class PyTorchAgentMixin(_Module):
             )
         else:
             log_prob, entropy, full_log_probs = ops.evaluate_actions(logits_list, pairs, table)
-        self._look_for_bad_actions("sync")
+        self._raise_reported_actions("sync")
         results = {"act_log_prob": log_prob, "entropy": entropy, "full_log_probs": full_log_probs, "value": value}
         if segment is None:
             flat = td if td.batch_dims < 2 else td.reshape(rows)
@@ -296,7 +310,7 @@ class PyTorchAgentMixin(_Module):
         return self.handle_inference_mode(td, logits_list, value)
 
     def _segment_shape(self, td: TensorDictBase, action: Tensor, rows: int) -> tuple[int, int] | None:
-        """[B, T] of the result, from what is known without reading a tensor; None where `td` lacks the fields."""
+        """[B, T] of the result, without reading a tensor if possible; None if `td` lacks the fields."""
         batch_size = tuple(td.batch_size)
         if not {"batch", "bptt"} <= set(td.keys()):
             if batch_size and math.prod(batch_size) != rows:
@@ -315,8 +329,8 @@ class PyTorchAgentMixin(_Module):
             raise ValueError(f"td: got batch size {list(batch_size)}, expected {expected}")
         return segment
 
-    def _look_for_bad_actions(self, mode: str) -> None:
-        """Raise what kernels have reported, if this is the mode in which `validate` asks for it."""
+    def _raise_reported_actions(self, mode: str) -> None:
+        """Raise an error for a bad action that a kernel has reported, if `validate` is this mode."""
         if getattr(self, "validate", "deferred") == mode and not torch.compiler.is_compiling():
             ops.raise_if_reported(getattr(self, "cum_action_max_params", None), synchronize=mode == "sync")
 
@@ -324,7 +338,7 @@ class PyTorchAgentMixin(_Module):
         known = self.__dict__.get("_segment_fields")
         if known is not None and known.value is not None and td.get("bptt") is known.value[0]:
             return known.value[1:]
-        # Somebody else set the fields of a flat TensorDict: only their values tell, at the price of waiting for them.
+        # Fields of a flat TensorDict that were set elsewhere: their values have to be read, a host sync on CUDA.
         return int(td.get("batch")[0]), int(td.get("bptt")[0])
 
     # Action conversion
@@ -369,7 +383,7 @@ class PyTorchAgentMixin(_Module):
         Args:
             action_names: name of each action type.
             action_max_params: largest legal parameter of each type.
-            device: where the tables are made; None means the device of the agent's parameters.
+            device: device of the tables; None means the device of the agent's parameters.
 
         Raises:
             TypeError, ValueError: see `ActionSpace`; nothing was changed then.
@@ -384,11 +398,11 @@ class PyTorchAgentMixin(_Module):
     def activate_action_embeddings(
         self, full_action_names: list[str], device: torch.device | str | None = None
     ) -> None:
-        """Pass the names of all actions on to `self.policy`, where it has this method."""
+        """Call the method of that name on `self.policy`, if it has one."""
         _pass_on(self, "activate_action_embeddings", full_action_names, device)
 
     def initialize_to_environment(self, full_action_names: list[str], device: torch.device | str | None = None) -> None:
-        """Pass the names of all actions on to `self.policy`, where it has this method."""
+        """Call the method of that name on `self.policy`, if it has one."""
         _pass_on(self, "initialize_to_environment", full_action_names, device)
 
     def create_action_heads(self, env: Any, input_size: int = 512 + 16) -> nn.ModuleList:
@@ -415,19 +429,19 @@ class PyTorchAgentMixin(_Module):
         return isinstance(module, REGULARIZED_LAYERS)
 
     def _store_initial_weights(self) -> None:
-        """Remember a copy of each regularisable layer's weight, under its module name ("root" for the agent itself)."""
+        """Keep a copy of each regularisable layer's weight under its module name ("root" for the agent itself)."""
         named = _named_weights(self.named_modules(), self._is_regularizable_layer)
         self.initial_weights = {name: weight.detach().clone() for name, weight in named}
 
     def update_l2_init_weight_copy(self) -> None:
-        """Make the present weights the ones that `l2_init_loss` measures from."""
+        """Make the current weights the reference of `l2_init_loss`."""
         self._store_initial_weights()
 
     def l2_init_loss(self) -> Tensor:
         """`l2_init_scale` times the sum of squared differences of the weights (no biases) to their initial values.
 
         Returns:
-            0-dim float32 tensor on the weights' device, differentiable; a plain 0.0 where no initial weights are
+            0-dim float32 tensor on the weights' device, differentiable; a plain 0.0 if no initial weights are
             stored.
         """
         initial = self.__dict__.get("initial_weights") or {}
@@ -441,7 +455,7 @@ class PyTorchAgentMixin(_Module):
         ]
         if not losses:
             return torch.tensor(0.0, dtype=torch.float32)
-        # Agents spread over several devices add up on that of their last layer.
+        # The sum of an agent spread over several devices is on that of its last layer.
         return functools.reduce(lambda total, loss: total.to(loss.device) + loss, losses)
 
     def compute_weight_metrics(self, delta: float = 0.01) -> list[dict]:
@@ -450,15 +464,15 @@ class PyTorchAgentMixin(_Module):
         return analyze_weights({name: weight.detach() for name, weight in named if weight.dim() == 2}, delta)
 
     def maybe_compute_weight_metrics(self, epoch: int, delta: float = 0.01) -> list[dict] | None:
-        """`compute_weight_metrics` on every `analyze_weights_interval`-th epoch, None on others or where it is 0."""
-        if isinstance(epoch, bool) or not isinstance(epoch, Integral):
-            raise TypeError(f"epoch: got {describe(epoch)}, expected an integer")
-        if self.analyze_weights_interval > 0 and epoch % self.analyze_weights_interval == 0:
+        """`compute_weight_metrics` on every `analyze_weights_interval`-th epoch, else None; 0 means never."""
+        epoch = require_integer("epoch", epoch, "an integer")
+        interval = self._configured("analyze_weights_interval")
+        if interval > 0 and epoch % interval == 0:
             return self.compute_weight_metrics(delta)
         return None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "PyTorchAgentMixin":
-        """Take the tables and the initial weights along on `.to`, `.cuda`, `.half` and the like."""
+        """Move the tables and the initial weights with `.to`, `.cuda`, `.half` and the like."""
         super()._apply(fn, recurse)
         for name in TABLES:
             table = self.__dict__.get(name)
@@ -473,22 +487,17 @@ class PyTorchAgentMixin(_Module):
 def _check_configuration(
     clip_range: Any, analyze_weights_interval: Any, clip_mode: Any = "absolute", validate: Any = "deferred"
 ) -> None:
-    if isinstance(clip_range, bool) or not isinstance(clip_range, Real):
-        raise TypeError(f"clip_range: got {clip_range!r}, expected a number >= 0")
-    if not float(clip_range) >= 0:
-        raise ValueError(f"clip_range: got {clip_range!r}, expected a number >= 0")
-    if isinstance(analyze_weights_interval, bool) or not isinstance(analyze_weights_interval, Integral):
-        raise TypeError(
-            f"analyze_weights_interval: got {analyze_weights_interval!r}, expected an integer >= 0 (epochs)"
-        )
-    if analyze_weights_interval < 0:
-        raise ValueError(
-            f"analyze_weights_interval: got {analyze_weights_interval!r}, expected an integer >= 0 (epochs)"
-        )
+    require_number("clip_range", clip_range, "a number >= 0", minimum=0)
+    require_integer("analyze_weights_interval", analyze_weights_interval, "an integer >= 0 (epochs)", minimum=0)
     if clip_mode not in CLIP_MODES:
         raise ValueError(f"clip_mode: got {clip_mode!r}, expected one of {', '.join(CLIP_MODES)}")
     if validate not in VALIDATE_MODES:
         raise ValueError(f"validate: got {validate!r}, expected one of {', '.join(VALIDATE_MODES)}")
+
+
+def _with_suggestion(name: str) -> str:
+    close = difflib.get_close_matches(str(name), PARAMETERS, n=1)
+    return f"{name} (did you mean {close[0]}?)" if close else str(name)
 
 
 def _named_weights(
@@ -511,7 +520,7 @@ def _largest_magnitudes(weights: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _moved(tensor: Tensor, fn: Callable, keep_dtype: bool = False) -> Tensor:
-    """`tensor` where `fn`, the function that `nn.Module._apply` was given, would put it; values survive `to_empty`."""
+    """`tensor` with the device and dtype that `fn` of `nn.Module._apply` gives; values survive `to_empty`."""
     target = fn(tensor.new_empty(0))
     if target.device.type == "meta":
         return tensor
@@ -539,7 +548,7 @@ def _field_shape(batch_size: tuple[int, ...], B: int, TT: int, training: bool) -
 
 
 def require_tensordict(td: Any) -> None:
-    """Raise a TypeError that names `td` if it is no TensorDict."""
+    """Raise a TypeError that names `td` if it is not a TensorDict."""
     if not isinstance(td, TensorDictBase):
         raise TypeError(f"td: got {describe(td)}, expected a TensorDict")
 

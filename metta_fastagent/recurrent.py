@@ -1,10 +1,10 @@
 """LSTMWrapper: the LSTM base class of agents, its rollout memory and its training-time state.
 
-In rollout (3-d observations) the state lives in a memory, at the place that `training_env_id_start` names, and a row
-whose `dones` or `truncateds` is set starts from zeros, because that observation is the first of an episode. In training
-(4-d observations) the rollout memory is neither read nor changed: a segment starts from the state stored with it
-(`lstm_h`, `lstm_c`; zeros where absent), and rows are reset inside the segment wherever `dones` or `truncateds` is set.
-A segment without these flags is one call of nn.LSTM; one with them goes layer by layer through `ops.lstm_layer`.
+In rollout (3-d observations) the state lives in a memory, under the id in `training_env_id_start`. A row whose `dones`
+or `truncateds` is set starts from zeros, because that observation is the first of an episode. In training (4-d
+observations) the rollout memory is neither read nor changed: a segment starts from the state stored with it (`lstm_h`,
+`lstm_c`; zeros if absent), and rows are reset inside the segment wherever `dones` or `truncateds` is set. A segment
+without these flags is one call of nn.LSTM; one with them runs layer by layer through `ops.lstm_layer`.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,18 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from metta_fastagent import ops
-from metta_fastagent._rollout_memory import DeviceRows, memory_rows, read_rows, spoiled, whole_number, write_rows
-from metta_fastagent.ops._checks import contiguous, describe, under_autocast
+from metta_fastagent._rollout_memory import (
+    DeviceRows,
+    memory_rows,
+    nan_if_out_of_range,
+    read_rows,
+    whole_number,
+    write_rows,
+)
+from metta_fastagent.ops._checks import contiguous, describe, is_whole, under_autocast
 
 Memory = tuple[dict[int, Tensor], dict[int, Tensor]]
-# what `_manage_lstm_state` hands to `_store_lstm_state`: a key or a first row, rows known to the device, or nothing
+# Passed from `_manage_lstm_state` to `_store_lstm_state`: a key or a first row, rows on the device, or None.
 MemoryId = int | DeviceRows | None
 
 
@@ -27,19 +34,19 @@ class LSTMWrapper(nn.Module):
     """Base class of LSTM agents: owns `policy`, the LSTM and the memory of each environment.
 
     Args:
-        env: the environment; only `single_observation_space.shape` is read, where there is one.
+        env: the environment; only `single_observation_space.shape` is read, if present.
         policy: module with the agent's encoder and heads.
         input_size: features of the LSTM's input.
         hidden_size: features of the LSTM's state.
         num_layers: layers of the LSTM.
-        num_envs: rows of a rollout memory that is allocated at once, on the device of the LSTM's weights, and updated
-            in place; None keeps a memory for each environment id instead.
+        num_envs: rows of a preallocated rollout memory on the device of the LSTM's weights, updated in place; None
+            keeps one memory for each environment id instead.
 
-    Without `num_envs`, `training_env_id_start` is a key: each id has a memory of as many rows as its steps have.
-    With it, `training_env_id_start` s in a step of B rows (0 where absent) means rows s .. s + B - 1 of the one memory.
-    A number out of range is a ValueError before anything is changed. A tensor (any shape, its first element counts) on
-    the device is not read back, so that a captured CUDA graph follows it and whatever is written to the memory; out of
-    range there, that call computes from NaN, which its outputs show, and no environment's memory changes.
+    Without `num_envs`, `training_env_id_start` is a key: each id has a memory with as many rows as its steps.
+    With it, `training_env_id_start` s in a step of B rows (0 if absent) means rows s .. s + B - 1 of the one memory.
+    A number out of range is a ValueError, raised before anything is changed. A tensor on the device (any shape, its
+    first element is the id) is not read back, so a captured CUDA graph uses the id and the memory of each replay; if it
+    is out of range, that call returns NaN and no environment's memory changes.
 
     Attributes:
         lstm: `nn.LSTM(input_size, hidden_size, num_layers)`, weights orthogonal, biases 1.
@@ -94,30 +101,30 @@ class LSTMWrapper(nn.Module):
         return True
 
     def allocate_memory(self, num_envs: int) -> None:
-        """Start anew with zeros for `num_envs` environments, in tensors that are updated in place from then on.
+        """Replace the memory by zeros for `num_envs` environments, in tensors that are updated in place from then on.
 
-        A graph captured before goes on with the tensors that were there before.
+        A graph captured earlier keeps using the previous tensors.
 
         Raises:
             ValueError: `num_envs` is not a positive integer.
         """
         check_sizes(num_envs=num_envs)
         self.num_envs = num_envs
-        # Usable outside of inference mode even where it is called in it.
+        # Tensors made in inference mode could not be updated outside of it.
         with torch.inference_mode(False):
             self.lstm_h, self.lstm_c = ({0: self._zero_state(num_envs, self._weight().device)} for _ in range(2))
 
     def get_memory(self) -> Memory:
         """A copy of the memory: (h, c), each a dict from environment id to a tensor [num_layers, rows, hidden_size].
 
-        With `num_envs` the one id is 0 and its rows are all environments.
+        With `num_envs` there is one id, 0, whose rows are the environments.
         """
         return _cloned(self.lstm_h), _cloned(self.lstm_c)
 
     def set_memory(self, memory: Memory) -> None:
-        """Replace the memory by a copy of `memory`, which is what `get_memory` returned.
+        """Replace the memory by a copy of `memory`, a pair as `get_memory` returns it.
 
-        With `num_envs` the copy goes into the tensors that are there; an empty pair is a memory of zeros.
+        With `num_envs` the values are copied into the existing tensors; an empty pair means zeros.
 
         Raises:
             TypeError, ValueError: not a pair of dicts with the same ids and tensors [num_layers, rows, hidden_size];
@@ -168,7 +175,7 @@ class LSTMWrapper(nn.Module):
                 memory[0][:, int(env_id)].zero_()
 
     def run_lstm(self, td: TensorDictBase, hidden: Tensor, B: int, TT: int) -> Tensor:
-        """Run the LSTM over encoded observations, with the state and the resets that `td` asks for.
+        """Run the LSTM over encoded observations, with the state and the resets given in `td`.
 
         Args:
             td: holds `training_env_id_start`, `dones`, `truncateds`, `lstm_h`, `lstm_c`, all optional.
@@ -190,9 +197,8 @@ class LSTMWrapper(nn.Module):
         sequence = hidden.view(B, TT, -1).transpose(0, 1)
         h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device)
         _require_sequence_first(self.lstm)
-        # The first step has been reset with its state: a single one needs no flags any more. On CUDA it goes the
-        # segments' way nevertheless: cuDNN rounds nn.LSTM's products to TF32 unless told otherwise, and a segment has
-        # to repeat its rollout.
+        # `_manage_lstm_state` has applied the first step's resets. A step on CUDA still takes the segments' path:
+        # cuDNN rounds nn.LSTM's products to TF32 by default, and a segment has to reproduce its rollout.
         resets = _resets(td, B, TT, hidden.device) if TT > 1 else None
         as_segment = TT == 1 and sequence.is_cuda and isinstance(self.lstm, nn.LSTM) and bool(_flag_keys(td))
         if resets is not None or as_segment:
@@ -207,8 +213,8 @@ class LSTMWrapper(nn.Module):
         """State before the first of TT steps, rows that start an episode there zeroed.
 
         Returns:
-            (h, c, env_id): tensors [num_layers, B, hidden_size], and what to hand to `_store_lstm_state`, which is None
-            in training, where the rollout memory stays as it is.
+            (h, c, env_id): tensors [num_layers, B, hidden_size], and the id for `_store_lstm_state`: None in training,
+            which leaves the rollout memory as it is.
         """
         env_id = None if _is_training(td, TT) else self._memory_id(td, B)
         if env_id is None:
@@ -228,7 +234,7 @@ class LSTMWrapper(nn.Module):
         if resets is not None:
             first = resets[0].view(1, B, 1)
             h, c = h.masked_fill(first, 0), c.masked_fill(first, 0)
-        return spoiled(h, env_id), spoiled(c, env_id), env_id
+        return nan_if_out_of_range(h, env_id), nan_if_out_of_range(c, env_id), env_id
 
     def _memory_id(self, td: TensorDictBase, B: int) -> int | DeviceRows:
         env_id = _environment_id(td)
@@ -237,7 +243,7 @@ class LSTMWrapper(nn.Module):
         return memory_rows(env_id, B, self.num_envs, self.lstm_h[0].device)
 
     def _store_lstm_state(self, lstm_h: Tensor, lstm_c: Tensor, env_id: MemoryId) -> None:
-        """Keep a detached state as the memory of `env_id`; None, the id of training, keeps nothing."""
+        """Store a detached copy of the state as the memory of `env_id`; None (training) stores nothing."""
         if env_id is None:
             return
         if isinstance(env_id, DeviceRows) or self.num_envs is not None:
@@ -251,7 +257,7 @@ class LSTMWrapper(nn.Module):
                 state.dtype,
                 state.device,
             )
-            # In place, so that a captured graph sees the change; but not where a backward may still need the old value.
+            # In place, so that a captured graph sees the change, unless a backward may still need the old value.
             if kept is not None and fits and not torch.is_grad_enabled():
                 kept.copy_(state)
             else:
@@ -301,13 +307,13 @@ def _cloned(memory: dict[int, Tensor], like: Tensor | None = None) -> dict[int, 
 
 
 def _owned(state: Tensor) -> Tensor:
-    """A detached copy, usable outside of inference mode even where `state` was made in it."""
+    """A detached copy, made outside of inference mode so that it can be updated there."""
     with torch.inference_mode(False):
         return state.detach().clone()
 
 
 def _moved(state: Tensor, like: Tensor) -> Tensor:
-    """`state` with the device and dtype of `like`; zeros where it comes from the meta device, which holds no values."""
+    """`state` with the device and dtype of `like`; zeros if it comes from the meta device, which holds no values."""
     with torch.inference_mode(False):
         if state.is_meta and not like.is_meta:
             return torch.zeros_like(state, device=like.device, dtype=like.dtype)
@@ -324,7 +330,7 @@ def _is_training(td: TensorDictBase, TT: int) -> bool:
 def check_sizes(**sizes: Any) -> None:
     """Raise a ValueError that names the first of the given sizes that is not a positive integer."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if not is_whole(size) or int(size) < 1:
             raise ValueError(f"{name}: got {size!r}, expected a positive integer")
 
 
@@ -336,7 +342,7 @@ def _entry(td: TensorDictBase, key: str, device: torch.device) -> Tensor:
 
 
 def _environment_id(td: TensorDictBase) -> Any:
-    """What `training_env_id_start` holds: the first element of a tensor or list, 0 where there is nothing."""
+    """The id in `training_env_id_start`: the first element of a tensor or list, 0 if absent or empty."""
     if "training_env_id_start" not in td.keys():
         return 0
     env_id = td["training_env_id_start"]
@@ -353,7 +359,7 @@ def _flag_keys(td: TensorDictBase) -> list[str]:
 
 
 def _resets(td: TensorDictBase, B: int, TT: int, device: torch.device) -> Tensor | None:
-    """Rows to reset before each step, bool [TT, B]; None where `td` has neither `dones` nor `truncateds`."""
+    """Rows to reset before each step, bool [TT, B]; None if `td` has neither `dones` nor `truncateds`."""
     resets = None
     for key in _flag_keys(td):
         flags = _entry(td, key, device)
@@ -366,7 +372,7 @@ def _resets(td: TensorDictBase, B: int, TT: int, device: torch.device) -> Tensor
 
 
 def _require_sequence_first(lstm: nn.Module) -> None:
-    """An LSTM that a subclass put in place of ours has to have its layout of input and state."""
+    """Refuse an LSTM whose layout of input and state differs from ours."""
     for name in ("batch_first", "bidirectional", "proj_size"):
         value = getattr(lstm, name, False)
         if value:
@@ -374,7 +380,7 @@ def _require_sequence_first(lstm: nn.Module) -> None:
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """What nn.LSTM casts its input, state and weights to: under autocast its dtype, but float64 stays as it is."""
+    """The dtype nn.LSTM computes in: autocast's where that is on, except for float64 tensors."""
     cast = under_autocast(tensor.device) and tensor.dtype != torch.float64
     return torch.get_autocast_dtype(tensor.device.type) if cast else tensor.dtype
 
@@ -390,7 +396,7 @@ def _lstm_with_resets(
         raise TypeError(f"lstm: got {type(lstm).__name__}, expected nn.LSTM to reset rows inside a segment")
     dtype = _autocast_dtype(sequence)
     sequence, h, c = sequence.to(dtype), h.to(dtype), c.to(dtype)
-    # The flags come transposed; one copy serves all layers.
+    # The flags are a transposed view; one copy serves all layers.
     resets = contiguous(resets)
     last_h, last_c = [], []
     for layer, (weight_ih, weight_hh, *biases) in enumerate(lstm.all_weights):

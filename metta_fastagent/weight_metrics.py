@@ -10,18 +10,19 @@ With singular values s_1 >= ... >= s_n of a weight and `live` the values above Z
 The effective rank is `srank_delta` of Kumar et al. 2020, "Implicit Under-Parameterization Inhibits Data-Efficient
 Deep Reinforcement Learning".
 
-Singular values are computed in float64 whatever the weight's dtype (float32 where the device has no float64, as mps).
+Singular values are computed in float64 for every dtype (float32 on devices without float64, such as mps).
 In float32 a duplicated column leaves a singular value near 1e-7 x s_1, which an absolute limit of 1e-10 never catches.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
+
+from metta_fastagent.ops._checks import require_number
 
 # Singular values up to here count as zero; also what is added inside the logarithm of the fit.
 ZERO_SV = 1e-10
@@ -61,7 +62,7 @@ def analyze_weights(weights: Mapping[str, Tensor], delta: float = 0.01) -> list[
         whose singular values do not converge, has `name`, `weight_norm` and `svd_error` (a sentence) only.
 
     Raises:
-        TypeError: `weights` is no mapping of names to floating-point tensors, or `delta` no real number.
+        TypeError: `weights` is not a mapping of names to floating-point tensors, or `delta` is not a real number.
         ValueError: a weight is not 2-D, or `delta` is outside [0, 1).
     """
     _check_weights(weights)
@@ -92,9 +93,7 @@ def _check_weights(weights: object) -> None:
 
 
 def _check_delta(delta: object) -> None:
-    if isinstance(delta, bool) or not isinstance(delta, Real):
-        raise TypeError(f"delta: got {delta!r} ({type(delta).__name__}), expected a real number in [0, 1)")
-    if not 0 <= float(delta) < 1:
+    if not 0 <= require_number("delta", delta, "a real number in [0, 1)") < 1:
         raise ValueError(f"delta: got {delta!r}, expected a real number in [0, 1)")
 
 

@@ -36,6 +36,21 @@ def test_explain_names_versions_devices_and_the_request():
     assert "use_backend" in text
 
 
+def test_explain_names_the_processor_and_how_it_computes():
+    def line():
+        return next(line for line in explain().splitlines() if line.startswith("processor: "))
+
+    assert f"vectors {torch.backends.cpu.get_cpu_capability()}" in line()
+    assert f"{torch.get_num_threads()} of {os.cpu_count()} threads" in line()
+    assert line().endswith("subnormal numbers kept")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        assert line().endswith("subnormal numbers flushed to zero")
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_explain_lists_every_registered_operation():
     registered = {
         name.removeprefix("metta_fastagent::")
@@ -68,8 +83,8 @@ def test_native_where_it_is_not_built(monkeypatch):
         assert backend("cpu") == "eager"
         assert "cpu: eager; native operators not built: a reason" in explain()
     with use_backend("native"):
-        assert "cpu: an error, as backend native was asked for" in explain()
-        with pytest.raises(RuntimeError, match="backend 'native' was asked for and does not work: not built: a reason"):
+        assert "cpu: an error, because backend native was requested" in explain()
+        with pytest.raises(RuntimeError, match="backend 'native' was requested and does not work: not built: a reason"):
             action_to_logit_index(torch.tensor([[1, 2]]), torch.tensor([0, 1, 3]))
 
 
@@ -143,7 +158,7 @@ def test_triton_missing_is_one_warning_and_eager_operations(monkeypatch):
     with pytest.warns(RuntimeWarning, match=r"Triton does not work on cuda:0.*No module named 'triton'") as warned:
         assert [backend(device), backend(device)] == ["eager", "eager"]
     assert len(warned) == 1
-    with use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was asked for.*cuda:0"):
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was requested.*cuda:0"):
         backend(device)
     with use_backend("eager"):
         assert backend(device) == "eager"

@@ -63,16 +63,45 @@ def test_parameters_reach_agents_through_their_keyword_arguments():
     assert (agent.clip_range, agent.analyze_weights_interval, agent.clip_mode) == (0.75, 11, "init_scaled")
 
 
-@pytest.mark.parametrize(("extra", "named"), [({}, []), ({"zeta": 1, "alpha": "x"}, ["alpha", "zeta"])])
-def test_one_info_line_names_the_configuration_and_unknown_parameters(caplog, extra, named):
+def test_one_info_line_names_the_configuration(caplog):
     with caplog.at_level(logging.DEBUG, logger="metta_fastagent"):
-        Net(clip_range=0.25, analyze_weights_interval=12, **extra)
+        Net(clip_range=0.25, analyze_weights_interval=12)
     (record,) = caplog.records
-    message = record.getMessage()
     assert record.levelno == logging.INFO
+    message = record.getMessage()
     assert "\n" not in message
-    assert [part for part in ("Net", "0.25", "12", "absolute", *named) if part not in message] == []
-    assert ("none" in message) == (not named)
+    assert [part for part in ("Net", "0.25", "12", "absolute") if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"zeta": 1, "alpha": "x"}, "zeta, alpha"),
+        ({"clip_rage": 0.5}, "clip_rage (did you mean clip_range?)"),
+        ({"validates": "off"}, "validates (did you mean validate?)"),
+    ],
+)
+def test_unknown_parameters_are_a_warning(caplog, extra, named):
+    with caplog.at_level(logging.WARNING, logger="metta_fastagent"):
+        Net(**extra)
+    (record,) = caplog.records
+    assert record.getMessage() == f"Net: ignored unknown parameters: {named}"
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda net: net.clip_weights(), "clip_range"),
+        (lambda net: net.maybe_compute_weight_metrics(300), "analyze_weights_interval"),
+    ],
+)
+def test_a_forgotten_init_mixin_is_named(call, name):
+    class Forgetful(PyTorchAgentMixin, nn.Module):
+        pass
+
+    expected = rf"{name} not set: call self\.init_mixin\(\*\*mixin_params\) at the end of Forgetful\.__init__"
+    with pytest.raises(RuntimeError, match=expected):
+        call(Forgetful())
 
 
 def test_the_mixin_brings_no_constructor_and_no_forward():

@@ -1,11 +1,10 @@
 """Fast: the reference agent, a CNN encoder, an LSTM and an action-embedding actor, written with the mixin.
 
-Its parameters have the names and shapes of Metta's own `Fast`, so a checkpoint of that loads with `strict=True`.
+Its parameters have the names and shapes of Metta's own `Fast`, whose checkpoints load with `strict=True`.
 """
 
 import math
 from collections.abc import Mapping
-from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -15,12 +14,12 @@ from torch.nn import functional as F
 
 from metta_fastagent import ops
 from metta_fastagent.mixin import PyTorchAgentMixin, require_tensordict
-from metta_fastagent.ops._checks import describe
+from metta_fastagent.ops._checks import describe, is_number, is_whole
 from metta_fastagent.recurrent import LSTMWrapper, check_sizes
 
 DEFAULT_NUM_FEATURES = 25
 DEFAULT_WINDOW = 11
-# cnn1 (5, stride 3) and cnn2 (3) leave nothing of a smaller window.
+# cnn1 (5, stride 3) and cnn2 (3) have no output for a smaller window.
 SMALLEST_WINDOW = 11
 MAX_INITIAL_EMBEDDING = 0.1
 
@@ -31,8 +30,8 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
     """CNN + LSTM agent with a bilinear actor over action embeddings.
 
     Args:
-        env: the environment; `obs_width`, `obs_height` (11 where missing) and `feature_normalizations` (feature id to
-            the number that divides its values; 25 features of 1 where missing) are read.
+        env: the environment; `obs_width`, `obs_height` (default 11) and `feature_normalizations` (feature id to
+            the number that divides its values; default 25 features of 1) are read.
         policy: encoder and heads; None makes a `FastPolicy` for `env`.
         input_size: features of the encoded observation.
         hidden_size: features of the LSTM's state.
@@ -70,7 +69,7 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         Args:
             td: `env_obs` uint8 [B, tokens, 3] in a TensorDict of batch size [B], or [B, T, tokens, 3] in one of [B, T]
                 or [B]; optional entries as in `LSTMWrapper.run_lstm`.
-            state: unused, there for the call's form.
+            state: unused; part of the agents' common signature.
             action: integer (type, parameter) pairs [B, T, 2] or [B * T, 2], or None.
 
         Returns:
@@ -82,7 +81,7 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         hidden, h, c, env_id = self._advance_lstm(td, hidden, B, TT)
         logits, value = self.policy.decode_actions(hidden, B * TT)
         if action is None:
-            # What changes comes last: after an error in the draw, `td` and the memory are as they were.
+            # State changes last: an error in the draw leaves `td` and the memory unchanged.
             self.handle_inference_mode(td, logits, value)
             self.set_tensordict_fields(td, observations)
             self._store_lstm_state(h, c, env_id)
@@ -94,7 +93,7 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         return result
 
     def _check_call(self, td: TensorDictBase, action: Tensor | None) -> Tensor:
-        """The observations, if `td`, they and the tables fit what is asked for."""
+        """The observations, after checking `td`, the tables and the mode."""
         require_tensordict(td)
         self._require_table("action_index_tensor" if action is None else "cum_action_max_params")
         observations = td["env_obs"]
@@ -114,7 +113,7 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
     ) -> None:
         """Set the normalisation of each feature from `features[name]["normalization"]`, at its original id.
 
-        A feature that the mapping lacks is unknown to the agent and changes nothing.
+        A feature that is not in the mapping is ignored.
         """
         for name, properties in features.items():
             mapping = {name: properties["id"]} if original_feature_mapping is None else original_feature_mapping
@@ -204,7 +203,7 @@ class FastPolicy(nn.Module):
             tokens, self.num_features, self.out_width, self.out_height, self.max_vec.view(-1), self.cnn1.weight.dtype
         )
         if grid.device.type == "cpu":
-            # A third less time in these convolutions on the CPU.
+            # These convolutions take a third less time in this layout on the CPU.
             grid = grid.contiguous(memory_format=torch.channels_last)
         features = F.relu(self.cnn2(F.relu(self.cnn1(grid)))).flatten(1)
         return F.relu(self.encoded_obs(F.relu(self.fc1(features))))
@@ -224,13 +223,13 @@ class FastPolicy(nn.Module):
 
 def _window_size(env: Any, name: str) -> int:
     size = getattr(env, name, DEFAULT_WINDOW)
-    if not isinstance(size, int) or not SMALLEST_WINDOW <= size <= 16:
+    if not is_whole(size) or not SMALLEST_WINDOW <= int(size) <= 16:
         raise ValueError(f"env.{name}: got {size!r}, expected an integer {SMALLEST_WINDOW} to 16")
-    return size
+    return int(size)
 
 
 def _normalizations(env: Any) -> dict[int, float]:
-    """Feature id to the number that divides its values; empty where the environment does not say."""
+    """Feature id to the number that divides its values; empty if the environment does not define any."""
     normalizations = getattr(env, "feature_normalizations", None) or {}
     if not isinstance(normalizations, Mapping):
         raise TypeError(
@@ -238,9 +237,9 @@ def _normalizations(env: Any) -> dict[int, float]:
         )
     for feature_id, normalization in normalizations.items():
         name = f"env.feature_normalizations[{feature_id!r}]"
-        if isinstance(feature_id, bool) or not isinstance(feature_id, Integral) or not 0 <= int(feature_id) <= 254:
+        if not is_whole(feature_id) or not 0 <= int(feature_id) <= 254:
             raise ValueError(f"{name}: got id {feature_id!r}, expected an integer 0 to 254")
-        if isinstance(normalization, bool) or not isinstance(normalization, Real) or not math.isfinite(normalization):
+        if not is_number(normalization) or not math.isfinite(normalization):
             raise ValueError(f"{name}: got {normalization!r}, expected a finite number")
     return {int(feature_id): float(normalization) for feature_id, normalization in normalizations.items()}
 

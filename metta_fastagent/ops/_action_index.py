@@ -6,8 +6,8 @@ with `cum_action_max_params = cumsum([0] + max_params)`. `max_params[t]` is the 
 type t owns `max_params[t] + 1` logits; the sum of the earlier `max_params` misses one logit for each earlier type, and
 `action_type` counts those. The formula is that of `PyTorchAgentMixin` and ComponentPolicy in the Metta project.
 
-A value out of range is an error that names it where reading values is free (the CPU). Elsewhere nothing is read back: a
-bad pair becomes index -1, whose log-probability is NaN, and a bad index becomes the pair (-1, -1).
+On the CPU, where reading values is free, a value out of range is an error that names it. Elsewhere nothing is read
+back: a bad pair becomes index -1, whose log-probability is NaN, and a bad index becomes the pair (-1, -1).
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -146,7 +146,7 @@ def _logit_index_to_action_native(index: Tensor, action_index_tensor: Tensor) ->
 
 
 def action_to_logit_index_eager(actions: Tensor, cum_action_max_params: Tensor) -> Tensor:
-    """`action_to_logit_index` in plain PyTorch: the reference, and what runs where there is no kernel."""
+    """`action_to_logit_index` in plain PyTorch: the reference, and the path for devices without a kernel."""
     action_type, action_param = actions[..., 0].long(), actions[..., 1].long()
     last_type = cum_action_max_params.numel() - 2
     known_type = action_type.clamp(0, last_type)
@@ -171,7 +171,7 @@ def _illegal_pair(actions: Tensor, legal: Tensor, limit: Tensor, last_type: int)
 
 
 def logit_index_to_action_eager(index: Tensor, action_index_tensor: Tensor) -> Tensor:
-    """`logit_index_to_action` in plain PyTorch: the reference, and what runs where there is no kernel."""
+    """`logit_index_to_action` in plain PyTorch: the reference, and the path for devices without a kernel."""
     index = index.long()
     last = action_index_tensor.shape[0] - 1
     known = index.clamp(0, last)

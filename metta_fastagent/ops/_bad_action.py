@@ -1,13 +1,13 @@
-"""One word of host memory in which kernels report an action out of range, read without waiting for the device.
+"""A word of host memory in which kernels report an action out of range, read without a host sync.
 
-A kernel never stops on a bad action: it marks the row's log-probability NaN and writes this word, which lies in pinned
-memory that the device reaches. `raise_if_reported` looks at it; what a running kernel has not written yet is found by a
-later look, so an error comes one call late unless the caller waits for the device first.
+A kernel never stops on a bad action: it sets the row's log-probability to NaN and writes this word in pinned memory.
+`raise_if_reported` reads it. A report that a running kernel has not written yet is found by a later call, so an error
+comes one call late unless the caller synchronises first.
 
     bits 60..62: operation    28..59: row    14..27: action type + 8192    0..13: parameter + 8192
                                              0..27: index + 2^27, in operations that take an index
 
-0 means that there is nothing to report.
+0 means no report.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -28,12 +28,12 @@ OPERATION_NAMES = {
 }
 
 _word: Tensor | None = None
-# The same memory as a NumPy array, whose elements are read faster.
+# The same memory as a NumPy array, which is faster to read.
 _view: Any = None
 
 
 def word(device: torch.device) -> Tensor:
-    """The word, int64 [1], one for the process: in pinned memory where there are CUDA devices."""
+    """The word, int64 [1], one per process; in pinned memory for CUDA devices."""
     global _word, _view
     if _word is None:
         _word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -60,17 +60,17 @@ def report_index(word, bad, row, index, OPERATION: tl.constexpr):
 def _report(word, bad, row, value, OPERATION: tl.constexpr):
     code = (row & 0xFFFFFFFF) << 28 | value
     code += OPERATION << 60
-    # Each bad row writes the same 64-bit word; whichever lands last is the one that is told.
+    # Each bad row writes the same 64-bit word; the last write to land is the one reported.
     tl.store(word + row * 0, code, mask=bad)
 
 
 def raise_if_reported(cum_action_max_params: Tensor | None = None, synchronize: bool = False) -> None:
-    """Raise what a kernel has reported since the last look, and clear it.
+    """Raise an error if a kernel has reported a bad action since the last call, and clear the report.
 
     Args:
-        cum_action_max_params: int64 tensor [action types + 1], to name the limit in the message; read only if there is
-            an error.
-        synchronize: wait for the current CUDA device first, so that nothing that was launched on it is missed.
+        cum_action_max_params: int64 tensor [action types + 1], to name the limit in the message; read only for an
+            error.
+        synchronize: wait for the current CUDA device first, so that no report of an earlier launch is missed.
 
     Raises:
         ValueError: an action was out of range; the message names operation, row, type and parameter, and the limit.

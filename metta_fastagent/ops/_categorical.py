@@ -1,4 +1,4 @@
-"""What the kernels of `evaluate_actions` and `sample_actions` share: one row of logits, as columns or as a tile.
+"""Row-wise softmax statistics shared by the kernels of `evaluate_actions` and `sample_actions`.
 
 Two layouts. Few actions: a tuple of A columns, one row in each thread; no shuffles, 7.8 machine instructions a row at A
 = 9 where a padded tile takes 52. Many actions: a tile [ROWS, BLOCK_A], reduced along its rows. Sums are those of the

@@ -1,13 +1,14 @@
 """Argument checks that the operations share: each error names the argument, what came and what was expected."""
 
-from numbers import Real
+from numbers import Integral, Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-# What the C++ operators compute in; other floating-point dtypes pass through float32.
+# Dtypes that the C++ operators compute in; other floating-point dtypes are converted to float32.
 NATIVE_DTYPES = (torch.float32, torch.float64)
-# What they read as integers; others are converted first.
+# Integer dtypes that they read; others are converted first.
 _NATIVE_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -36,11 +37,38 @@ def require_floating_point(name: str, value: object) -> Tensor:
     return tensor
 
 
-def require_number(name: str, value: object, expected: str) -> float:
-    """`value` as a float if it is a real number (bool does not count), else a TypeError."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or two if the first ends in a colon; the type if there is no message."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
+
+
+def is_number(value: object) -> TypeGuard[Real]:
+    """Whether `value` is a real number; bool does not count."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> TypeGuard[Integral]:
+    """Whether `value` is an integer; bool does not count."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def require_number(name: str, value: object, expected: str, minimum: float | None = None) -> float:
+    """`value` as a float; a TypeError if it is not a real number, a ValueError if it is NaN or below `minimum`."""
+    if not is_number(value):
         raise TypeError(f"{name}: got {describe(value)}, expected {expected}")
+    if minimum is not None and not float(value) >= minimum:
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
     return float(value)
+
+
+def require_integer(name: str, value: object, expected: str, minimum: int | None = None) -> int:
+    """`value` as an int; a TypeError if it is not an integer, a ValueError if it is below `minimum`."""
+    if not is_whole(value):
+        raise TypeError(f"{name}: got {describe(value)}, expected {expected}")
+    if minimum is not None and int(value) < minimum:
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+    return int(value)
 
 
 def is_integer(dtype: torch.dtype) -> bool:
@@ -71,8 +99,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def under_autocast(device: torch.device) -> bool:
-    """Whether autocast is on for `device`; some devices know none."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    """Whether autocast is on for `device`; some devices do not support it."""
+    return _knows_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+# A constant for Dynamo, which cannot trace this function before PyTorch 2.12.
+@torch.compiler.assume_constant_result
+def _knows_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

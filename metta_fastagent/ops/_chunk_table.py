@@ -1,9 +1,9 @@
 """Tables of chunks on the device, through which one launch reaches many tensors.
 
 A tensor is cut into chunks of CHUNK elements; program i of a launch handles chunk i, whose row of the table holds the
-addresses and the length. A table is made once for a set of tensors, uploaded from pinned memory without waiting, and
-made again only when an address, a length or a constant changes. It cannot be made while a CUDA graph is captured, and
-one that a captured graph uses is never freed, as the graph reads it at every replay.
+addresses and the length. A table is built once for a set of tensors, uploaded asynchronously from pinned memory, and
+rebuilt only if an address, a length or a constant changes. It cannot be built while a CUDA graph is captured, and one
+that a captured graph uses is never freed, because the graph reads it at every replay.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 # of their own, and 100 million parameters make 25 thousand programs, enough for any GPU.
 CHUNK = 4096
 CHUNK_WARPS = 8
-# Sets of tensors that are remembered: optimizers, agents and targets of one process, with room.
+# Sets of tensors that are kept: agents, targets and optimizers of one process, with room to spare.
 CAPACITY = 64
 
 _tables: dict[tuple, Any] = {}
@@ -24,12 +24,12 @@ _captured: list[Any] = []
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlaps, in whatever order."""
+    """Whether the elements fill their memory without gaps or overlaps, in any order."""
     return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
 
 
 def cached(key: tuple, make: Callable[[], Any], device: torch.device) -> Any:
-    """What `make` made for `key`: once, and again only after CAPACITY other keys.
+    """The result of `make` for `key`, kept until CAPACITY other keys have been used since.
 
     Raises:
         RuntimeError: there is nothing for `key` yet and a CUDA graph is being captured.
@@ -61,6 +61,6 @@ def chunk_rows(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
 
 
 def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values as a tensor on the device, copied from pinned memory without waiting."""
+    """The values as a tensor on the device, copied asynchronously from pinned memory."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)

@@ -26,14 +26,14 @@ VECTOR_BYTES = 16
 
 
 class _Table(NamedTuple):
-    chunks: Tensor  # [chunks, 3] int64: address, length, 1 where the address is aligned
+    chunks: Tensor  # [chunks, 3] int64: address, length, 1 if the address is aligned
     bounds: Tensor  # [chunks] float64
 
 
 @jit
 def _clip_weights_kernel(
     example,  # any tensor of the dtype that the addresses point to
-    chunks,  # [chunks, 3] int64: address, length, 1 where the address is aligned
+    chunks,  # [chunks, 3] int64: address, length, 1 if the address is aligned
     bounds,  # [chunks] float64
     COMPUTE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -46,7 +46,7 @@ def _clip_weights_kernel(
     bound = tl.load(bounds + chunk).to(example.dtype.element_ty).to(COMPUTE)
     offset = tl.arange(0, CHUNK)
     if (length == CHUNK) & (aligned == 1):
-        # Unmasked and known to be aligned: 128-bit loads and stores. Nothing is stored where nothing is out of range.
+        # Unmasked and known to be aligned: 128-bit loads and stores. No store if all values are within range.
         start = tl.multiple_of(start, 16)
         x = tl.load(start + offset).to(COMPUTE)
         outside = (x > bound) | (x < -bound)
@@ -93,20 +93,20 @@ def _make_table(tensors: Sequence[Tensor], bounds: Sequence[float], device: torc
 
 
 def _clip_weights_native_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
-    # It does nothing where there is a tensor that it does not take.
+    # It changes nothing if it does not support one of the tensors.
     if not torch.ops.metta_fastagent_native.clip_weights_.default(tensors, bounds):
         clip_weights_eager_(tensors, bounds)
 
 
 def clip_weights_eager_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
-    """`clip_weights_` in plain PyTorch: the reference, and what runs where there is no kernel."""
+    """`clip_weights_` in plain PyTorch: the reference, and the path for devices without a kernel."""
     for tensor, bound in zip(tensors, bounds, strict=True):
         bound = _within_range(bound, tensor.dtype)
         tensor.clamp_(-bound, bound)
 
 
 def _within_range(bound: float, dtype: torch.dtype) -> float:
-    """The bound, or the dtype's largest number where it is beyond that: infinities then clip to it."""
+    """The bound, at most the dtype's largest number, to which infinities then clip."""
     return min(bound, torch.finfo(dtype).max) if math.isfinite(bound) else bound
 
 
@@ -127,7 +127,7 @@ def clip_weights_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
         bounds: one float >= 0 for each tensor.
 
     Raises:
-        TypeError: a tensor does not hold floating-point numbers, or a bound is no number; nothing was clipped then.
+        TypeError: a tensor does not hold floating-point numbers, or a bound is not a number; nothing was clipped then.
         ValueError: the lists differ in length, or a bound is negative or NaN; nothing was clipped then.
     """
     compiling = torch.compiler.is_compiling()
@@ -146,7 +146,7 @@ def clip_weights_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
 
 
 def _are_plain(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
-    """Whether there are tensors, of no class of their own, and bounds that are floats and nothing else."""
+    """Whether all tensors are of PyTorch's own two classes and all bounds are floats."""
     return (
         len(tensors) > 0
         and {Tensor, torch.nn.Parameter}.issuperset(map(type, tensors))
@@ -155,8 +155,8 @@ def _are_plain(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
 
 
 def _clip_plain_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
-    """Check and clip in the C++ operator alone; False, and nothing done, where something is wrong or not for it."""
-    # Autograd sees nothing of this, as the operator writes through pointers: `.data` of each would cost more than it.
+    """Check and clip in the C++ operator; False, and nothing changed, if it refuses an argument."""
+    # The operator writes through pointers, unseen by autograd; `.data` of each tensor would cost more than the clip.
     with torch.no_grad():
         return torch.ops.metta_fastagent_native.clip_weights_.default(tensors, bounds)
 
@@ -166,5 +166,4 @@ def _check(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
         raise ValueError(f"bounds: got {len(bounds)} values, expected {len(tensors)}, one for each tensor")
     for position, (tensor, bound) in enumerate(zip(tensors, bounds, strict=True)):
         require_floating_point(f"tensors[{position}]", tensor)
-        if not require_number(f"bounds[{position}]", bound, "a number >= 0") >= 0:
-            raise ValueError(f"bounds[{position}]: got {bound!r}, expected a number >= 0")
+        require_number(f"bounds[{position}]", bound, "a number >= 0", minimum=0)

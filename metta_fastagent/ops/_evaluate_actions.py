@@ -8,9 +8,8 @@ and, for upstream gradients g (log_prob), h (entropy) and f (full_log_probs),
 
     d logits_j = g (1[j = index] - p_j) - h p_j (full_log_probs_j + entropy) + f_j - p_j sum_k f_k
 
-so a masked logit (-inf) makes no NaN in the entropy or its gradient. Arithmetic is float32 (float64 for float64 logits)
-and is cast once, at the store. A row whose index is out of range (possible off the CPU only) has log_prob NaN and
-gradient 0.
+so a masked logit (-inf) does not make the entropy or its gradient NaN. Arithmetic is float32 (float64 for float64), and
+results are cast once, at the store. A row with an index out of range (off the CPU only) has log_prob NaN, gradient 0.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -23,7 +22,7 @@ from metta_fastagent._dispatch import register
 from metta_fastagent._triton import compute_type, device_guard, jit, tl
 from metta_fastagent.ops import _bad_action
 from metta_fastagent.ops._action_index import action_to_logit_index_eager, check_pairs, pair_to_index
-from metta_fastagent.ops._bad_action import report_index, report_pair
+from metta_fastagent.ops._bad_action import EVALUATE_INDEX, EVALUATE_PAIR, report_index, report_pair
 from metta_fastagent.ops._categorical import (
     MAX_ACTIONS,
     choose_kernel,
@@ -46,20 +45,23 @@ from metta_fastagent.ops._checks import (
     under_autocast,
 )
 
+# Triton reads a global of the module only if it is a constexpr.
+_EVALUATE_PAIR, _EVALUATE_INDEX = tl.constexpr(EVALUATE_PAIR), tl.constexpr(EVALUATE_INDEX)
+
 
 @jit
 def _load_index(
     actions, table, word, row, live, num_types, stride_row, stride_pair, A: tl.constexpr, PAIRS: tl.constexpr
 ):
-    """Logit index [ROWS] of each row's action, -1 and a report where it is out of range."""
+    """Logit index [ROWS] of each row's action; -1, and a report, if it is out of range."""
     if PAIRS:
         index, kind, param, legal = pair_to_index(actions, table, row, live, num_types, stride_row, stride_pair)
         legal = legal & (index < A)
-        report_pair(word, live & (legal == 0), row, kind, param, 1)
+        report_pair(word, live & (legal == 0), row, kind, param, _EVALUATE_PAIR)
     else:
         index = tl.load(actions + row * stride_row, mask=live, other=0).to(tl.int64)
         legal = (index >= 0) & (index < A)
-        report_index(word, live & (legal == 0), row, index, 2)
+        report_index(word, live & (legal == 0), row, index, _EVALUATE_INDEX)
     return tl.where(legal, index, -1)
 
 
@@ -138,7 +140,7 @@ def _evaluate_actions_fwd_tile_kernel(
 @jit
 def _evaluate_actions_bwd_columns_kernel(
     logits,  # [N, A]
-    index,  # [N] int64, -1 where out of range
+    index,  # [N] int64, -1 if out of range
     grad_log_prob,  # [N]
     grad_entropy,  # [N]
     grad_full,  # [N, A]
@@ -182,7 +184,7 @@ def _evaluate_actions_bwd_columns_kernel(
 @jit
 def _evaluate_actions_bwd_tile_kernel(
     logits,  # [N, A]
-    index,  # [N] int64, -1 where out of range
+    index,  # [N] int64, -1 if out of range
     grad_log_prob,  # [N]
     grad_entropy,  # [N]
     grad_full,  # [N, A]
@@ -346,7 +348,7 @@ def evaluate_actions_forward_eager(
 
 
 def select_log_prob(full_log_probs: Tensor, index: Tensor) -> Tensor:
-    """Entry `index` of each row; NaN where the index is out of range, which the CPU has refused before."""
+    """Entry `index` of each row; NaN for an index out of range, which the CPU refuses earlier."""
     if index.device.type == "cpu":
         return full_log_probs.gather(1, index.unsqueeze(1)).squeeze(1)
     known = index.clamp(0, full_log_probs.shape[1] - 1)
@@ -380,7 +382,7 @@ def evaluate_actions_backward_eager(
         information = _without_infinity(full_log_probs)
         entropy = -(probs * information).sum(-1, keepdim=True)
         grad = information.add_(entropy).mul_(probs).mul_(-grad_entropy.to(dtype).unsqueeze(1))
-    # What every p_j is weighed with: the upstream gradients of the row's log-probabilities, summed.
+    # Factor of every p_j: the sum of the upstream gradients of the row's log-probabilities.
     total = torch.zeros_like(probs[:, :1])
     if grad_log_prob is not None:
         upstream = grad_log_prob.to(dtype).unsqueeze(1)
@@ -443,7 +445,7 @@ class _EvaluateActions(torch.autograd.Function):
 
 
 def float32_under_autocast(logits: Tensor) -> Tensor:
-    """Logits in float32 where autocast would run log_softmax in float32, else as they are."""
+    """Logits in float32 under CUDA autocast, which runs log_softmax in float32; else unchanged."""
     if logits.device.type == "cuda" and under_autocast(logits.device):
         return logits.float()
     return logits

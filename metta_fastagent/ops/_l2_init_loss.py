@@ -3,7 +3,7 @@
     loss = scale * sum_i sum((param_i - initial_i)^2)                 d param_i = 2 scale (param_i - initial_i) * d loss
 
 Source: Kumar, Marklund and Van Roy, "Maintaining Plasticity in Continual Learning via Regenerative Regularization"
-(2023). Squares are summed in float32 (float64 for float64 weights) and the loss is float32 whatever the weights are.
+(2023). Squares are summed in float32 (float64 for float64 weights) and the loss is float32 for every dtype.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -20,7 +20,7 @@ from metta_fastagent._triton import compute_type, device_guard, jit, next_power_
 from metta_fastagent.ops._checks import NATIVE_DTYPES, compute_dtype, describe, require_floating_point, require_number
 from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS, cached, chunk_rows, is_dense, upload
 
-# Partial sums that the last program adds up at a time.
+# Partial sums that the last program adds at a time.
 PARTIALS_BLOCK = 1024
 # Every tensor's part of the flat gradient starts on a 16-byte address.
 FLAT_ALIGNMENT = 16
@@ -56,7 +56,7 @@ def _l2_init_loss_fwd_kernel(
     difference = tl.load(param + offset, mask=inside, other=0.0).to(COMPUTE)
     difference -= tl.load(initial + offset, mask=inside, other=0.0).to(COMPUTE)
     tl.store(partials + chunk, tl.sum(difference * difference, 0).to(tl.float64))
-    # The last program to arrive adds the partial sums in their order, so the result does not depend on who it is.
+    # The last program to arrive adds the partial sums in their order, so the result does not depend on which one it is.
     tl.debug_barrier()
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_chunks - 1:
         total = tl.zeros([PARTIALS_BLOCK], tl.float64)
@@ -246,7 +246,7 @@ def l2_init_loss(params: Sequence[Tensor], initial: Sequence[Tensor], scale: flo
         0-dim float32 tensor, differentiable once with respect to `params`. Without tensors: 0.
 
     Raises:
-        TypeError: a tensor does not hold floating-point numbers, or `scale` is no number.
+        TypeError: a tensor does not hold floating-point numbers, or `scale` is not a number.
         ValueError: the two lists differ in length, or a pair of tensors in shape or device.
     """
     if len(params) != len(initial):

@@ -1,4 +1,4 @@
-"""One LSTM layer over a segment whose rows may start anew at any step, with its gradient.
+"""One LSTM layer over a segment whose rows may be reset at any step, with its gradient.
 
     h', c'     = h_{t-1}, c_{t-1}                 0 in a row that is reset before step t
     i, f, g, o = sigmoid, sigmoid, tanh, sigmoid of the four parts of projected_t + h' W_hh^T
@@ -6,7 +6,7 @@
     h_t        = o tanh(c_t)
 
 with projected_t = x_t W_ih^T + b_ih + b_hh, which the caller makes for all steps in one product. Backwards in time, for
-upstream gradients of every h_t and of the last h and c, dh and dc being all that reaches h_t and c_t:
+upstream gradients of every h_t and of the last h and c, dh and dc being the total gradients of h_t and c_t:
 
     dc        += dh o (1 - tanh(c_t)^2)
     d gates    = dc g i (1 - i), dc c' f (1 - f), dc i (1 - g^2), dh tanh(c_t) o (1 - o)         d projected_t too
@@ -14,8 +14,8 @@ upstream gradients of every h_t and of the last h and c, dh and dc being all tha
     d W_hh     = sum_t d gates_t^T h'_t           one product over all steps
 
 Source: Hochreiter and Schmidhuber, "Long Short-Term Memory" (1997), with the forget gate of Gers, Schmidhuber and
-Cummins, "Learning to Forget" (2000); gates in nn.LSTM's order. Arithmetic is float32 (float64 for float64). The state
-is rounded to the tensors' dtype after each step, as between the calls of a rollout, so a segment repeats its rollout.
+Cummins, "Learning to Forget" (2000); gates in nn.LSTM's order. Arithmetic is float32 (float64 for float64). The
+state is rounded to the tensors' dtype after each step, as between the calls of a rollout, so a segment reproduces it.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -42,12 +42,12 @@ from metta_fastagent.ops._checks import (
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Rows of a program, the fewest that the matrix units of every target take, so that small batches have many programs.
-# All steps of a row stay in one program: it reads weight_hh (from L2) at each step, and waits for no other program.
+# All steps of a row run in one program, which reads weight_hh from L2 at each step and waits for no other program.
 BLOCK_B = 16
 # Hidden columns at a time, of all four gates in the forward kernel.
 BLOCK_N = 64
-# Depth of a product, by bytes of an element. With these, warps and stages no kernel spills a register where H is a
-# multiple of 32, on any target of benchmarks/kernel_report.py; AMD's shared memory holds two stages.
+# Depth of a product, by bytes of an element. With these, warps and stages no kernel spills registers on any target of
+# benchmarks/kernel_report.py if H is a multiple of 32; AMD's shared memory holds two stages.
 FORWARD_BLOCK_K, BACKWARD_BLOCK_K = {4: 32, 2: 64}, {4: 32, 2: 128}
 # Three products of tf32 parts are as exact as one of float32: over 64 steps of 128 columns, emulated on a CPU, both are
 # off by 2e-7 in the hidden state, plain tf32 by 8e-5, with which importance ratios are not 1 within 1e-5. "ieee" would
@@ -73,7 +73,7 @@ def _tanh(x):
 
 
 @jit
-def _carries_on(resets, live, HAS_RESETS: tl.constexpr, BLOCK_B: tl.constexpr):
+def _kept_rows(resets, live, HAS_RESETS: tl.constexpr, BLOCK_B: tl.constexpr):
     """Live rows [BLOCK_B] that keep their state before a step; `resets` points at the step's first one of them."""
     if HAS_RESETS:
         live = live & (tl.load(resets + tl.arange(0, BLOCK_B), mask=live, other=1) == 0)
@@ -125,7 +125,7 @@ def _lstm_layer_fwd_kernel(
     # The program's first row of the step, counted through all steps.
     row = top
     for _ in range(T):
-        kept = _carries_on(resets + row, live, HAS_RESETS, BLOCK_B)
+        kept = _kept_rows(resets + row, live, HAS_RESETS, BLOCK_B)
         last_h = tl.where(row == top, h + top * H, output + (row - B) * H)
         last_c = tl.where(row == top, c + top * H, cells + (row - B) * H)
         for first in range(0, H, BLOCK_N):
@@ -156,7 +156,7 @@ def _lstm_layer_fwd_kernel(
             tl.store(cells + row * H + state, cell.to(cells.dtype.element_ty), mask=inside)
             tl.store(output + row * H + state, hidden.to(output.dtype.element_ty), mask=inside)
         row += B
-        # The next step reads, in every warp, what all of them have stored in this one.
+        # Every warp of the next step reads the stores of all warps of this one.
         tl.debug_barrier()
 
 
@@ -173,7 +173,7 @@ def _state_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """What reaches h [BLOCK_B, BLOCK_N] through the gates of the step after it; 0 outside of `rows`."""
+    """Gradient of h [BLOCK_B, BLOCK_N] through the gates of the next step; 0 outside of `rows`."""
     grad = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     for k in range(0, 4 * width, BLOCK_K):
         depth = k + tl.arange(0, BLOCK_K)
@@ -199,7 +199,7 @@ def _lstm_layer_bwd_kernel(
     grad_last_c,  # [B, H]; unused without HAS_LAST_C
     grad_projected,  # [T, B, 4H]
     grad_h,  # [B, H]
-    grad_c,  # [B, H] float32; between the steps it holds what reaches the cell before the step
+    grad_c,  # [B, H] float32; between steps, the gradient of the cell before the step
     T,
     B,
     width,  # H once more, as the bound of loops: unrolled, they would spill registers
@@ -219,25 +219,27 @@ def _lstm_layer_bwd_kernel(
     # The program's first row of the step, counted through all steps.
     bottom = top + (tl.cast(T, tl.int64) - 1) * B
     row = bottom
-    # Rows whose state the step after carried on; none after the last step.
+    # Rows whose state the next step continued from; none after the last step.
     followed = local < 0
     for _ in range(T):
-        kept = _carries_on(resets + row, live, HAS_RESETS, BLOCK_B)
+        kept = _kept_rows(resets + row, live, HAS_RESETS, BLOCK_B)
         last_c = tl.where(row == top, c + top * H, cells + (row - B) * H)
         after = grad_projected + (row + B) * (4 * H)
+        # A block: Triton 3.9's interpreter refuses a scalar comparison in a mask.
+        is_last = (row + local == bottom + local)[:, None]
         for first in range(0, width, BLOCK_N):
             column = first + tl.arange(0, BLOCK_N)
             inside = live[:, None] & (column < H)[None, :]
             state = local[:, None] * H + column[None, :]
             place = local[:, None] * (4 * H) + column[None, :]
             d_h = _state_gradient(after, weight_hh, followed, column, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
-            d_c = tl.load(grad_c + top * H + state, mask=inside & (row != bottom), other=0.0)
+            d_c = tl.load(grad_c + top * H + state, mask=inside & (is_last == 0), other=0.0)
             if HAS_OUTPUT:
                 d_h += tl.load(grad_output + row * H + state, mask=inside, other=0.0).to(tl.float32)
             if HAS_LAST_H:
-                d_h += tl.load(grad_last_h + top * H + state, mask=inside & (row == bottom), other=0.0).to(tl.float32)
+                d_h += tl.load(grad_last_h + top * H + state, mask=inside & is_last, other=0.0).to(tl.float32)
             if HAS_LAST_C:
-                d_c += tl.load(grad_last_c + top * H + state, mask=inside & (row == bottom), other=0.0).to(tl.float32)
+                d_c += tl.load(grad_last_c + top * H + state, mask=inside & is_last, other=0.0).to(tl.float32)
             gate_i, gate_f, gate_g, gate_o = _load_gates(gates + row * (4 * H) + place, inside, H)
             squashed = _tanh(tl.load(cells + row * H + state, mask=inside, other=0.0).to(tl.float32))
             carried = inside & kept[:, None]
@@ -255,7 +257,7 @@ def _lstm_layer_bwd_kernel(
             tl.store(grad_c + top * H + state, tl.where(carried, d_c * gate_f, 0.0), mask=inside)
         followed = kept
         row -= B
-        # The next step reads, in every warp, what all of them have stored in this one.
+        # Every warp of the next step reads the stores of all warps of this one.
         tl.debug_barrier()
     after = grad_projected + top * (4 * H)
     for first in range(0, width, BLOCK_N):
@@ -370,8 +372,8 @@ def lstm_layer_forward_eager(
     with _without_autocast(projected.device):
         for t in range(projected.shape[0]):
             if resets is not None:
-                restarted = resets[t].unsqueeze(1)
-                hidden, cell = hidden.masked_fill(restarted, 0), cell.masked_fill(restarted, 0)
+                reset_rows = resets[t].unsqueeze(1)
+                hidden, cell = hidden.masked_fill(reset_rows, 0), cell.masked_fill(reset_rows, 0)
             torch.addmm(inputs[t], hidden, weight, out=gates[t])
             gate_i, gate_f, gate_g, gate_o = gates[t].split(size, dim=1)
             gates[t, :, : 2 * size].sigmoid_()
@@ -401,17 +403,17 @@ def lstm_layer_backward_eager(
     grad_c = torch.zeros_like(c, dtype=exact) if grad_last_c is None else grad_last_c.to(exact)
     with _without_autocast(weight_hh.device):
         for t in reversed(range(gates.shape[0])):
-            restarted = None if resets is None else resets[t].unsqueeze(1)
+            reset_rows = None if resets is None else resets[t].unsqueeze(1)
             if grad_output is not None:
                 grad_h = grad_h + grad_output[t].to(exact)
             previous = (c if t == 0 else cells[t - 1]).to(exact)
-            if restarted is not None:
-                previous = previous.masked_fill(restarted, 0)
+            if reset_rows is not None:
+                previous = previous.masked_fill(reset_rows, 0)
             grad_gates, grad_c = _step_backward(gates[t].to(exact), cells[t].to(exact), previous, grad_h, grad_c)
             grad_projected[t] = grad_gates
             grad_h = grad_projected[t].to(exact) @ weight
-            if restarted is not None:
-                grad_h, grad_c = grad_h.masked_fill(restarted, 0), grad_c.masked_fill(restarted, 0)
+            if reset_rows is not None:
+                grad_h, grad_c = grad_h.masked_fill(reset_rows, 0), grad_c.masked_fill(reset_rows, 0)
     return grad_projected, grad_h.to(dtype), grad_c.to(dtype)
 
 
@@ -537,7 +539,7 @@ def lstm_layer(
         weight_hh: tensor [4H, H], as nn.LSTM's `weight_hh_l0`.
         h: tensor [B, H], the hidden state before step 0.
         c: tensor [B, H], the cell state before step 0.
-        resets: bool tensor [T, B], or None for no resets: the state of row b is zero before step t, 0 included, where
+        resets: bool tensor [T, B], or None for no resets: the state of row b is zeroed before step t (0 included) if
             `resets[t, b]`.
 
     Returns:

@@ -3,10 +3,10 @@
     full_log_probs = log_softmax(logits)         index ~ Categorical(exp(full_log_probs))
 
 The kernels and the C++ operator draw by the inverse of the cumulative distribution from one uniform u of each row: the
-first column with e_j > 0 whose running sum of shifted exponentials exceeds u times their sum. Neither rounding nor u
-next to 1 can choose a masked action so. The eager twin draws as `log_softmax -> exp -> torch.multinomial` does, and its
-draws equal that formula's. Each backend draws from PyTorch's generators, so `torch.manual_seed` reproduces it; for one
-seed the draws differ between backends. The gradient is that of `evaluate_actions` at the drawn index.
+first column with e_j > 0 whose running sum of shifted exponentials exceeds u times their sum, so neither rounding nor a
+u close to 1 can choose a masked action. The eager twin draws by `log_softmax -> exp -> torch.multinomial`, with equal
+results. Each backend draws from PyTorch's generators, so `torch.manual_seed` reproduces it; for one seed the draws
+differ between backends. The gradient is that of `evaluate_actions` at the drawn index.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -265,7 +265,7 @@ class _SampleActions(torch.autograd.Function):
         if generator is None:
             outputs = _sample_actions(logits, action_index_tensor)
         else:
-            # A generator is no argument that a traced graph could hold, so this call goes past the operator.
+            # A traced graph cannot hold a generator, so this call bypasses the operator.
             outputs = _DRAWS[backend(logits.device)](logits, action_index_tensor, generator)
         index, _, _, _, pair = outputs
         ctx.save_for_backward(logits, index)
@@ -295,7 +295,7 @@ def sample_actions(
         [N, 2]. The floating-point ones have the logits' dtype and are differentiable, once, with respect to the logits.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also a row that is no distribution.
+        TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also a row that is not a distribution.
     """
     logits = require_logits(logits)
     if action_index_tensor is not None:

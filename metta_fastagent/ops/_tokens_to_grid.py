@@ -47,7 +47,7 @@ def _tokens_to_grid_kernel(
         tl.store(base + cells, zeros, mask=cells < CELLS)
     lane = tl.arange(0, TOKEN_BLOCK)
     for start in range(0, num_tokens, TOKEN_BLOCK):
-        # What the program has written so far comes before what it writes now, so the later token wins.
+        # Orders the stores of earlier tokens before those of later ones, so the later token wins.
         tl.debug_barrier()
         live = start + lane < num_tokens
         token = tokens + (row * num_tokens + start + lane) * 3
@@ -99,7 +99,7 @@ def _tokens_to_grid_native(
 def tokens_to_grid_eager(
     tokens: Tensor, num_features: int, width: int, height: int, scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """`tokens_to_grid` in plain PyTorch: the reference, and what runs where there is no kernel."""
+    """`tokens_to_grid` in plain PyTorch: the reference, and the path for devices without a kernel."""
     rows, cells = tokens.shape[0], num_features * width * height
     grid_shape = (rows, num_features, width, height)
     coordinate, feature, value = tokens.unbind(-1)
@@ -108,8 +108,8 @@ def tokens_to_grid_eager(
     cell = torch.where(valid, (feature * width + x) * height + y, cells).long()
     if tokens.device.type == "cpu":
         return _scatter_in_order(cell, feature, value, scale, rows, cells).view(grid_shape).to(dtype)
-    # The position above the value: the largest code of a cell is its latest token, in whatever order they land.
-    # One cell more than the grid has takes the dropped tokens.
+    # Position in the high bits, value in the low ones: the maximum of a cell is its latest token, in any order.
+    # One extra cell takes the dropped tokens.
     position = torch.arange(1, tokens.shape[1] + 1, dtype=torch.int32, device=tokens.device)
     latest = torch.zeros(rows, cells + 1, dtype=torch.int32, device=tokens.device)
     grid = latest.scatter_reduce_(1, cell, position * 256 + value.int(), "amax")[:, :cells] & 255
@@ -120,7 +120,7 @@ def _scatter_in_order(cell: Tensor, feature: Tensor, value: Tensor, scale: Tenso
     """Grid [rows * cells]; the CPU's one-dimensional scatter goes in order, so the later token wins."""
     scaled = value.float() / scale[feature.clamp(max=scale.numel() - 1)]
     first = torch.arange(rows).unsqueeze(1) * cells
-    # One element more than the grids have takes the dropped tokens.
+    # One extra element takes the dropped tokens.
     place = torch.where(cell == cells, rows * cells, first + cell)
     grid = torch.zeros(rows * cells + 1, dtype=scaled.dtype)
     return grid.scatter_(0, place.reshape(-1), scaled.reshape(-1))[:-1]

@@ -6,7 +6,6 @@ import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from metta_fastagent.action_space import ActionSpace
+from metta_fastagent.ops._checks import is_number, is_whole, require_integer
 from metta_fastagent.testing._shared import (
     LOSS_KEYS,
     clipped_parameters,
@@ -31,11 +31,11 @@ PROBE_CLIP_RANGE, PROBE_INTERVAL = 0.375, 17
 LEARNING_RATE = 1e-3
 # Absolute error of a log-probability: a few roundings of a number of about 10.
 LOG_PROB_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# What an environment that says nothing is taken for.
+# Assumed of an environment that does not define them.
 DEFAULT_TOKENS, DEFAULT_FEATURES, DEFAULT_WIDTH = 64, 25, 11
 SET_FIELDS = 'call self.set_tensordict_fields(td, td["env_obs"]) at the start of forward()'
-USE_INFERENCE = "end forward() with self.handle_inference_mode(td, logits, value) where action is None"
-USE_TRAINING = "end forward() with self.handle_training_mode(td, action, logits, value) where action is given"
+USE_INFERENCE = "end forward() with self.handle_inference_mode(td, logits, value) if action is None"
+USE_TRAINING = "end forward() with self.handle_training_mode(td, action, logits, value) if action is given"
 USE_FORMULA = "action_type + cum_action_max_params[action_type] + action_param"
 SET_TABLES = "call activate_actions or MettaAgent.initialize_to_environment with the environment's actions"
 
@@ -101,7 +101,7 @@ def _table_rows(mark: str, name: str, message: str) -> list[str]:
 
 @dataclass
 class _Findings:
-    """What a check collects: problems make it fail, warnings do not; `summary` is its message when it passes."""
+    """Results of a check: problems make it fail, warnings do not; `summary` is its message if it passes."""
 
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -146,7 +146,7 @@ class _Observations:
 
 
 def _first_observations(env: object) -> Tensor | None:
-    """What env.reset() gives as [N, M, 3], or None where there is no reset."""
+    """Observations of env.reset() as [N, M, 3], or None without a reset."""
     reset = getattr(env, "reset", None)
     if not callable(reset):
         return None
@@ -216,7 +216,7 @@ def _activate(agent: Any, space: ActionSpace) -> None:
 
 
 def check_agent(agent: nn.Module, env: Any, *, updates: int = 20, seed: int = 0) -> AgentReport:
-    """Run five checks on an agent written with PyTorchAgentMixin, and say what is wrong and how to mend it.
+    """Run five checks on an agent written with PyTorchAgentMixin, and report what is wrong and how to fix it.
 
     "configuration": clip_range and analyze_weights_interval come from keyword arguments to attributes.
     "weight clipping": clip_weights() clips every Linear, Conv1d and Conv2d, nothing else, and nothing at clip_range 0.
@@ -229,7 +229,7 @@ def check_agent(agent: nn.Module, env: Any, *, updates: int = 20, seed: int = 0)
 
     Args:
         agent: the agent, or a host or wrapper around it (its `policy` or `module` is then checked).
-        env: where it says so, gives `action_names` and `max_action_args` (not needed when the agent's action tables are
+        env: may define `action_names` and `max_action_args` (not needed when the agent's action tables are
             set), `num_tokens`, `obs_width`, `obs_height`, and `feature_normalizations`, from which random observation
             tokens are made. Without the last, observations come from `env.reset()`, which then resets the environment;
             without that too, they are random. None is allowed.
@@ -240,16 +240,13 @@ def check_agent(agent: nn.Module, env: Any, *, updates: int = 20, seed: int = 0)
         A report; `report.raise_if_failed()` turns failures into an AgentCheckError.
 
     Raises:
-        TypeError, ValueError: `agent` is no module, `updates` or `seed` no suitable integer, or there is nothing to
-            take the actions from.
+        TypeError, ValueError: `agent` is not a module, `updates` or `seed` is not a suitable integer, or no actions
+            are known.
     """
     if not isinstance(agent, nn.Module):
         raise TypeError(f"agent: got {type(agent).__name__}, expected a torch.nn.Module")
     for name, value, least in (("updates", updates, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name}: got {value!r}, expected an integer >= {least}")
-        if value < least:
-            raise ValueError(f"{name}: got {value!r}, expected an integer >= {least}")
+        require_integer(name, value, f"an integer >= {least}", minimum=least)
     agent = _inner_agent(agent)
     space = _action_space(agent, env)
     subject = _Subject(agent, env, space, _Observations(env, seed), updates, seed)
@@ -257,7 +254,7 @@ def check_agent(agent: nn.Module, env: Any, *, updates: int = 20, seed: int = 0)
 
 
 def _inner_agent(agent: nn.Module) -> nn.Module:
-    """The mixin agent inside hosts and wrappers, or the agent itself where there is none."""
+    """The mixin agent inside hosts and wrappers, else the agent itself."""
     inner: Any = agent
     while not hasattr(inner, "init_mixin"):
         inner = getattr(inner, "module", None) or getattr(inner, "policy", None)
@@ -318,9 +315,9 @@ def _probe_arguments() -> dict[str, Any]:
 
 def _check_configuration_types(agent: Any, findings: _Findings) -> None:
     clip_range, interval = agent.clip_range, agent.analyze_weights_interval
-    legal = isinstance(clip_range, Real) and not isinstance(clip_range, bool) and float(clip_range) >= 0
+    legal = is_number(clip_range) and float(clip_range) >= 0
     findings.expect(legal, f"clip_range is {clip_range!r} ({type(clip_range).__name__}), expected a number >= 0")
-    legal = isinstance(interval, Integral) and not isinstance(interval, bool) and int(interval) >= 0
+    legal = is_whole(interval) and int(interval) >= 0
     kind = type(interval).__name__
     findings.expect(legal, f"analyze_weights_interval is {interval!r} ({kind}), expected an integer >= 0")
     weights = agent.initial_weights
@@ -335,10 +332,10 @@ def _check_arrival(agent: Any, how: str, findings: _Findings) -> None:
 
 
 def _check_constructor(subject: _Subject, findings: _Findings) -> None:
-    """Build the agent anew with probe values, where its constructor's other arguments can be told."""
+    """Build a second agent with probe values, if its constructor's other arguments are known."""
     arguments, reason = _constructor_arguments(subject)
     if arguments is None:
-        findings.warnings.append(f"not built anew, so the way through __init__ was not tried: {reason}")
+        findings.warnings.append(f"__init__ was not checked, because a second agent could not be built: {reason}")
         return
     call = f"{subject.name}(env, clip_range={PROBE_CLIP_RANGE}, analyze_weights_interval={PROBE_INTERVAL})"
     try:

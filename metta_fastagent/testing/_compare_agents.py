@@ -2,13 +2,13 @@
 
 import copy
 import math
-from numbers import Real
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from metta_fastagent.ops._checks import is_number
 from metta_fastagent.testing._shared import (
     LOSS_KEYS,
     clipped_parameters,
@@ -82,7 +82,7 @@ def _check_comparison(old: object, new: object, td: object, action: object, rtol
         if not isinstance(agent, nn.Module):
             raise TypeError(f"{name}: got {type(agent).__name__}, expected a torch.nn.Module")
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0:
+        if not is_number(value) or not float(value) >= 0:
             raise ValueError(f"{name}: got {value!r}, expected a number >= 0")
     if not isinstance(td, TensorDictBase):
         raise TypeError(f"td: got {type(td).__name__}, expected a TensorDict")

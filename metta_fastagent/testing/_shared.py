@@ -1,4 +1,4 @@
-"""What both checks need of an agent: its clipped parameters, legal actions, and random numbers that leave no trace."""
+"""Helpers of both checks: an agent's clipped parameters, legal actions, and random numbers that leave no trace."""
 
 import inspect
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ LOSS_KEYS = ("act_log_prob", "entropy", "value")
 
 
 def clipped_parameters(agent: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights and biases that clip_weights() is for, by name; computed weights of a parametrization are none."""
+    """Weights and biases that clip_weights() clips, by name, without the computed weights of a parametrization."""
     found = {}
     for prefix, module in agent.named_modules():
         if isinstance(module, CLIPPED_LAYERS):

@@ -215,7 +215,6 @@ def test_launch_counts(agent):
         "sample": (lambda: ops.sample_actions(logits.detach(), table), 2),
         "l2": (lambda: ops.l2_init_loss(weights, starts, 0.5), 1),
         "grid": (lambda: ops.tokens_to_grid(tokens, 6, 11, 11, torch.ones(6, device="cuda")), 2),
-        "fields": (lambda: ops.segment_fields(tokens, (ROWS,), 1, ROWS), 1),
     }
     for name, (function, expected) in counts.items():
         assert len(launches(function)) == expected, name

@@ -412,14 +412,6 @@ def test_a_segment_repeats_its_rollout(device):
     torch.testing.assert_close(output, torch.stack(expected, dim=1), rtol=0, atol=1e-5)
 
 
-def test_segment_fields(device):
-    bptt, batch = ops.segment_fields(torch.empty(1, device=device), (3, 700), 700, 3)
-    assert (bptt == 700).all()
-    assert (batch == 3).all()
-    assert bptt.shape == batch.shape == (3, 700)
-    assert bptt.dtype == batch.dtype == torch.int64
-
-
 def test_no_rows(device):
     logits = torch.empty(0, 9, device=device).requires_grad_()
     log_prob, entropy, full = ops.evaluate_actions(logits, torch.empty(0, dtype=torch.int64, device=device))

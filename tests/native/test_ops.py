@@ -633,8 +633,11 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype, with_threads):
     initial = [torch.zeros_like(param) for param in params]
     tokens = torch.randint(12, (101, 200, 3), dtype=torch.uint8)
     uniform = torch.rand(6001, dtype=dtype)
-    *lstm, resets = lstm_inputs(5, 601, 24, dtype, 0.1)
+    *lstm, resets = lstm_inputs(5, 2401, 24, dtype, 0.1)
     lstm = [tensor.detach() for tensor in lstm]
+    # One entry in each row and column at most: the BLAS's products are then exact, in any order of summation.
+    lstm[1] = torch.zeros(96, 24, dtype=dtype)
+    lstm[1][torch.randperm(96)[:24], torch.arange(24)] = torch.randn(24, dtype=dtype)
 
     def everything():
         native = torch.ops.metta_fastagent
@@ -660,6 +663,25 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype, with_threads):
         with_threads(threads)
         for one, many in zip(alone, everything(), strict=True):
             assert torch.equal(one, many)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_lstm_layers_agree_over_numbers_of_threads(dtype, with_threads):
+    # Their products are the BLAS's, whose sums may depend on the number of threads.
+    *lstm, resets = lstm_inputs(5, 601, 24, dtype, 0.1)
+    lstm = [tensor.detach() for tensor in lstm]
+
+    def layer():
+        states = torch.ops.metta_fastagent.lstm_layer_forward(*lstm, resets)
+        upstream = (states[0], lstm[2], lstm[3])
+        return *states, *torch.ops.metta_fastagent.lstm_layer_backward(lstm[1], lstm[3], resets, *states[1:], *upstream)
+
+    with_threads(1)
+    alone = layer()
+    for threads in (2, 3):
+        with_threads(threads)
+        for one, many in zip(alone, layer(), strict=True):
+            torch.testing.assert_close(one, many, **TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize(
