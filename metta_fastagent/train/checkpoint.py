@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from metta_fastagent.train.ranks import first_line
+from metta_fastagent.ops._checks import first_line
 
 # identifies the files of this trainer
 FORMAT = "metta_fastagent.train.checkpoint"

@@ -156,15 +156,14 @@ def read_request(options: dict[str, Any]) -> Request:
     given = {each.name: options[each.name] for each in fields(TrainConfig) if each.name in options}
     require_packages(options["quiet"])
     resume: Path | None = options["resume"]
-    if resume is not None:
-        state = load_checkpoint(resume)
-        return Request(resumed_config(state["config"], given), options["out"] or resume.parent, resume, state)
-    config = TrainConfig.for_environment(**given)
-    folder = options["out"] or _unused_folder(Path("runs") / f"{config.env}-seed{config.seed}")
-    if (folder / CHECKPOINT).exists():
+    state = None if resume is None else load_checkpoint(resume)
+    config = TrainConfig.for_environment(**given) if state is None else resumed_config(state["config"], given)
+    default = resume.parent if resume else _unused_folder(Path("runs") / f"{config.env}-seed{config.seed}")
+    folder = options["out"] or default
+    if (folder / CHECKPOINT).exists() and not (resume and folder.samefile(resume.parent)):
         hint = f"to continue that run, pass --resume {folder / CHECKPOINT}"
         raise UsageError(f"--out: got {folder}, which has a checkpoint, expected a folder without one; {hint}")
-    return Request(config, folder, None, None)
+    return Request(config, folder, resume, state)
 
 
 def _note_differences(trainer: Trainer, saved_backend: str) -> None:
@@ -205,7 +204,7 @@ def _make_writable(folder: Path) -> None:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt at once.
+    """Yield a function that returns whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt at once.
 
     Does nothing outside the main thread, or if SIGINT is ignored or has a handler of the caller.
     """
@@ -252,8 +251,8 @@ def train(trainer: Trainer, folder: Path, log: Log | None, quiet: bool) -> None:
             raise KeyboardInterrupt
 
     try:
-        if trainer.updates:
-            # a resumed run may write to another folder than that of its checkpoint
+        if trainer.updates and not ranks.all_gather((folder / CHECKPOINT).exists())[0]:
+            # resumed into another folder
             save(trainer, folder / CHECKPOINT)
         with deferred_interrupt() as interrupted:
             trainer.run(after_update)

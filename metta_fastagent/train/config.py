@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from metta_fastagent.ops._checks import describe, require_number
+from metta_fastagent.ops._checks import describe, first_line, require_integer, require_number
 
 Check = tuple[str, Callable[[Any], bool]]
 
@@ -131,7 +131,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            _check_field(each.name, getattr(self, each.name), each.type, each.metadata["check"])
+            value = _checked(each.name, getattr(self, each.name), each.type, each.metadata["check"])
+            # plain numbers: a checkpoint cannot hold those of NumPy
+            object.__setattr__(self, each.name, value)
         if self.num_envs % self.minibatches:
             raise ValueError(f"minibatches: got {self.minibatches}, expected a divisor of num_envs ({self.num_envs})")
         rows = self.num_envs // self.minibatches
@@ -148,24 +150,14 @@ class TrainConfig:
         return -(-self.steps // self.steps_per_update(ranks))
 
 
-def _check_field(name: str, value: Any, kind: Any, check: Check) -> None:
+def _checked(name: str, value: Any, kind: Any, check: Check) -> Any:
     expected, accepts = check
-    if kind is int:
-        require_integer(name, value, expected)
-    elif kind is float:
-        require_number(name, value, expected)
+    if kind in (int, float):
+        value = (require_integer if kind is int else require_number)(name, value, expected)
     elif not isinstance(value, kind):
         raise TypeError(f"{name}: got {describe(value)}, expected {expected}")
     if not accepts(value):
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
-
-
-def require_integer(name: str, value: object, expected: str, minimum: int | None = None) -> int:
-    """`value` if it is an int of at least `minimum` (bool does not count), else a TypeError or a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {describe(value)}, expected {expected}")
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{name}: got {value}, expected {expected}")
     return value
 
 
@@ -178,5 +170,5 @@ def require_device(name: str, value: object) -> torch.device:
         torch.Generator(device)
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{name}: got {str(value)!r}, expected an available torch device ({reason})") from None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from metta_fastagent import DistributedMettaAgent, MettaAgent
+from metta_fastagent.ops._checks import first_line
 
 Result = TypeVar("Result")
 
@@ -216,8 +217,3 @@ def parameter_hash(module: nn.Module) -> str:
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype};".encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of the error's message, or its type if the message is empty."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

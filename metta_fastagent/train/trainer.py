@@ -11,6 +11,7 @@ from torch import Tensor
 
 import metta_fastagent
 from metta_fastagent import Fast, MettaAgent, ops
+from metta_fastagent.ops._checks import first_line
 from metta_fastagent.train import ppo, ranks
 from metta_fastagent.train.checkpoint import CheckpointError
 from metta_fastagent.train.config import TrainConfig
@@ -302,7 +303,7 @@ class Trainer:
                 self._restore_environment(own)
             _set_random_state(own["random"], self.device)
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            came = f"an incompatible state ({ranks.first_line(error)})"
+            came = f"an incompatible state ({first_line(error)})"
             raise CheckpointError(f"checkpoint: got {came}, expected one of this network and environment") from error
 
     def _restore_environment(self, state: dict[str, Any]) -> None:

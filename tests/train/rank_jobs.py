@@ -1,4 +1,4 @@
-"""What the tests of several ranks let each rank do. Everything here runs in a process of a RankPool."""
+"""Jobs that the tests run on each rank, in the processes of a RankPool."""
 
 import contextlib
 import io
@@ -53,7 +53,7 @@ def learn(
 
 
 def shifted_kl(config: TrainConfig, shift: float) -> tuple[float, int]:
-    """(this rank's own KL, passes) where rank 0's stored log-probs are off by `shift` and rank 1's are right."""
+    """(KL of this rank, passes) if the stored log-probs of rank 0 are off by `shift` and those of rank 1 are right."""
     trainer = Trainer(config)
     trainer.collect()
     trainer.experience.log_probs += shift if ranks.is_first() else 0.0
@@ -65,7 +65,7 @@ def shifted_kl(config: TrainConfig, shift: float) -> tuple[float, int]:
 
 
 def start(config: TrainConfig) -> dict[str, Any]:
-    """What a rank begins with."""
+    """The initial state of a rank."""
     trainer = Trainer(config)
     return {
         "parameters": ranks.parameter_hash(trainer.agent),
@@ -86,7 +86,7 @@ def two_updates(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, 
 
 
 def different_parameters(config: TrainConfig) -> str:
-    """The error where one bit of one parameter of rank 1 is another; none before."""
+    """The error after one bit of a parameter of rank 1 has been flipped; none before that."""
     trainer = Trainer(config)
     trainer.train_update()
     if not ranks.is_first():
@@ -101,7 +101,7 @@ def different_parameters(config: TrainConfig) -> str:
 
 
 def diverging(config: TrainConfig) -> str:
-    """The error where rank 1 alone meets a reward that is not finite."""
+    """The error after rewards of NaN on rank 1 only."""
     trainer = Trainer(config)
     trainer.train_update()
     if not ranks.is_first():
@@ -113,15 +113,15 @@ def diverging(config: TrainConfig) -> str:
     return "no error"
 
 
-def with_nan_rewards(put: Any) -> Any:
-    def put_nan(t: int, **step: torch.Tensor) -> None:
-        put(t, **{name: value * torch.nan if name == "rewards" else value for name, value in step.items()})
+def with_nan_rewards(store: Any) -> Any:
+    def store_nan(t: int, **step: torch.Tensor) -> None:
+        store(t, **{name: value * torch.nan if name == "rewards" else value for name, value in step.items()})
 
-    return put_nan
+    return store_nan
 
 
 def failing_alone(failing: int) -> tuple[str, str]:
-    """Type and text of what `run_on_all_ranks` raises where rank `failing` fails."""
+    """Type and text of the error of `run_on_all_ranks` if rank `failing` fails."""
 
     def action() -> int:
         if ranks.rank() == failing:
@@ -205,7 +205,7 @@ def second_fsync() -> Any:
 
 KILL_POINTS = {
     "before the first byte": (torch, "save", die),
-    "amid the file": (torch, "save", half_a_file),
+    "during the write": (torch, "save", half_a_file),
     "before the flush": (os, "fsync", die),
     "before the rename": (os, "replace", die),
     "after the rename": (os, "fsync", second_fsync()),

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -116,6 +117,8 @@ def test_resuming_without_steps_left_says_so_and_only_evaluates(run, capsys):
     assert err.count("\n") == 1 and out == summary.replace("done/", "again/")
     # the summary names this file
     again = load_checkpoint(Path("again/checkpoint.pt"))
+    assert run("--quiet", "--resume", "done/checkpoint.pt", "--steps", 1) == 0
+    assert load_checkpoint(Path("done/checkpoint.pt"))["config"]["steps"] == 90
     assert again["counters"] == before["counters"]
     assert all(torch.equal(value, before["model"][name]) for name, value in again["model"].items())
 
@@ -210,10 +213,13 @@ def test_a_second_run_does_not_overwrite_the_first(run, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["memory-seed1", "memory-seed1-2"]
     capsys.readouterr()
     assert run(*arguments, "--out", "runs/memory-seed1") == 2
-    assert (
-        "expected a folder without one; to continue that run, pass --resume runs/memory-seed1/checkpoint.pt"
-        in capsys.readouterr().err
-    )
+    err = capsys.readouterr().err
+    assert "expected a folder without one" in err and "pass --resume runs/memory-seed1/checkpoint.pt" in err
+    # nor does a run that is resumed into the folder of another one
+    resumed = ("--quiet", "--resume", "runs/memory-seed1/checkpoint.pt", "--steps", 2 * UPDATE_STEPS, "--out")
+    assert run(*resumed, "runs/memory-seed1-2") == 2
+    assert "got runs/memory-seed1-2, which has a checkpoint" in capsys.readouterr().err
+    assert run(*resumed, "./runs/memory-seed1") == 0
 
 
 def test_the_module_runs_and_is_quiet_without_a_terminal(tmp_path):
@@ -342,6 +348,12 @@ def test_defaults_round_trip(env):
 def test_a_value_of_another_type_names_the_field(name, value):
     with pytest.raises(TypeError, match=f"^{name}: got .* expected "):
         TrainConfig.for_environment("memory", **{name: value})
+
+
+def test_a_config_holds_plain_numbers():
+    # those of numpy could not be read back from a checkpoint
+    config = TrainConfig.for_environment("memory", steps=np.int64(96), lr=np.float64(0.5))
+    assert (type(config.steps), type(config.lr)) == (int, float)
 
 
 def test_a_config_of_another_version_is_refused():

@@ -143,7 +143,7 @@ class TestMemoryObservations:
         observations = env.step(while_cue_is_shown).observations
         for _ in range(12):
             assert torch.equal(observations, observations[:1].expand_as(observations))
-            # Presses end episodes and so start new cues: the walk is what must not tell.
+            # Moves only: a press would end the episode and show a new cue.
             move = torch.randint(4, (1,), generator=generator).item()
             observations = env.step(torch.tensor([[MOVE, move]] * 4)).observations
         assert env.state_dict()["cue"].tolist() == [0, 1, 2, 3]
@@ -232,7 +232,7 @@ class TestMemoryPolicies:
         assert 0.05 < score < 0.2
 
     def test_without_memory_the_expert_is_right_one_time_in_four(self):
-        # The expert's walk with a switch chosen from the observation alone, cue included where it is shown.
+        # The scripted walk with a switch chosen from the observation alone, which may show the cue.
         def forgetful(env, observations):
             actions = env.scripted_actions()
             weights = torch.arange(1, observations[0].numel() + 1)

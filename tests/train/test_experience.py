@@ -1,4 +1,4 @@
-"""What the rollout storage keeps, and in which layout it hands it out."""
+"""The layout of the rollout storage, and the timer of phases."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ ROWS, LENGTH, TOKENS, LAYERS, HIDDEN = 5, 4, 7, 2, 3
 
 
 def filled() -> tuple[Experience, dict[str, torch.Tensor]]:
-    """A storage of distinct numbers, and the same numbers as they were put in, stacked over time."""
+    """A storage of random numbers, and the same numbers stacked over time."""
     experience = Experience(ROWS, LENGTH, TOKENS, LAYERS, HIDDEN, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     shapes = {"observations": (TOKENS, 3), "actions": (2,)}
@@ -25,20 +25,20 @@ def filled() -> tuple[Experience, dict[str, torch.Tensor]]:
     return experience, {name: torch.stack(steps, dim=1) for name, steps in put.items()}
 
 
-def test_put_stores_by_row_and_time():
+def test_store_is_by_row_and_time():
     experience, put = filled()
     for name, value in put.items():
         assert torch.equal(getattr(experience, name), value), name
     assert experience.length == LENGTH
 
 
-def test_put_refuses_an_unknown_name():
+def test_store_refuses_an_unknown_name():
     experience, _ = filled()
     with pytest.raises(AttributeError, match="reward"):
         experience.store(0, reward=torch.zeros(ROWS))
 
 
-def test_begin_copies_the_state_of_the_segments_start():
+def test_the_initial_state_is_copied():
     experience, _ = filled()
     h, c = torch.randn(LAYERS, ROWS, HIDDEN), torch.randn(LAYERS, ROWS, HIDDEN)
     wanted = h.clone(), c.clone()
@@ -62,7 +62,7 @@ def test_segments_are_the_chosen_rows_in_their_order():
     assert torch.equal(td["lstm_c"], experience.lstm_c[rows])
 
 
-def test_stopwatch_counts_its_phases_apart_and_starts_again_after_a_read():
+def test_the_timer_separates_phases_and_resets_on_read():
     timer = PhaseTimer(torch.device("cpu"))
     with timer("learning"):
         sum(range(10_000))

@@ -83,7 +83,7 @@ def minibatch(seed: int = 0):
 def textbook_loss(
     log_prob, entropy, value, old_log_prob, old_value, advantages, returns, clip_coef, vf_clip_coef, vf_coef, ent_coef
 ):
-    """Sample by sample, with plain numbers where the clips bite."""
+    """Sample by sample, with plain numbers outside the clip range."""
     surrogates, errors = [], []
     for new, old, advantage in zip(log_prob.flatten(), old_log_prob.flatten(), advantages.flatten(), strict=True):
         ratio = torch.exp(new) / torch.exp(old)
@@ -123,7 +123,7 @@ def test_loss_and_gradients_equal_the_textbook(vf_clip_coef):
     assert 0.1 < loss.clip_fraction.item() < 0.9
 
 
-def test_the_value_clip_bites_on_some_samples():
+def test_the_value_clip_changes_some_samples():
     # old 0, so 1 is clipped to 0.2: further from the target 2 it counts, nearer to the target -2 it does not
     tensors = {name: torch.zeros(1, 3) for name in ("log_prob", "entropy", "old_log_prob", "old_value", "advantages")}
     tensors |= {"value": torch.tensor([[1.0, 1.0, 0.1]]), "returns": torch.tensor([[2.0, -2.0, 0.0]])}

@@ -34,7 +34,7 @@ def config(**changes) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def rollout():
-    """(model, tensors) of a rollout of 16 rows whose segments start amid episodes and see some end."""
+    """(model, tensors) of a rollout of 16 rows whose segments start in the middle of episodes, some of which end."""
     trainer = Trainer(config(num_envs=16, segment_length=8))
     trainer.collect()
     trainer.collect()
@@ -304,7 +304,7 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize("point", rank_jobs.KILL_POINTS)
-def test_a_kill_amid_a_write_loses_at_most_that_checkpoint(one_rank, written, tmp_path, point):
+def test_a_kill_during_a_write_loses_at_most_that_checkpoint(one_rank, written, tmp_path, point):
     half, whole = written
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(half.read_bytes())

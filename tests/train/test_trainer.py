@@ -1,4 +1,4 @@
-"""The trainer's rollout: what follows a truncated episode, and that looking at it changes nothing."""
+"""The trainer's rollout: bootstrap values of truncated episodes, and that computing them has no side effects."""
 
 import pytest
 import torch

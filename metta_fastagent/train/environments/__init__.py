@@ -13,8 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from metta_fastagent.ops._checks import describe, is_integer, require_tensor
-from metta_fastagent.train.config import require_integer
+from metta_fastagent.ops._checks import describe, is_integer, require_integer, require_tensor
 
 __all__ = ["ENVIRONMENT_NAMES", "Step", "VectorEnvironment", "make_environment"]
 

@@ -42,7 +42,7 @@ FEATURE_NAMES = ("wall", "switchboard", "cue_0", "cue_1", "cue_2", "cue_3")
 # Board and cue are few among about twenty wall tokens; large values make them stand out.
 WALL_VALUE, SIGNAL_VALUE = 2, 255
 EMPTY_TOKEN = (255, 255, 255)
-# Cells around the middle too: the middle alone would be seen by one of the nine places of Fast's first layer.
+# Nine cells: Fast's first convolution has only nine positions, one of which would see a cue on the middle cell alone.
 CUE_PLACES = tuple(((CENTRE + x) << 4) + CENTRE + y for y in (-1, 0, 1) for x in (-1, 0, 1))
 
 # A press works from this many cells away, diagonals included.
@@ -130,7 +130,7 @@ class MemoryEnvironment:
         pressed = acts & (action_types == PRESS) & self._reach[self._agent, self._board]
         rewards = (pressed & (action_params == self._cue)).float()
 
-        # The table's last column is no move.
+        # The table's last column leaves the agent in place.
         directions = torch.where(moves, action_params, len(DIRECTIONS))
         self._agent = self._next_cell[self._agent, directions]
         self._time = self._time + 1
@@ -200,13 +200,7 @@ class MemoryEnvironment:
         """Does nothing: the tensors are freed with the object."""
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "num_envs": self.num_envs,
-            "room_size": self.room_size,
-            "delay": self.delay,
-            "time_limit": self.time_limit,
-        }
+        return {option: getattr(self, option) for option in ("name", "num_envs", "room_size", "delay", "time_limit")}
 
     def _checked_rows(self, key: str, value: object, limit: int) -> Tensor:
         if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.shape != (self.num_envs,):
@@ -219,12 +213,8 @@ class MemoryEnvironment:
 
     def _first_states(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Random initial (agent, board, cue, time) of every row, int64 `[num_envs]` each, from one draw."""
-        draws = torch.randint(
-            NUM_CUES * self._num_cells * (self._num_cells - 1),
-            (self.num_envs,),
-            generator=self._generator,
-            device=self.device,
-        )
+        states = NUM_CUES * self._num_cells * (self._num_cells - 1)
+        draws = torch.randint(states, (self.num_envs,), generator=self._generator, device=self.device)
         cue = draws % NUM_CUES
         board = draws // NUM_CUES % self._num_cells
         # An offset of 1 to cells - 1 from the board: every other cell is equally likely.
@@ -247,7 +237,7 @@ def _reach_table(room_size: int) -> Tensor:
 
 
 def _next_cell_table(room_size: int) -> Tensor:
-    """int64 `[cells, directions + 1]`: the cell after a move; walls block it, and the last column is no move."""
+    """int64 `[cells, directions + 1]`: the cell after a move; walls block it, the last column stays in place."""
     table = [
         [
             min(max(y + dy, 0), room_size - 1) * room_size + min(max(x + dx, 0), room_size - 1)

@@ -174,13 +174,11 @@ class MettagridEnvironment:
 
     def state_dict(self) -> dict[str, Any]:
         """Always raises NotImplementedError: the simulator's state cannot be saved."""
-        raise NotImplementedError("the mettagrid simulator's state cannot be saved; start a new episode with reset()")
+        raise NotImplementedError("the mettagrid simulator's state cannot be saved")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Always raises NotImplementedError: the simulator's state cannot be restored."""
-        raise NotImplementedError(
-            "the mettagrid simulator's state cannot be restored; start a new episode with reset()"
-        )
+        raise NotImplementedError("the mettagrid simulator's state cannot be restored; use reset()")
 
     def close(self) -> None:
         """Close all simulators. Later calls of `step` and `reset` raise RuntimeError."""
@@ -215,10 +213,9 @@ class MettagridEnvironment:
 def _simulator_api() -> SimpleNamespace:
     """The parts of the package `mettagrid` that are used here. Raises ImportError if it is missing."""
     try:
-        import mettagrid
+        import mettagrid  # noqa: F401
     except ImportError as error:
         raise ImportError(INSTALL_HINT) from error
-    del mettagrid
     from mettagrid.builder import building
     from mettagrid.config import handler_config, mettagrid_config, reward_config
     from mettagrid.map_builder.random_map import RandomMapBuilder
