@@ -150,6 +150,25 @@ def train(*arguments: str) -> None:
     cli.train(trainer, folder, log, quiet=True)
 
 
+def interrupted_on_one_rank(*arguments: str) -> str:
+    """The error after a SIGINT that only rank 1 gets, in its second update."""
+    train_update = Trainer.train_update
+
+    def interrupting(trainer: Trainer) -> dict[str, float]:
+        if trainer.updates == 1 and not ranks.is_first():
+            signal.raise_signal(signal.SIGINT)
+        return train_update(trainer)
+
+    Trainer.train_update = interrupting
+    try:
+        train(*arguments)
+    except KeyboardInterrupt:
+        return "KeyboardInterrupt"
+    finally:
+        Trainer.train_update = train_update
+    return "no error"
+
+
 def train_until_killed(update: int, *arguments: str) -> None:
     """`train`, but SIGKILL in the middle of the learning of `update`."""
     backward, calls = ppo._backward, []

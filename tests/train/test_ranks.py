@@ -294,6 +294,12 @@ def test_a_killed_run_resumes_to_the_same_parameters(pools, tmp_path, count):
     assert_same_end(killed / "checkpoint.pt", whole / "checkpoint.pt")
 
 
+def test_ctrl_c_on_one_rank_saves_and_stops_all(two_ranks, tmp_path):
+    arguments = (*SMALL, "--steps", str(100 * STEPS), "--checkpoint-interval", "0", "--out", str(tmp_path / "run"))
+    assert two_ranks(rank_jobs.interrupted_on_one_rank, *arguments) == ["KeyboardInterrupt", "KeyboardInterrupt"]
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["counters"]["updates"] == 2
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A checkpoint after update 2 of 4 and what an undisturbed run ends with."""
