@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, read without running any code that they carry."""
+"""Checkpoint files: written atomically, read without executing code from the file."""
 
 import contextlib
 import os
@@ -9,41 +9,34 @@ from typing import Any
 
 import torch
 
-# the first entry of every file; another value is another program's file
+from metta_fastagent.ops._checks import first_line
+
+# identifies the files of this trainer
 FORMAT = "metta_fastagent.train.checkpoint"
 VERSION = 2
 REQUIRED = (
-    "config",
-    "counters",
-    "model",
-    "optimizer",
-    "initial_weights",
-    "initial_weight_magnitudes",
-    "action_names",
-    "max_action_args",
-    "feature_mapping",
-    # for each rank: its memory, environment, rollout and random
+    *("config", "counters", "model", "optimizer", "initial_weights", "initial_weight_magnitudes"),
+    *("action_names", "max_action_args", "feature_mapping"),
+    # per rank: memory, environment, rollout and random
     "ranks",
-    "package_version",
-    "torch_version",
-    "backend",
+    *("package_version", "torch_version", "backend"),
 )
 
 
 class CheckpointError(ValueError):
-    """The file is missing, damaged, or no checkpoint of this trainer; the message says which, with the path."""
+    """A file is missing, damaged or not a checkpoint of this trainer, or it is of a different run."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values, every key of REQUIRED) to `path`.
+    """Write `state` (tensors and plain values, with all keys of REQUIRED) to `path` atomically.
 
-    The file appears whole: it is written under another name in the same folder, flushed to the disk and renamed, so a
-    crash on the way leaves the previous file as it was.
+    It is written to a temporary file in the same folder, flushed to the disk and renamed, so that a crash leaves the
+    previous file intact.
     """
     missing = [key for key in REQUIRED if key not in state]
     if missing:
-        raise ValueError(f"state must have every key of REQUIRED, lacks {missing}")
-    # one name per checkpoint: what a killed process left is overwritten by the next one
+        raise ValueError(f"state: got no {', '.join(missing)}, expected all keys of REQUIRED")
+    # a fixed name, so that the next save overwrites what a killed process left
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with open(unfinished, "wb") as file:
@@ -58,51 +51,51 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, tensors placed on `device`. Raises CheckpointError."""
+    """The state that `save_checkpoint` wrote, with tensors on `device`. Raises CheckpointError."""
     _check_archive(path)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
-        # torch's own message is a page on how to load the file nevertheless
-        raise CheckpointError(f"{path} is no checkpoint of this trainer (not only tensors and plain values)") from None
+        # torch's own message is a page about loading the file anyway
+        raise _unusable(path, "a file with other objects than tensors and plain values") from None
     except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no checkpoint of this trainer ({_first_line(error)})") from None
+        raise _unusable(path, f"a file that torch cannot load ({first_line(error)})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of this trainer (it has no format {FORMAT!r})")
+        raise _unusable(path, f"a file without the format {FORMAT!r}")
     if state.get("version") != VERSION:
-        raise CheckpointError(f"{path} has checkpoint version {state.get('version')!r}, this trainer reads {VERSION}")
+        raise _unusable(path, f"version {state.get('version')!r}", f"version {VERSION}")
     missing = [key for key in REQUIRED if key not in state]
     if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}")
+        raise _unusable(path, f"a file without {', '.join(missing)}")
     return state
 
 
+def _unusable(path: Path, came: str, expected: str = "a checkpoint of this trainer") -> CheckpointError:
+    return CheckpointError(f"{path}: got {came}, expected {expected}")
+
+
 def _check_archive(path: Path) -> None:
-    """torch reads entries without looking at their checksums, which would let damaged weights through."""
+    """Check the archive's checksums, which torch ignores."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
+        raise _unusable(path, "no such file") from None
     except IsADirectoryError:
-        raise CheckpointError(f"{path} is a folder; give the checkpoint file inside it") from None
+        raise _unusable(path, "a folder", "a checkpoint file such as checkpoint.pt inside it") from None
     except OSError as error:
-        raise CheckpointError(f"{path} can not be read ({error.strerror or error})") from None
+        raise _unusable(path, f"an unreadable file ({error.strerror or error})") from None
     except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({_first_line(error)})") from None
+        raise _unusable(path, f"a damaged or foreign file ({first_line(error)})") from None
     if damaged is not None:
-        raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
+        raise _unusable(path, f"a damaged file (checksum of {damaged})")
 
 
 def _sync_folder(folder: Path) -> None:
-    # a folder can not be opened for this on every system; the file itself is on the disk by now
+    # not all systems can open a folder; the file itself is already on the disk
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

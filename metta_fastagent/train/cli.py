@@ -1,11 +1,17 @@
 """The command line: `python -m metta_fastagent.train`."""
 
 import argparse
+import os
 import shlex
+import signal
+import statistics
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 
@@ -14,36 +20,35 @@ from metta_fastagent.train import ranks
 from metta_fastagent.train.checkpoint import load_checkpoint, save_checkpoint
 from metta_fastagent.train.config import DEFAULTS, TrainConfig
 from metta_fastagent.train.evaluate import Evaluation, evaluate
-from metta_fastagent.train.report import Log, draw_learning_curve, make_progress, summary, time_split
-from metta_fastagent.train.stopwatch import PHASES
+from metta_fastagent.train.report import Log, draw_learning_curve, make_progress, require_packages, summary, time_split
+from metta_fastagent.train.timer import PHASES
 from metta_fastagent.train.trainer import COLUMNS, Trainer, TrainingDiverged
 
 PROGRAM = "python -m metta_fastagent.train"
 CHECKPOINT = "checkpoint.pt"
-# what a resumed run may set anew: nothing that an update depends on but its length and its place
+# options that a resumed run may change; the others must match, so that it equals an uninterrupted run
 RESUMABLE = ("steps", "device", "threads", "checkpoint_interval", "check_ranks")
 
 
-class Refused(ValueError):
-    """What the user asked for can not be done; shown as one line."""
+class UsageError(ValueError):
+    """An invalid request of the user, shown as one line."""
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise Refused(message)
+        raise UsageError(f"{message}; see --help")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train, evaluate, report. Returns 0; 1 where training diverged; 2 for a wrong request; 130 on Ctrl-C.
+    """Train, evaluate and report. Returns 0, 1 if training diverged, 2 for an invalid request, or 130 on Ctrl-C.
 
-    Started by torchrun it is one of several ranks, all of which return the same.
+    With torchrun, all ranks return the same.
     """
     try:
-        with ranks.joined():
+        with ranks.process_group():
             return _run(arguments)
     except ranks.LaunchError as error:
-        print(_error_line(error), file=sys.stderr)
-        return 2
+        return _fail(error, 2)
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -52,58 +57,64 @@ def _run(arguments: list[str] | None) -> int:
         trainer, folder, log = prepare(options)
     except (ValueError, TypeError, ImportError, OSError, ranks.RankError) as error:
         return _fail(error, 2)
+    except KeyboardInterrupt:
+        _say("interrupted before training")
+        return 130
     try:
         train(trainer, folder, log, options["quiet"])
-        ranks.together(lambda: None if log is None else report(trainer, folder, log))
+        ranks.run_on_all_ranks(lambda: None if log is None else report(trainer, folder, log))
     except (TrainingDiverged, ranks.RanksDiffer) as error:
         return _fail(error, 1)
     except (OSError, ranks.RankError) as error:
         return _fail(error, 2)
     except KeyboardInterrupt:
         saved = folder / CHECKPOINT
-        hint = f"to go on: {resume_command(saved)}" if saved.exists() else "no checkpoint yet"
-        return _fail(f"stopped; {hint}", 130)
+        _say(f"interrupted; {f'resume with: {resume_command(saved)}' if saved.exists() else 'no checkpoint saved'}")
+        return 130
     return 0
 
 
-def _fail(error: Exception | str, code: int) -> int:
-    # all ranks fail together: one line is enough
-    if ranks.is_first():
-        print(_error_line(error), file=sys.stderr)
+def _fail(error: Exception, code: int) -> int:
+    _say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
     return code
 
 
-def _error_line(error: Exception | str) -> str:
-    return f"{PROGRAM}: error: {' '.join(str(error).split()) or type(error).__name__}"
+def _say(message: str) -> None:
+    # one line is enough for all ranks
+    if ranks.is_first():
+        print(f"{PROGRAM}: {message}", file=sys.stderr)
 
 
 def resume_command(checkpoint: Path) -> str:
-    """What to type to go on from `checkpoint` with as many ranks as now."""
-    start = f"torchrun --nproc-per-node={ranks.count()}{PROGRAM.removeprefix('python')}"
-    return f"{start if ranks.count() > 1 else PROGRAM} --resume {shlex.quote(str(checkpoint))}"
+    """The shell command that resumes from `checkpoint` with this Python and number of ranks, in this folder."""
+    python = Path(sys.executable or "python")
+    if python.is_relative_to(Path.cwd()) and python.parent != Path.cwd():
+        python = python.relative_to(Path.cwd())
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks.world_size()}"]
+    start = [str(python), *(launcher if ranks.world_size() > 1 else ())]
+    return shlex.join([*start, "-m", "metta_fastagent.train", "--resume", str(checkpoint)])
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """One option per field of TrainConfig, absent from the result where it was not given, and those of the run."""
+    """Options of the run, and one per field of TrainConfig, which is absent from the result if it is not given."""
     parser = Parser(PROGRAM, description="Train Fast with recurrent PPO.", allow_abbrev=False)
-    parser.add_argument("--out", type=Path, help="folder for logs and checkpoints (default: runs/<env>-seed<k>)")
-    parser.add_argument("--resume", type=Path, metavar="PATH", help="go on from this checkpoint")
-    parser.add_argument("--quiet", action="store_true", help="show the closing summary only")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the run (default: runs/ENV-seedN; with --resume that of the checkpoint)"
+    )
+    parser.add_argument("--resume", type=Path, metavar="PATH", help="resume from this checkpoint file")
+    parser.add_argument("--quiet", action="store_true", help="print the final summary only")
     for each in fields(TrainConfig):
-        name = "--" + each.name.replace("_", "-")
-        common: dict[str, Any] = {
-            "default": argparse.SUPPRESS,
-            "help": f"{each.metadata['help']} ({_default(each.name)})",
-        }
-        if each.type is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, **common)
-        else:
-            parser.add_argument(name, type=each.type, metavar="X", **common)
+        name, kind = "--" + each.name.replace("_", "-"), cast(type, each.type)
+        text = f"{each.metadata['help']} ({_default(each.name)})"
+        form: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if kind is not bool:
+            form = {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument(name, default=argparse.SUPPRESS, help=text, **form)
     return parser
 
 
 def _default(name: str) -> str:
-    """As in "default: 320000 for memory, 200000 for mettagrid"."""
+    """For example "default: 0.95" or "default: 128 for memory, 64 for mettagrid"."""
     values = {env: getattr(TrainConfig.for_environment(env), name) for env in DEFAULTS}
     if name == "env":
         return f"{' or '.join(DEFAULTS)}, default: memory"
@@ -113,7 +124,7 @@ def _default(name: str) -> str:
 
 
 class Request(NamedTuple):
-    """What to train, where its files go, and where a resumed run stood."""
+    """The checked options: what to train, the folder of the run, and the checkpoint to resume from."""
 
     config: TrainConfig
     folder: Path
@@ -122,17 +133,14 @@ class Request(NamedTuple):
 
 
 def prepare(options: dict[str, Any]) -> tuple[Trainer, Path, Log | None]:
-    """Check the whole request before anything is trained; what fails here is the request's fault.
-
-    Only the first rank has a log.
-    """
-    config, folder, resume, state = ranks.together(lambda: read_request(options))
+    """Check the request and build the trainer, its folder and its log. Only rank 0 has a log."""
+    config, folder, resume, state = ranks.run_on_all_ranks(lambda: read_request(options))
     if config.threads:
         torch.set_num_threads(config.threads)
     trainer = Trainer(config)
     if state is not None:
-        ranks.together(lambda: trainer.load_state_dict(state))
-        _compare_backends(state["backend"], metta_fastagent.backend(trainer.device))
+        ranks.run_on_all_ranks(lambda: trainer.load_state_dict(state))
+        _note_differences(trainer, state["backend"])
 
     def open_log() -> Log | None:
         if not ranks.is_first():
@@ -140,42 +148,43 @@ def prepare(options: dict[str, Any]) -> tuple[Trainer, Path, Log | None]:
         _make_writable(folder)
         return Log(folder, COLUMNS, source=resume and resume.parent, after=trainer.updates)
 
-    return trainer, folder, ranks.together(open_log)
+    return trainer, folder, ranks.run_on_all_ranks(open_log)
 
 
 def read_request(options: dict[str, Any]) -> Request:
-    """The options, checked as far as that is possible without a trainer."""
+    """Check the options as far as possible without a trainer."""
     given = {each.name: options[each.name] for each in fields(TrainConfig) if each.name in options}
-    # fails here and not after hours where it is not installed
-    import matplotlib  # noqa: F401
-
+    require_packages(options["quiet"])
     resume: Path | None = options["resume"]
-    if resume is not None:
-        state = load_checkpoint(resume)
-        return Request(resumed_config(state["config"], given), options["out"] or resume.parent, resume, state)
-    config = TrainConfig.for_environment(**given)
-    folder = options["out"] or _unused_folder(Path("runs") / f"{config.env}-seed{config.seed}")
-    if (folder / CHECKPOINT).exists():
-        raise Refused(f"--out {folder} holds a run; go on with --resume {folder / CHECKPOINT}, or name another")
-    return Request(config, folder, None, None)
+    state = None if resume is None else load_checkpoint(resume)
+    config = TrainConfig.for_environment(**given) if state is None else resumed_config(state["config"], given)
+    default = resume.parent if resume else _unused_folder(Path("runs") / f"{config.env}-seed{config.seed}")
+    folder = options["out"] or default
+    if (folder / CHECKPOINT).exists() and not (resume and folder.samefile(resume.parent)):
+        hint = f"to continue that run, pass --resume {folder / CHECKPOINT}"
+        raise UsageError(f"--out: got {folder}, which has a checkpoint, expected a folder without one; {hint}")
+    return Request(config, folder, resume, state)
 
 
-def _compare_backends(saved: str, now: str) -> None:
-    if saved != now and ranks.is_first():
-        was = f"the checkpoint was written with backend {saved}, this run goes on with {now}"
-        print(f"{PROGRAM}: note: {was}: its random draws differ", file=sys.stderr)
+def _note_differences(trainer: Trainer, saved_backend: str) -> None:
+    backend = metta_fastagent.backend(trainer.device)
+    if backend != saved_backend:
+        _say(f"note: the checkpoint is of backend {saved_backend}, this run uses {backend}: its random numbers differ")
+    if trainer.updates >= trainer.last_update:
+        have = f"the checkpoint has {trainer.steps} steps and --steps is {trainer.config.steps}"
+        _say(f"note: {have}: nothing to train, only evaluating; to continue, pass e.g. --steps {2 * trainer.steps}")
 
 
 def resumed_config(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
-    """The checkpoint's config with what was given on top; ValueError where that is none of RESUMABLE and differs."""
+    """The checkpoint's config, overridden by the given options. Raises UsageError if others than RESUMABLE differ."""
     for name, value in given.items():
         if name not in RESUMABLE and value != saved.get(name):
-            raise Refused(f"{name} is {saved.get(name)!r} in the checkpoint and can not change to {value!r}")
+            raise UsageError(f"{name}: got {value!r}, expected {saved.get(name)!r} as in the checkpoint")
     return replace(TrainConfig.from_dict(saved), **given)
 
 
 def _unused_folder(folder: Path) -> Path:
-    """`folder`, or the first of `folder`-2, `folder`-3 ... that holds no run."""
+    """`folder`, or the first of `folder`-2, `folder`-3, ... without a checkpoint."""
     candidate, number = folder, 1
     while (candidate / CHECKPOINT).exists():
         number += 1
@@ -190,13 +199,42 @@ def _make_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise Refused(f"--out {folder} can not be written to ({error.strerror or error})") from None
+        raise UsageError(f"--out: got {folder} ({error.strerror or error}), expected a writable folder") from None
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt at once.
+
+    Does nothing outside the main thread, or if SIGINT is ignored or has a handler of the caller.
+    """
+    received: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if ranks.is_first():
+            # print is not reentrant
+            os.write(2, b"\ninterrupted: saving a checkpoint after this update; Ctrl-C again to stop now\n")
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def train(trainer: Trainer, folder: Path, log: Log | None, quiet: bool) -> None:
-    """Run to the end of the configured steps, with logs and checkpoints on the way."""
+    """Train for the configured steps, with logs and checkpoints.
+
+    After Ctrl-C on any rank, all ranks finish the update, save a checkpoint and raise KeyboardInterrupt.
+    """
     interval = trainer.config.checkpoint_interval
-    total_steps = trainer.last_update * trainer.config.steps_per_update(ranks.count())
+    total_steps = trainer.last_update * trainer.config.steps_per_update(ranks.world_size())
     progress = make_progress(total_steps, trainer.steps, quiet or log is None)
 
     def after_update(row: dict[str, float]) -> None:
@@ -206,36 +244,43 @@ def train(trainer: Trainer, folder: Path, log: Log | None, quiet: bool) -> None:
             metrics = trainer.agent.maybe_compute_weight_metrics(trainer.updates)
             if metrics is not None:
                 log.add_weight_metrics(trainer.updates, metrics)
-        if trainer.updates == trainer.last_update or (interval and trainer.updates % interval == 0):
+        stop = any(ranks.all_gather(interrupted()))
+        if stop or trainer.updates == trainer.last_update or (interval and trainer.updates % interval == 0):
             save(trainer, folder / CHECKPOINT)
+        if stop:
+            raise KeyboardInterrupt
 
     try:
-        trainer.run(after_update)
+        if trainer.updates and not ranks.all_gather((folder / CHECKPOINT).exists())[0]:
+            # resumed into another folder
+            save(trainer, folder / CHECKPOINT)
+        with deferred_interrupt() as interrupted:
+            trainer.run(after_update)
     finally:
         progress.close()
 
 
 def save(trainer: Trainer, path: Path) -> None:
-    """Write the state of all ranks to one file; no rank goes on before it is there."""
+    """Write the state of all ranks to one file; all ranks wait until it is complete."""
     state = trainer.state_dict()
-    ranks.together(lambda: save_checkpoint(path, state) if ranks.is_first() else None)
+    ranks.run_on_all_ranks(lambda: save_checkpoint(path, state) if ranks.is_first() else None)
 
 
 def report(trainer: Trainer, folder: Path, log: Log) -> Evaluation:
-    """Compare with a random and a scripted policy, draw the curve, print the summary."""
+    """Evaluate, draw the learning curve and print the summary."""
     config = trainer.config
     evaluation = evaluate(trainer.agent, config)
-    levels = {"random": _mean(evaluation.random)}
+    baselines = {"random": statistics.fmean(evaluation.random)}
     if evaluation.scripted:
-        levels["scripted"] = _mean(evaluation.scripted)
+        baselines["scripted"] = statistics.fmean(evaluation.scripted)
     plot = folder / "learning_curve.png"
-    draw_learning_curve(plot, log.rows, f"Fast on {config.env}, seed {config.seed}, {_devices(config)}", levels)
+    draw_learning_curve(plot, log.rows, f"Fast on {config.env}, seed {config.seed}, {_devices(config)}", baselines)
     phases = {f"{phase}_seconds": sum(row[f"{phase}_seconds"] for row in log.rows) for phase in PHASES}
     backend = metta_fastagent.backend(trainer.device)
     rate = trainer.steps / trainer.seconds if trainer.seconds else 0.0
-    each = " on rank 0" if ranks.count() > 1 else ""
+    where = " on rank 0" if ranks.world_size() > 1 else ""
     facts = {
-        "trained": f"{trainer.steps:,} steps in {trainer.seconds:.1f} s ({trainer.cpu_seconds:.1f} s of CPU{each})",
+        "trained": f"{trainer.steps:,} steps in {trainer.seconds:.1f} s ({trainer.cpu_seconds:.1f} s of CPU{where})",
         "speed": f"{rate:,.0f} steps/s: {time_split(phases)}",
         "backend": f"{backend} on {_devices(config)}",
         "learning curve": str(plot),
@@ -246,9 +291,5 @@ def report(trainer: Trainer, folder: Path, log: Log) -> Evaluation:
 
 
 def _devices(config: TrainConfig) -> str:
-    """As in "cpu" or "2 x cuda"."""
-    return f"{ranks.count()} x {config.device}" if ranks.count() > 1 else config.device
-
-
-def _mean(values: tuple[float, ...]) -> float:
-    return sum(values) / len(values)
+    """For example "cpu" or "2 x cuda"."""
+    return f"{ranks.world_size()} x {config.device}" if ranks.world_size() > 1 else config.device

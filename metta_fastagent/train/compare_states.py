@@ -1,8 +1,8 @@
-"""Two runs on the memory task, segments from the rollout's state and from zeros, in one plot.
+"""Compare training from the stored LSTM state with training from a zero state, on the memory task.
 
-`python -m metta_fastagent.train.compare_states`. The cue is shown some steps before the first switch can be pressed,
-and segments are shorter than that, so no gradient ever flows from a press back to its cue: what the policy may know of
-the cue is in the state that a segment starts from.
+`python -m metta_fastagent.train.compare_states`. Segments are shorter than the delay between the cue and the first
+effective press, so no gradient flows from a press back to its cue: when it is trained, a press depends on the cue only
+through the state at the start of its segment.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from metta_fastagent.train import report
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.evaluate import WORLDS, Evaluation, evaluate
-from metta_fastagent.train.report import Row, finish_curves, make_progress, new_curves, returns_by_step, smoothed
 from metta_fastagent.train.trainer import Trainer, TrainingDiverged
 
 PROGRAM = "python -m metta_fastagent.train.compare_states"
@@ -28,17 +28,17 @@ NUM_ENVS = 512
 STEPS = 1_500_000
 # label in the plot -> the ablation
 RUNS = {"stored state": False, "zero state": True}
-# told apart in grey print too: dark and solid, light and dashed
+# distinct in grayscale: dark and solid, light and dashed
 STYLES = {"stored state": ("#1f4e79", "-"), "zero state": ("#d98032", "--")}
 
 
 class Run(NamedTuple):
-    rows: list[Row]
+    rows: list[report.Row]
     evaluation: Evaluation
 
 
 def configuration(zero_segment_state: bool, seed: int, steps: int) -> TrainConfig:
-    """The run's configuration; its environment has the options TASK."""
+    """The configuration of a run; TASK has the options of its environment."""
     return TrainConfig.for_environment(
         "memory",
         seed=seed,
@@ -54,12 +54,12 @@ def configuration(zero_segment_state: bool, seed: int, steps: int) -> TrainConfi
 
 
 def train(config: TrainConfig) -> Run:
-    """Train on the task and evaluate. Sets the number of torch's threads, as the trainer's command does."""
+    """Train on the task and evaluate. Sets torch's number of threads."""
     torch.set_num_threads(config.threads)
     trainer, rows = Trainer(config, **TASK), []
-    progress = make_progress(config.steps, 0, quiet=False)
+    progress = report.make_progress(config.steps, 0, quiet=False)
 
-    def after_update(row: Row) -> None:
+    def after_update(row: report.Row) -> None:
         rows.append(row)
         progress.update(row)
 
@@ -71,17 +71,17 @@ def train(config: TrainConfig) -> Run:
 
 
 def draw(path: Path, runs: dict[str, Run], seed: int) -> None:
-    """Mean return over environment steps of every run, with the random and the scripted policy's level, as a PNG."""
-    figure, axes = new_curves()
+    """Plot the mean return of each run over environment steps, with the returns of both baselines, as a PNG."""
+    figure, axes = report.new_axes()
     for name, run in runs.items():
         color, style = STYLES[name]
-        steps, returns = returns_by_step(run.rows)
+        steps, returns = report.returns_by_step(run.rows)
         label = f"{name} ({statistics.fmean(run.evaluation.learned):.3g} at the end)"
-        axes.plot(steps, smoothed(returns), color=color, linestyle=style, linewidth=1.8, label=label)
+        axes.plot(steps, report.smoothed(returns), color=color, linestyle=style, linewidth=1.8, label=label)
     evaluation = next(iter(runs.values())).evaluation
-    levels = {"scripted": statistics.fmean(evaluation.scripted or ()), "random": statistics.fmean(evaluation.random)}
+    baselines = {"scripted": statistics.fmean(evaluation.scripted or ()), "random": statistics.fmean(evaluation.random)}
     task = f"cue {TASK['delay']} steps before a press, segments of {SEGMENT_LENGTH} steps"
-    finish_curves(axes, f"Memory task, seed {seed}: {task}", levels, ("-.", ":"))
+    report.finish_axes(axes, f"Memory task, seed {seed}: {task}", baselines, ("-.", ":"))
     axes.set_xlabel("environment steps, thousands")
     axes.set_ylim(0, 1.05)
     axes.xaxis.set_major_formatter(lambda value, position: f"{value / 1000:,.0f}")
@@ -90,23 +90,26 @@ def draw(path: Path, runs: dict[str, Run], seed: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train both, print the scores, draw the plot. Returns 0, or 1 where training diverged; exits for wrong options."""
+    """Train both, print the scores, draw the plot. Returns 0, 1 if training diverged, or 130 on Ctrl-C."""
     parser = argparse.ArgumentParser(PROGRAM, description=str(__doc__).partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("stored_state.png"), help="the plot (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of both runs (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="environment steps of each run (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of both runs (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="environment steps per run (default: %(default)s)")
     options = parser.parse_args(arguments)
     if not options.out.parent.is_dir():
-        parser.error(f"--out: {options.out.parent} is no folder")
+        parser.error(f"--out: got {options.out}, expected a file in an existing folder")
     runs = {}
     try:
+        report.require_packages()
         for name, zero in RUNS.items():
             print(f"{name}:", flush=True)
             runs[name] = train(configuration(zero, options.seed, options.steps))
             learned, score = statistics.fmean(runs[name].evaluation.learned), runs[name].evaluation.score
             print(f"{name}: mean return {learned:.3f}, score {score:.3f} ({WORLDS} worlds)", flush=True)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
     except TrainingDiverged as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1

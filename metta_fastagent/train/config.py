@@ -1,4 +1,4 @@
-"""TrainConfig: every hyperparameter of a run, its range, and its default per environment."""
+"""TrainConfig: the hyperparameters of a run, their ranges and their defaults per environment."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from metta_fastagent.ops._checks import describe, first_line, require_integer, require_number
+
 Check = tuple[str, Callable[[Any], bool]]
 
 POSITIVE_INT: Check = ("an integer above 0", lambda value: value > 0)
@@ -14,7 +16,7 @@ NON_NEGATIVE_INT: Check = ("an integer of at least 0", lambda value: value >= 0)
 POSITIVE: Check = ("a finite number above 0", lambda value: math.isfinite(value) and value > 0)
 NON_NEGATIVE: Check = ("a finite number of at least 0", lambda value: math.isfinite(value) and value >= 0)
 FRACTION: Check = ("a number from 0 to 1", lambda value: 0 <= value <= 1)
-FLAG: Check = ("true or false", lambda value: True)
+FLAG: Check = ("True or False", lambda value: True)
 SEED: Check = ("an integer from 0 to 2**31 - 1", lambda value: 0 <= value < 2**31)
 
 
@@ -26,7 +28,7 @@ def option(help: str, check: Check) -> Any:
     return field(metadata={"help": help, "check": check})
 
 
-# What differs between the environments, and why. Everything else is in COMMON.
+# Defaults that differ between the environments; all others are in COMMON.
 DEFAULTS: dict[str, dict[str, Any]] = {
     # The plateau of walking to the board and pressing any switch is left after 50 to 250 thousand steps.
     "memory": {"steps": 400_000},
@@ -73,54 +75,55 @@ COMMON: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The hyperparameters of one run. Build it with `TrainConfig.for_environment`, which fills in the defaults.
+    """The hyperparameters of one run. `TrainConfig.for_environment` fills in the defaults.
 
-    Raises ValueError (a value out of its range) or TypeError (a value of another type); both name the field.
+    Raises ValueError for a value out of range and TypeError for a wrong type; both name the field.
     """
 
     env: str = option("environment to train on", one_of(*DEFAULTS))
     device: str = option("torch device, such as cpu or cuda", ("the name of a device", bool))
-    seed: int = option("seed of the weights, the environment and the draws", SEED)
-    steps: int = option("environment steps in total, over all rows and ranks", POSITIVE_INT)
-    num_envs: int = option("rows stepped at once, on each rank", POSITIVE_INT)
-    segment_length: int = option("steps per segment that gradients flow through", POSITIVE_INT)
+    seed: int = option("seed of the weights, the environment and the actions", SEED)
+    steps: int = option("total environment steps of all rows and ranks, rounded up to whole rollouts", POSITIVE_INT)
+    num_envs: int = option("parallel rows of the environment, per rank", POSITIVE_INT)
+    segment_length: int = option("steps per segment, the length of backpropagation through time", POSITIVE_INT)
     epochs: int = option("passes over each rollout", POSITIVE_INT)
     minibatches: int = option("minibatches per pass, each a set of whole segments", POSITIVE_INT)
-    accumulate: int = option("micro-batches per minibatch, whose gradients add up to one step", POSITIVE_INT)
+    accumulate: int = option("micro-batches per minibatch, whose gradients are accumulated", POSITIVE_INT)
     lr: float = option("Adam's learning rate", POSITIVE)
-    anneal_lr: bool = option("let the learning rate fall linearly to 0 over --steps", FLAG)
+    anneal_lr: bool = option("anneal the learning rate linearly to 0 over --steps", FLAG)
     gamma: float = option("discount per step", FRACTION)
-    gae_lambda: float = option("decay of the advantage estimator", FRACTION)
-    bootstrap_truncations: bool = option("let the value of the final observation follow a truncated episode", FLAG)
-    clip_coef: float = option("PPO's clip of the importance ratio", POSITIVE)
-    vf_clip_coef: float = option("PPO2's clip of the value around the rollout's, 0 for none", NON_NEGATIVE)
-    target_kl: float = option("begin no further pass after one with a larger approximate KL, 0 for none", NON_NEGATIVE)
+    gae_lambda: float = option("lambda of generalized advantage estimation", FRACTION)
+    bootstrap_truncations: bool = option("bootstrap truncated episodes with the value of their final observation", FLAG)
+    clip_coef: float = option("clip range of the importance ratio", POSITIVE)
+    vf_clip_coef: float = option("clip range of the value around that of the rollout, 0 for none", NON_NEGATIVE)
+    target_kl: float = option("end an update after a pass whose approximate KL exceeds this, 0 for never", NON_NEGATIVE)
     vf_coef: float = option("weight of the value loss", NON_NEGATIVE)
     ent_coef: float = option("weight of the entropy bonus", NON_NEGATIVE)
-    max_grad_norm: float = option("largest norm of the whole gradient", POSITIVE)
-    clip_range: float = option("the mixin's weight clip after each optimizer step, 0 for none", NON_NEGATIVE)
-    clip_mode: str = option("how clip_range is read", one_of("absolute", "init_scaled"))
-    l2_init_coef: float = option("weight of the distance to the initial weights", NON_NEGATIVE)
-    analyze_weights_interval: int = option("updates between two weight metrics, 0 for none", NON_NEGATIVE_INT)
-    checkpoint_interval: int = option("updates between two checkpoints, 0 for one at the end", NON_NEGATIVE_INT)
-    check_ranks: int = option("updates between two comparisons of all ranks' parameters, 0 for none", NON_NEGATIVE_INT)
-    threads: int = option("threads that torch uses on the CPU, 0 for its own choice", NON_NEGATIVE_INT)
-    reset_state_every_step: bool = option("ablation: zero the LSTM's state at each step (no memory)", FLAG)
-    zero_segment_state: bool = option("ablation: train each segment from zeros, not from the rollout's state", FLAG)
+    max_grad_norm: float = option("maximum gradient norm", POSITIVE)
+    clip_range: float = option("range of the mixin's weight clip after each optimizer step, 0 for none", NON_NEGATIVE)
+    clip_mode: str = option("meaning of --clip-range: absolute or init_scaled", one_of("absolute", "init_scaled"))
+    l2_init_coef: float = option("weight of the squared distance to the initial weights", NON_NEGATIVE)
+    analyze_weights_interval: int = option("updates between weight metrics, 0 for none", NON_NEGATIVE_INT)
+    checkpoint_interval: int = option("updates between checkpoints, 0 for one at the end only", NON_NEGATIVE_INT)
+    check_ranks: int = option("updates between comparisons of all ranks' parameters, 0 for none", NON_NEGATIVE_INT)
+    threads: int = option("CPU threads of torch, 0 for torch's default", NON_NEGATIVE_INT)
+    reset_state_every_step: bool = option("ablation: zero the LSTM state at every step (no memory)", FLAG)
+    zero_segment_state: bool = option("ablation: train segments from a zero LSTM state, not the stored one", FLAG)
 
     @classmethod
     def for_environment(cls, env: str = "memory", **changes: Any) -> "TrainConfig":
-        """The defaults of environment `env`, with `changes` on top."""
+        """The defaults of environment `env`, overridden by `changes`."""
         if env not in DEFAULTS:
-            raise ValueError(f"env must be one of {', '.join(DEFAULTS)}, got {env!r}")
+            raise ValueError(f"env: got {env!r}, expected one of {', '.join(DEFAULTS)}")
         return cls(env=env, **{**COMMON, **DEFAULTS[env], **changes})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """The inverse of `to_dict`; fields that are missing or unknown are a ValueError."""
+        """The inverse of `to_dict`. Raises ValueError for missing or unknown fields."""
         names = {each.name for each in fields(cls)}
         if set(values) != names:
-            raise ValueError(f"config must have exactly the fields of TrainConfig, differs in {names ^ set(values)}")
+            differing = ", ".join(sorted(map(str, names ^ set(values))))
+            raise ValueError(f"config: got missing or unknown fields ({differing}), expected those of TrainConfig")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,39 +131,44 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            _check_field(each.name, getattr(self, each.name), each.type, each.metadata["check"])
+            value = _checked(each.name, getattr(self, each.name), each.type, each.metadata["check"])
+            # plain numbers: a checkpoint cannot hold those of NumPy
+            object.__setattr__(self, each.name, value)
         if self.num_envs % self.minibatches:
-            raise ValueError(f"minibatches must divide num_envs ({self.num_envs}), got {self.minibatches}")
+            raise ValueError(f"minibatches: got {self.minibatches}, expected a divisor of num_envs ({self.num_envs})")
         rows = self.num_envs // self.minibatches
         if rows % self.accumulate:
-            raise ValueError(f"accumulate must divide the rows of a minibatch ({rows}), got {self.accumulate}")
-        _check_device(self.device)
+            raise ValueError(f"accumulate: got {self.accumulate}, expected a divisor of a minibatch's rows ({rows})")
+        require_device("device", self.device)
 
     def steps_per_update(self, ranks: int = 1) -> int:
-        """Environment steps in one update of `ranks` ranks."""
+        """Environment steps per update with `ranks` ranks."""
         return ranks * self.num_envs * self.segment_length
 
     def updates(self, ranks: int = 1) -> int:
-        """Updates in the whole run: `steps` rounded up to whole rollouts of `ranks` ranks."""
+        """Updates in the whole run with `ranks` ranks; `steps` is rounded up to whole rollouts."""
         return -(-self.steps // self.steps_per_update(ranks))
 
 
-def _check_field(name: str, value: Any, kind: Any, check: Check) -> None:
+def _checked(name: str, value: Any, kind: Any, check: Check) -> Any:
     expected, accepts = check
-    # bool is an int to Python; an int is as good as a float
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
+    if kind in (int, float):
+        value = (require_integer if kind is int else require_number)(name, value, expected)
+    elif not isinstance(value, kind):
+        raise TypeError(f"{name}: got {describe(value)}, expected {expected}")
     if not accepts(value):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+    return value
 
 
-def _check_device(name: str) -> None:
+def require_device(name: str, value: object) -> torch.device:
+    """`value` as a torch.device with its index, on which tensors and random generators can be created."""
+    if not isinstance(value, str | torch.device):
+        raise TypeError(f"{name}: got {describe(value)}, expected a torch.device or its name")
     try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it holds no values")
-        torch.empty(1, device=device)
+        device = torch.empty(0, device=value).device
+        torch.Generator(device)
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device must be a device that torch can use here, got {name!r} ({reason})") from None
+        reason = first_line(error)
+        raise ValueError(f"{name}: got {str(value)!r}, expected an available torch device ({reason})") from None

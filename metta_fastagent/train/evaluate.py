@@ -1,4 +1,4 @@
-"""Mean returns of the learned, a random and a scripted policy in the same worlds, and how they compare."""
+"""Evaluation: mean returns of the learned, a random and a scripted policy in the same worlds."""
 
 import copy
 import math
@@ -18,14 +18,14 @@ from metta_fastagent.train.environments import VectorEnvironment, make_environme
 # (observations [N, M, 3], dones bool [N], truncateds bool [N]) -> actions [N, 2]
 Policy = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# evaluation worlds are seeded from here on, so that they are none of the training's (whose seeds are below 2**31)
+# seeds of evaluation worlds start here; those of training are below 2**31
 FIRST_SEED = 2**31
-# many worlds of few rows: rows of one world may share a map, so only worlds are independent samples
+# many worlds of few rows: rows of a world may share a map, so only worlds are independent samples
 WORLDS = 16
 ROWS = 32
-# how often to ask whether every row has finished: each question waits for the device
+# checking whether all rows have finished is a host sync
 STEPS_BETWEEN_CHECKS = 16
-# two-sided 95 % quantiles of Student's t by degrees of freedom (1 to 30); beyond that the last one, which is the wider
+# two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; the last one is conservative for more
 STUDENT_T = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
@@ -35,7 +35,7 @@ STUDENT_T = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean return per row and episode, one number per world seed; each policy met the same worlds."""
+    """Mean episode return over rows, one value per world; the policies played in the same worlds."""
 
     random: tuple[float, ...]
     learned: tuple[float, ...]
@@ -51,12 +51,12 @@ class Evaluation:
 
     @property
     def difference(self) -> tuple[float, float]:
-        """Mean of learned - random, paired by world, and the lower end of its two-sided 95 % interval."""
+        """Mean of learned - random, paired by world, and the lower bound of its two-sided 95 % confidence interval."""
         return mean_and_lower_bound([a - b for a, b in zip(self.learned, self.random, strict=True)])
 
 
 def mean_and_lower_bound(samples: Sequence[float]) -> tuple[float, float]:
-    """Mean of independent samples and the lower end of its two-sided 95 % Student interval (-inf for one sample)."""
+    """Mean of independent samples and the lower bound of its 95 % Student t interval (-inf for one sample)."""
     mean = statistics.fmean(samples)
     if len(samples) < 2:
         return mean, -math.inf
@@ -65,7 +65,7 @@ def mean_and_lower_bound(samples: Sequence[float]) -> tuple[float, float]:
 
 
 def random_policy(env: VectorEnvironment, generator: torch.Generator) -> Policy:
-    """Uniform over every (type, param) pair, which is what an untrained agent does."""
+    """Uniform over all legal (type, parameter) pairs."""
     pairs = ActionSpace(env.action_names, env.max_action_args).action_index_tensor.to(env.device)
 
     def act(observations: Tensor, dones: Tensor, truncateds: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def scripted_policy(env: VectorEnvironment) -> Policy:
 
 
 def learned_policy(agent: Any, reset_state_every_step: bool = False) -> Policy:
-    """Draws from the agent, whose rollout memory advances with every call."""
+    """Samples from the agent; every call advances its rollout memory."""
 
     def act(observations: Tensor, dones: Tensor, truncateds: Tensor) -> Tensor:
         starts = torch.ones_like(dones) if reset_state_every_step else dones
@@ -90,7 +90,7 @@ def learned_policy(agent: Any, reset_state_every_step: bool = False) -> Policy:
 
 
 def play(env: VectorEnvironment, policy: Policy, seed: int, limit: int) -> Tensor:
-    """Reset `env` to `seed` and let every row play its first episode, of at most `limit` steps: returns, float [N]."""
+    """Reset `env` to `seed` and play the first episode of every row, up to `limit` steps. Returns, float [N]."""
     observations = env.reset(seed)
     dones = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
     truncateds = torch.zeros_like(dones)
@@ -108,13 +108,13 @@ def play(env: VectorEnvironment, policy: Policy, seed: int, limit: int) -> Tenso
 
 @torch.no_grad()
 def evaluate(agent: Any, config: TrainConfig, worlds: int = WORLDS, limit: int = 10_000, **options: Any) -> Evaluation:
-    """Let the three policies play one episode per row in `worlds` worlds of ROWS rows each.
+    """Play one episode per row with each of the three policies, in `worlds` worlds of ROWS rows.
 
-    The agent's rollout memory and torch's random state are as before afterwards. `options` go to `make_environment`.
+    Changes neither the agent's rollout memory nor torch's random state. `options` go to `make_environment`.
     """
     device = agent.device
     env = make_environment(config.env, ROWS, device, FIRST_SEED, **options)
-    # the same weights, with a memory of its own
+    # shares the weights, but has its own rollout memory
     player = copy.copy(agent.policy)
     player.allocate_memory(ROWS)
     returns: dict[str, list[float]] = {"random": [], "learned": [], "scripted": []}

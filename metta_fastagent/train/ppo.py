@@ -2,7 +2,7 @@
 
 Schulman et al. 2016 (https://arxiv.org/abs/1506.02438) for the advantages, Schulman et al. 2017
 (https://arxiv.org/abs/1707.06347) for the loss, http://joschu.net/blog/kl-approx.html for the KL estimator k3, PPO2
-(https://github.com/openai/baselines/blob/master/baselines/ppo2/model.py) for the clip of the value.
+(https://github.com/openai/baselines/blob/master/baselines/ppo2/model.py) for the value clip.
 """
 
 from typing import NamedTuple
@@ -14,25 +14,17 @@ from metta_fastagent import DistributedMettaAgent, MettaAgent
 from metta_fastagent.train import ranks
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.experience import Experience
-from metta_fastagent.train.stopwatch import Stopwatch
+from metta_fastagent.train.timer import PhaseTimer
 
-# what `update` averages over its minibatches, in this order
-STATISTICS = (
-    "policy_loss",
-    "value_loss",
-    "entropy",
-    "approx_kl",
-    "clip_fraction",
-    "l2_init_loss",
-    "grad_norm",
-)
+# averaged over minibatches by `update`, in this order
+STATISTICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "l2_init_loss", "grad_norm")
 KL = STATISTICS.index("approx_kl")
-# keeps the normalised advantages finite where a minibatch has all advantages equal
+# keeps normalized advantages finite if all advantages of a minibatch are equal
 ADVANTAGE_EPSILON = 1e-8
 
 
 class PpoLoss(NamedTuple):
-    """The loss to minimise and its parts, all 0-dim and on the device; the parts carry no graph."""
+    """The loss to minimize and its parts, all 0-dim on the device; the parts are detached."""
 
     total: Tensor
     policy_loss: Tensor
@@ -43,20 +35,26 @@ class PpoLoss(NamedTuple):
 
 
 def generalized_advantages(
-    rewards: Tensor, values: Tensor, ends: Tensor, next_value: Tensor, cut_values: Tensor, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    ends: Tensor,
+    next_value: Tensor,
+    bootstrap_values: Tensor,
+    gamma: float,
+    lam: float,
 ) -> Tensor:
     """Generalized advantage estimates.
 
-    delta[t] = rewards[t] + gamma * (cut_values[t] if ends[t] else values[t + 1]) - values[t]
+    delta[t] = rewards[t] + gamma * (bootstrap_values[t] if ends[t] else values[t + 1]) - values[t]
     advantage[t] = delta[t] + gamma * lam * (0 if ends[t] else advantage[t + 1])
 
     Args:
         rewards: float [B, T], reward of step t.
-        values: float [B, T], value of the observation that step t acts on.
-        ends: bool [B, T], True where step t ends an episode, by termination or by truncation.
-        next_value: float [B], value of the observation after the last step; read where that step ends nothing.
-        cut_values: float [B, T], value of what would have come after an episode that step t ends: 0 for a
-            termination, an estimate for a truncation. Read where `ends` is True.
+        values: float [B, T], value of the observation before step t.
+        ends: bool [B, T], True where step t ends an episode, by termination or truncation.
+        next_value: float [B], value of the observation after the last step; used if that step does not end an episode.
+        bootstrap_values: float [B, T], used where `ends` is True: 0 for a termination, the value of the episode's final
+            observation for a truncation.
         gamma: discount per step.
         lam: decay of the estimator.
 
@@ -64,7 +62,7 @@ def generalized_advantages(
         float [B, T]. The targets of the value function are these plus `values`.
     """
     following = torch.cat([values[:, 1:], next_value.unsqueeze(1)], dim=1)
-    deltas = rewards + gamma * torch.where(ends, cut_values, following) - values
+    deltas = rewards + gamma * torch.where(ends, bootstrap_values, following) - values
     decay = gamma * lam * (~ends).to(values.dtype)
     advantages = torch.empty_like(values)
     running = torch.zeros_like(next_value)
@@ -75,7 +73,7 @@ def generalized_advantages(
 
 
 def normalized(advantages: Tensor) -> Tensor:
-    """Each minibatch of `advantages`, float [minibatches, b, T], at mean 0 and deviation 1 over all ranks' shares."""
+    """`advantages`, float [minibatches, b, T], scaled to mean 0 and deviation 1 per minibatch, over all ranks."""
     mean, variance = ranks.moments(advantages, dim=(1, 2))
     return (advantages - mean) / (variance.sqrt() + ADVANTAGE_EPSILON)
 
@@ -94,11 +92,11 @@ def ppo_loss(
     vf_coef: float,
     ent_coef: float,
 ) -> PpoLoss:
-    """The clipped surrogate, half the squared value error and the entropy bonus, means over all arguments' [B, T].
+    """The clipped surrogate, half the squared value error and the entropy bonus, each a mean over [B, T].
 
     total = -mean(min(r A, clip(r, 1 - c, 1 + c) A)) + vf_coef / 2 * mean(E) - ent_coef * mean(H)
     with r = exp(log_prob - old_log_prob), A the advantages (see `normalized`), H the entropy, E = (value - returns)^2.
-    With vf_clip_coef = v > 0, E is the larger one of that and (old_value + clip(value - old_value, -v, v) - returns)^2.
+    With vf_clip_coef = v > 0, E is the larger of that and (old_value + clip(value - old_value, -v, v) - returns)^2.
     KL is estimated by mean(r - 1 - log r), which is never negative.
     """
     log_ratio = log_prob - old_log_prob
@@ -107,8 +105,8 @@ def ppo_loss(
     policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
     error = (value - returns).square()
     if vf_clip_coef:
-        near = old_value + (value - old_value).clamp(-vf_clip_coef, vf_clip_coef)
-        error = torch.maximum(error, (near - returns).square())
+        clipped_value = old_value + (value - old_value).clamp(-vf_clip_coef, vf_clip_coef)
+        error = torch.maximum(error, (clipped_value - returns).square())
     value_loss = 0.5 * error.mean()
     mean_entropy = entropy.mean()
     total = policy_loss + vf_coef * value_loss - ent_coef * mean_entropy
@@ -119,13 +117,10 @@ def ppo_loss(
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over all ranks, 0-dim: 1 is perfect, 0 a constant.
-
-    Not finite where all returns are equal.
-    """
+    """1 - Var(returns - values) / Var(returns) over all ranks, 0-dim; not finite if all returns are equal."""
     _, variances = ranks.moments(torch.stack([returns - values, returns]).flatten(1), dim=(1,))
-    unexplained, all_of_it = variances.squeeze(1)
-    return 1 - unexplained / all_of_it
+    residual, total = variances.squeeze(1)
+    return 1 - residual / total
 
 
 def update(
@@ -135,22 +130,22 @@ def update(
     advantages: Tensor,
     returns: Tensor,
     config: TrainConfig,
-    stopwatch: Stopwatch,
+    timer: PhaseTimer,
 ) -> tuple[Tensor, int]:
     """Up to `config.epochs` passes of PPO over the rollout.
 
-    A minibatch is a random set of whole segments, so that each LSTM state is where the rollout left it. With
-    `config.target_kl`, no further pass begins after one whose approximate KL, the mean over its minibatches and all
-    ranks, each taken before its own step, is above that: all ranks stop together. Only that is read back to the host.
+    A minibatch is a random set of whole segments, each of which starts from the LSTM state that the rollout stored.
+    With `config.target_kl`, all ranks stop after a pass whose approximate KL exceeds it: the mean over minibatches and
+    ranks, each computed before its optimizer step. That comparison is the only host sync.
 
     Returns:
-        float [len(STATISTICS)] on the device, this rank's means over minibatches, and the passes done.
+        float [len(STATISTICS)] on the device, this rank's means over minibatches; and the number of passes.
     """
     total, epochs = torch.zeros(len(STATISTICS), device=advantages.device), 0
     while epochs < config.epochs:
         order = torch.randperm(config.num_envs, device=advantages.device).view(config.minibatches, -1)
         minibatches = map(Minibatch, order, normalized(advantages[order]), returns[order])
-        steps = [_step(learner, optimizer, experience, minibatch, config, stopwatch) for minibatch in minibatches]
+        steps = [_step(learner, optimizer, experience, minibatch, config, timer) for minibatch in minibatches]
         statistics = torch.stack(steps).mean(0)
         total, epochs = total + statistics, epochs + 1
         if config.target_kl and epochs < config.epochs and ranks.mean(statistics[KL]).item() > config.target_kl:
@@ -159,14 +154,14 @@ def update(
 
 
 class Minibatch(NamedTuple):
-    """Segments of one optimizer step: which rows, int64 [b], with their advantages and returns, float [b, T]."""
+    """Segments of one optimizer step: row indices, int64 [b]; advantages and returns, float [b, T]."""
 
     rows: Tensor
     advantages: Tensor
     returns: Tensor
 
     def parts(self, number: int) -> list["Minibatch"]:
-        """`number` equal parts of it, which must divide b."""
+        """Split into `number` equal parts; `number` must divide b."""
         return list(map(Minibatch, *(each.chunk(number) for each in self)))
 
 
@@ -176,19 +171,19 @@ def _step(
     experience: Experience,
     minibatch: Minibatch,
     config: TrainConfig,
-    stopwatch: Stopwatch,
+    timer: PhaseTimer,
 ) -> Tensor:
-    """One optimizer step, its gradient the mean over the micro-batches of all ranks; float [len(STATISTICS)]."""
-    with stopwatch("learning"):
+    """One optimizer step on the mean gradient over micro-batches and ranks; returns float [len(STATISTICS)]."""
+    with timer("learning"):
         optimizer.zero_grad()
         *before, last = minibatch.parts(config.accumulate)
-        with ranks.unsynchronized(learner):
+        with ranks.no_sync(learner):
             losses = [_backward(learner, experience, part, config, 0.0) for part in before]
         distance = learner.l2_init_loss() if config.l2_init_coef else torch.zeros((), device=last.returns.device)
         losses.append(_backward(learner, experience, last, config, config.l2_init_coef * distance))
         grad_norm = nn.utils.clip_grad_norm_(learner.parameters(), config.max_grad_norm)
         optimizer.step()
-    with stopwatch("clip"):
+    with timer("clip"):
         learner.clip_weights()
     return torch.stack([*torch.stack(losses).mean(0), distance.detach(), grad_norm])
 
@@ -200,7 +195,7 @@ def _backward(
     config: TrainConfig,
     regularization: Tensor | float,
 ) -> Tensor:
-    """Add the gradients of a micro-batch's share of the loss and of `regularization`; PpoLoss's parts, float [5]."""
+    """Accumulate the gradients of a micro-batch's loss and of `regularization`; returns PpoLoss's parts, float [5]."""
     rows = part.rows
     out = learner(experience.segments(rows), action=experience.actions[rows])
     loss = ppo_loss(

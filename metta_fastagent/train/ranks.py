@@ -1,7 +1,6 @@
-"""Ranks: the processes of one run, started by torchrun. Everything here also works, at no cost, where there is one.
+"""Ranks: the processes of one run, started by torchrun. With a single process, all of this is a no-op.
 
-The only module that talks to torch.distributed. Tensors meet over NCCL on CUDA and over gloo on the CPU, everything
-else over gloo.
+The only module that uses torch.distributed: NCCL for tensors on CUDA, gloo for tensors on the CPU and for objects.
 """
 
 import hashlib
@@ -15,205 +14,206 @@ import torch
 from torch import Tensor, distributed, nn
 
 from metta_fastagent import DistributedMettaAgent, MettaAgent
+from metta_fastagent.ops._checks import first_line
 
 Result = TypeVar("Result")
 
-START = "torchrun --nproc-per-node=N -m metta_fastagent.train"
-# seeds are below this; torch's CPU generator looks at 32 bits only
-SEEDS = 2**31
-# odd, so that a run's ranks never share a seed; large and irregular, so that neighbouring seeds' ranks do not either
+TORCHRUN = "torchrun --nproc-per-node=N -m metta_fastagent.train"
+# seeds are below this; torch's CPU generator uses 32 bits only
+SEED_LIMIT = 2**31
+# odd, so that ranks of a run never share a seed; large and irregular, so that runs with adjacent seeds do not either
 SEED_STRIDE = 0x1E3779B1
 
 
 class LaunchError(ValueError):
-    """The variables that torchrun sets are broken, or the ranks did not find each other."""
+    """The environment variables of torchrun are invalid, or the ranks could not connect."""
 
 
 class RankError(RuntimeError):
-    """Something failed on another rank; the message names it and says what."""
+    """An error on another rank; the message has its rank and text."""
 
 
 class RanksDiffer(RuntimeError):
-    """Parameters that must be the same on all ranks are not."""
+    """Parameters that must be equal on all ranks differ."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Which of how many processes this one is; `local` counts on one machine."""
+    """Position of this process in the run; `local_rank` counts on one machine."""
 
-    index: int
-    count: int
-    local: int
+    rank: int
+    world_size: int
+    local_rank: int
 
 
 def read_launch(variables: Mapping[str, str]) -> Launch:
-    """What torchrun says in the environment; one process where it says nothing. Raises LaunchError."""
+    """The launch that torchrun's environment variables describe; one process without them. Raises LaunchError."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if not any(name in variables for name in names[:3]):
         return Launch(0, 1, 0)
     missing = [name for name in names if not variables.get(name)]
     if missing:
-        raise LaunchError(f"torchrun's variables are set but for {', '.join(missing)}; use {START}")
-    count = _integer(variables, "WORLD_SIZE", 1, 2**31)
+        raise LaunchError(f"{', '.join(missing)}: got no value, expected all of torchrun's variables; use {TORCHRUN}")
+    world_size = _integer(variables, "WORLD_SIZE", 1, 2**31)
     _integer(variables, "MASTER_PORT", 0, 2**16)
-    return Launch(_integer(variables, "RANK", 0, count), count, _integer(variables, "LOCAL_RANK", 0, count))
+    rank, local_rank = (_integer(variables, name, 0, world_size) for name in ("RANK", "LOCAL_RANK"))
+    return Launch(rank, world_size, local_rank)
 
 
 def _integer(variables: Mapping[str, str], name: str, low: int, above: int) -> int:
     text = variables[name]
     if not (text.isascii() and text.isdecimal() and low <= int(text) < above):
-        raise LaunchError(f"{name} must be an integer from {low} to {above - 1}, got {text!r}; use {START}")
+        raise LaunchError(f"{name}: got {text!r}, expected an integer from {low} to {above - 1}; use {TORCHRUN}")
     return int(text)
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Be one of the ranks that torchrun's variables tell of, and leave them at the end. Raises LaunchError."""
+def process_group() -> Iterator[None]:
+    """Join the process group that torchrun's variables describe, and leave it on exit. Raises LaunchError."""
     launch = read_launch(os.environ)
-    if launch.count == 1:
+    if launch.world_size == 1:
         yield
         return
     cuda = torch.cuda.is_available()
-    if cuda and launch.local < torch.cuda.device_count():
-        torch.cuda.set_device(launch.local)
+    if cuda and launch.local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(launch.local_rank)
     try:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     except (RuntimeError, ValueError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise LaunchError(f"rank {launch.index} did not find the others at {place} ({first_line(error)})") from error
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = first_line(error)
+        raise LaunchError(f"rank {launch.rank} could not join the other ranks at {address} ({reason})") from error
     try:
         yield
     finally:
         distributed.destroy_process_group()
 
 
-def index() -> int:
-    """Which rank this process is."""
+def rank() -> int:
+    """The rank of this process."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def count() -> int:
-    """How many ranks there are."""
+def world_size() -> int:
+    """The number of ranks."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def is_first() -> bool:
-    """Whether this rank is the one that logs, draws, evaluates and writes."""
-    return index() == 0
+    """Whether this is rank 0, which logs, evaluates, plots and writes files."""
+    return rank() == 0
 
 
 def device(name: str) -> torch.device:
-    """The device called `name`; of several ranks on CUDA, each has the device of its number on its machine.
+    """The device called `name`; with several ranks on CUDA, the device whose index is the local rank.
 
-    Raises ValueError where that device is missing, or `name` has a number.
+    Raises ValueError if that device is missing, or if `name` has an index and there are several ranks.
     """
     named = torch.device(name)
-    if count() == 1 or named.type != "cuda":
+    if world_size() == 1 or named.type != "cuda":
         return named
     if named.index is not None:
-        raise ValueError(f"device must be cuda, without a number, where there are several ranks, got {name!r}")
-    local, present = read_launch(os.environ).local, torch.cuda.device_count()
-    if local >= present:
-        raise ValueError(f"device must be there for every rank; rank {index()} wants cuda:{local}, there are {present}")
-    return torch.device("cuda", local)
+        raise ValueError(f"device: got {name!r}, expected 'cuda' without an index with several ranks")
+    local_rank, present = read_launch(os.environ).local_rank, torch.cuda.device_count()
+    if local_rank >= present:
+        raise ValueError(f"device: got {name!r} with {present} GPUs, expected cuda:{local_rank} for rank {rank()}")
+    return torch.device("cuda", local_rank)
 
 
 def seed(first: int) -> int:
-    """The seed of this rank, `(first + rank * SEED_STRIDE) % SEEDS`, where rank 0 has `first`.
+    """The seed of this rank, `(first + rank * SEED_STRIDE) % SEED_LIMIT`; rank 0 gets `first`.
 
-    It seeds the rank's environment, and on all ranks but rank 0 the draws; those of rank 0 follow the ones of the
-    initial weights.
+    It seeds the rank's environment and, except on rank 0, torch's random numbers after the weights are initialised.
+    Rank 0 continues the random stream of the initialisation.
     """
-    return (first + index() * SEED_STRIDE) % SEEDS
+    return (first + rank() * SEED_STRIDE) % SEED_LIMIT
 
 
 def mean(values: Tensor) -> Tensor:
-    """The average over the ranks of `values`, a float tensor of one shape, bit for bit the same on all of them."""
-    if count() == 1:
+    """Average of `values` (float, same shape on all ranks) over the ranks; all ranks get the same bits."""
+    if world_size() == 1:
         return values
     total = values.detach().clone()
     distributed.all_reduce(total)
-    return total / count()
+    return total / world_size()
 
 
 def moments(values: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Mean and variance (without correction) over `dim`, which stays as 1, and over the equal shares of all ranks.
+    """Mean and biased variance over `dim` (kept as size 1) and over the ranks, whose `values` have the same shape.
 
-    Two passes: the variance does not suffer where the mean is large.
+    Two passes, so that a large mean does not cancel the variance.
     """
     center = mean(values.mean(dim, keepdim=True))
     return center, mean((values - center).square().mean(dim, keepdim=True))
 
 
-def gather(value: Any) -> list[Any]:
-    """The `value` of each rank, in order, on all of them; it travels as a pickle, tensors in it on the CPU."""
-    if count() == 1:
+def all_gather(value: Any) -> list[Any]:
+    """The `value` of each rank, in order of rank, on all ranks; pickled, so tensors must be on the CPU."""
+    if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * count()
+    values: list[Any] = [None] * world_size()
     distributed.all_gather_object(values, value)
     return values
 
 
-def together(action: Callable[[], Result]) -> Result:
-    """`action()` on every rank; an error on any of them is one on all, so that none goes on alone and waits forever.
+def run_on_all_ranks(action: Callable[[], Result]) -> Result:
+    """`action()` on every rank. If it fails on one rank, all ranks raise, so that none waits forever in a collective.
 
-    A rank raises its own error, else a RankError. `action` must not wait for other ranks itself.
+    A rank raises its own error if it has one, else a RankError. `action` must not use collectives itself.
     """
-    if count() == 1:
+    if world_size() == 1:
         return action()
     result, failure = None, None
     try:
         result = action()
     except Exception as error:
         failure = error
-    messages = gather(None if failure is None else first_line(failure))
+    messages = all_gather(None if failure is None else first_line(failure))
     if failure is not None:
         raise failure
-    for rank, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if message is not None:
-            raise RankError(f"rank {rank}: {message}")
+            raise RankError(f"rank {index}: {message}")
     return result  # pyright: ignore[reportReturnType]
 
 
-def wrap(agent: MettaAgent, device: torch.device) -> MettaAgent | DistributedMettaAgent:
-    """What to train: `agent`, or with several ranks one that averages gradients and starts from rank 0's parameters."""
-    if count() == 1:
+def wrap_ddp(agent: MettaAgent, device: torch.device) -> MettaAgent | DistributedMettaAgent:
+    """The module to train: `agent`, or with several ranks a DistributedDataParallel around it.
+
+    The wrapper averages gradients over the ranks and broadcasts rank 0's parameters.
+    """
+    if world_size() == 1:
         return agent
     learner = DistributedMettaAgent(agent, device)
-    # other machines may have initialised their weights a little differently
+    # initial weights may differ slightly between machines
     agent.update_l2_init_weight_copy()
-    agent.policy.initial_weight_magnitudes = gather(agent.policy.initial_weight_magnitudes)[0]
+    agent.policy.initial_weight_magnitudes = all_gather(agent.policy.initial_weight_magnitudes)[0]
     return learner
 
 
-def unsynchronized(learner: MettaAgent | DistributedMettaAgent) -> AbstractContextManager[None]:
-    """Inside, a backward adds up gradients on each rank alone."""
+def no_sync(learner: MettaAgent | DistributedMettaAgent) -> AbstractContextManager[None]:
+    """A context in which backward accumulates gradients on each rank without averaging them over the ranks."""
     return learner.no_sync() if isinstance(learner, DistributedMettaAgent) else nullcontext()
 
 
-def check_same(module: nn.Module, when: str) -> None:
-    """Compare all parameters bit for bit across ranks; RanksDiffer names the ranks that differ from rank 0.
+def check_parameters_equal(module: nn.Module, when: str) -> None:
+    """Compare all parameters bit for bit across ranks. Copies them to the host.
 
-    Reads the parameters back to the host.
+    Raises RanksDiffer, which names the ranks that differ from rank 0.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
-    hashes = gather(parameter_hash(module))
-    different = [str(rank) for rank, found in enumerate(hashes) if found != hashes[0]]
+    hashes = all_gather(parameter_hash(module))
+    different = [str(index) for index, found in enumerate(hashes) if found != hashes[0]]
     if different:
         plural = "ranks" if len(different) > 1 else "rank"
         raise RanksDiffer(f"{when}, the parameters of {plural} {', '.join(different)} differ from those of rank 0")
 
 
 def parameter_hash(module: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of all parameters."""
+    """SHA-256 of the names, shapes, dtypes and bytes of all parameters."""
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype};".encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of the error's message, else its type."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,39 +1,37 @@
-"""What a run shows and leaves behind: progress, CSV and JSON-lines logs, the learning curve, the closing summary."""
+"""Output of a run: progress, CSV and JSON Lines logs, the learning curve and the final summary."""
 
 import csv
+import importlib
 import json
 import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from metta_fastagent.train.evaluate import Evaluation
-from metta_fastagent.train.stopwatch import PHASES
+from metta_fastagent.train.timer import PHASES
 
 Row = Mapping[str, float]
 
-# without a terminal, a line this often (seconds)
+# seconds between progress lines
 LINE_INTERVAL = 10.0
-# the curve's bold line is a mean over this share of the updates
+# window of the smoothed curve, as a share of the updates
 SMOOTHING_SHARE = 0.03
 
 
-class Progress(Protocol):
-    def update(self, row: Row) -> None: ...
-    def close(self) -> None: ...
+class Progress:
+    """Shows nothing; the base of the classes that show progress."""
 
-
-class Silent:
     def update(self, row: Row) -> None:
-        pass
+        """Show that the update of `row` is done."""
 
     def close(self) -> None:
-        pass
+        """Stop the display."""
 
 
-class Lines:
+class ProgressLines(Progress):
     """A plain line every LINE_INTERVAL seconds."""
 
     def __init__(self, total_steps: int) -> None:
@@ -42,21 +40,20 @@ class Lines:
 
     def update(self, row: Row) -> None:
         if time.monotonic() >= self._next or row["steps"] >= self._total:
-            print(f"{row['steps']:,.0f} of {self._total:,} steps, {_status(row)}", flush=True)
+            print(f"{row['steps']:,.0f} of {self._total:,} steps, {_status(row)}, {time_split(row)}", flush=True)
             self._next = time.monotonic() + LINE_INTERVAL
 
-    def close(self) -> None:
-        pass
 
+class ProgressBar(Progress):
+    """A progress bar for terminals of 80 columns or more: bar, steps, remaining time, speed and return."""
 
-class Bar:
-    """A progress bar for terminals."""
+    def __init__(self, total_steps: int, done: int, console: Any = None) -> None:
+        from rich import progress
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    def __init__(self, total_steps: int, done: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
-        self._bar = Progress(*columns)
+        # without a width of its own, the bar takes the columns that the texts leave
+        columns = (BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
+        self._bar = progress.Progress(*columns, console=console)
         self._task = self._bar.add_task("", total=total_steps, completed=done, status="")
         self._bar.start()
 
@@ -68,15 +65,24 @@ class Bar:
 
 
 def make_progress(total_steps: int, done: int, quiet: bool) -> Progress:
-    """A bar where the output is a terminal, lines where it is not, nothing if `quiet`."""
+    """A bar if the output is a terminal, else lines; neither if `quiet`."""
     if quiet:
-        return Silent()
-    return Bar(total_steps, done) if sys.stdout.isatty() else Lines(total_steps)
+        return Progress()
+    return ProgressBar(total_steps, done) if sys.stdout.isatty() else ProgressLines(total_steps)
+
+
+def require_packages(quiet: bool = False) -> None:
+    """Raise an ImportError that names the extra if a package of the plot or of the progress bar cannot be imported."""
+    for name in ("matplotlib", "rich") if sys.stdout.isatty() and not quiet else ("matplotlib",):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f"{name}: {error}; pip install 'metta-fastagent[train]'") from None
 
 
 def _status(row: Row) -> str:
     mean = "no episode ended" if math.isnan(row["mean_return"]) else f"return {row['mean_return']:.3f}"
-    return f"{row['steps_per_second']:,.0f} steps/s, {mean}, {time_split(row)}"
+    return f"{row['steps_per_second']:,.0f} steps/s, {mean}"
 
 
 def time_split(row: Row) -> str:
@@ -86,9 +92,9 @@ def time_split(row: Row) -> str:
 
 
 class Log:
-    """The run's CSV of one row per update and its JSON lines of weight metrics.
+    """The run's log.csv, with a row per update, and its weight_metrics.jsonl.
 
-    A resumed run keeps the lines of `source`'s files up to update `after` and goes on from there.
+    A resumed run keeps the rows of the files in `source` up to update `after`.
     """
 
     def __init__(self, folder: Path, columns: Sequence[str], source: Path | None = None, after: int = 0) -> None:
@@ -116,9 +122,9 @@ class Log:
 
 
 def read_log(path: Path, columns: Sequence[str]) -> list[dict[str, float]]:
-    """The rows of a log.csv, empty cells as NaN; the last line is left out where a killed run did not finish it.
+    """The rows of a log.csv, empty cells as NaN, without an incomplete last line that a killed run has left.
 
-    No file is an empty log. Raises ValueError where the file has other columns.
+    A missing file is an empty log. Raises ValueError if the file has other columns.
     """
     if not path.exists():
         return []
@@ -126,18 +132,21 @@ def read_log(path: Path, columns: Sequence[str]) -> list[dict[str, float]]:
         reader = csv.DictReader(file)
         rows = [row for row in reader if None not in row.values()]
     if tuple(reader.fieldnames or ()) != tuple(columns):
-        raise ValueError(f"{path} is no log of this trainer (its columns differ); move it away to go on without it")
+        came = ", ".join(reader.fieldnames or ()) or "none"
+        raise ValueError(
+            f"{path}: got the columns {came}, expected those of this trainer; resume without it by moving it"
+        )
     return [{name: float(cell or "nan") for name, cell in row.items()} for row in rows]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a weight_metrics.jsonl; the last one is left out where a killed run did not finish it."""
+    """The lines of a weight_metrics.jsonl, without an incomplete last line that a killed run has left."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def new_curves() -> tuple[Any, Any]:
-    """(figure, axes) of matplotlib to draw learning curves on, without a window."""
+def new_axes() -> tuple[Any, Any]:
+    """A matplotlib (figure, axes) for learning curves, without a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -147,28 +156,28 @@ def new_curves() -> tuple[Any, Any]:
 
 
 def returns_by_step(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    """(steps, mean returns) of the updates in which an episode ended."""
+    """(steps, mean returns) of the updates in which episodes ended."""
     finished = [row for row in rows if not math.isnan(row["mean_return"])]
     return [row["steps"] for row in finished], [row["mean_return"] for row in finished]
 
 
-def finish_curves(axes: Any, title: str, levels: Mapping[str, float], styles: Sequence[str]) -> None:
-    """Horizontal lines at `levels` (name -> return), each in its style, then title, y axis and grid."""
-    for (name, level), style in zip(levels.items(), styles, strict=False):
-        axes.axhline(level, color="#444444", linewidth=1.2, linestyle=style, label=f"{name} ({level:.3g})")
+def finish_axes(axes: Any, title: str, baselines: Mapping[str, float], styles: Sequence[str]) -> None:
+    """Add horizontal lines at `baselines` (name -> return) with these line styles, title, y label and grid."""
+    for (name, value), style in zip(baselines.items(), styles, strict=False):
+        axes.axhline(value, color="#444444", linewidth=1.2, linestyle=style, label=f"{name} ({value:.3g})")
     axes.set_ylabel("mean return of finished episodes")
     axes.set_title(title)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
 
 
-def draw_learning_curve(path: Path, rows: Sequence[Row], title: str, levels: Mapping[str, float]) -> None:
-    """Mean return over environment steps as a PNG, with `levels` (name -> return) as horizontal lines."""
-    figure, axes = new_curves()
+def draw_learning_curve(path: Path, rows: Sequence[Row], title: str, baselines: Mapping[str, float]) -> None:
+    """Plot the mean return over environment steps as a PNG, with `baselines` (name -> return) as horizontal lines."""
+    figure, axes = new_axes()
     steps, returns = returns_by_step(rows)
     axes.plot(steps, returns, color="#9db8d2", linewidth=0.8)
     axes.plot(steps, smoothed(returns), color="#1f4e79", linewidth=1.8, label="learned")
-    finish_curves(axes, title, levels, ("--", ":", "-."))
+    finish_axes(axes, title, baselines, ("--", ":", "-."))
     axes.set_xlabel("environment steps")
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
     axes.legend(loc="best", frameon=False)
@@ -176,14 +185,14 @@ def draw_learning_curve(path: Path, rows: Sequence[Row], title: str, levels: Map
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Running mean over the last SMOOTHING_SHARE of all values (at least one)."""
+    """Running mean over a trailing window of SMOOTHING_SHARE of all values (at least one)."""
     width = max(1, round(len(values) * SMOOTHING_SHARE))
     windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 
 def summary(facts: Mapping[str, str], evaluation: Evaluation) -> str:
-    """The closing lines: `facts` (name -> text), between them the returns and how they compare."""
+    """The final lines: the returns and their comparison, then `facts` (name -> text)."""
     mean = {"random": evaluation.random, "scripted": evaluation.scripted, "learned": evaluation.learned}
     returns = ", ".join(f"{name} {sum(each) / len(each):.3f}" for name, each in mean.items() if each)
     difference, bound = evaluation.difference

@@ -1,4 +1,4 @@
-"""What the trainer's tests share: one thread, and processes that are the ranks of one run."""
+"""Fixtures of the trainer's tests: one thread, and processes that are the ranks of a run."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from rank_pool import RankPool, running
 
 @pytest.fixture
 def one_thread():
-    """As the command and its ranks do: a second thread gains little, waits long, and adds up in another order."""
+    """One thread of torch, as in the command: with more, sums are in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -23,7 +23,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def pools():
-    """One RankPool for each number of ranks, kept as they take seconds to start; a broken one is replaced."""
+    """A RankPool for each number of ranks, shared by all tests because it takes seconds to start."""
     started: dict[int, RankPool] = {}
     yield started
     for pool in started.values():

@@ -1,4 +1,4 @@
-"""What the tests of several ranks let each rank do. Everything here runs in a process of a RankPool."""
+"""Jobs that the tests run on each rank, in the processes of a RankPool."""
 
 import contextlib
 import io
@@ -14,19 +14,19 @@ from metta_fastagent.train import checkpoint, cli, ppo, ranks
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.environments import make_environment
 from metta_fastagent.train.experience import Experience
-from metta_fastagent.train.stopwatch import Stopwatch
+from metta_fastagent.train.timer import PhaseTimer
 from metta_fastagent.train.trainer import Trainer, TrainingDiverged, make_agent
 
 CPU = torch.device("cpu")
 ENTRIES = (
     *("observations", "actions", "log_probs", "values", "rewards", "dones", "truncateds", "terminals", "truncations"),
-    *("cut_values", "lstm_h", "lstm_c"),
+    *("bootstrap_values", "lstm_h", "lstm_c"),
 )
 
 
 def share(values: torch.Tensor) -> torch.Tensor:
     """This rank's rows of all ranks' rows."""
-    return values.chunk(ranks.count())[ranks.index()]
+    return values.chunk(ranks.world_size())[ranks.rank()]
 
 
 def learn(
@@ -37,35 +37,35 @@ def learn(
     optimizer_type: type[torch.optim.Optimizer] = torch.optim.Adam,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
     """One `ppo.update` on this rank's share of `rollout`: parameters, this rank's statistics, passes."""
-    config = replace(config, num_envs=config.num_envs // ranks.count())
+    config = replace(config, num_envs=config.num_envs // ranks.world_size())
     agent = make_agent(config, make_environment("memory", config.num_envs))
     agent.policy.load_state_dict(model)
     agent.update_l2_init_weight_copy()
-    learner = ranks.wrap(agent.to(dtype), CPU)
+    learner = ranks.wrap_ddp(agent.to(dtype), CPU)
     optimizer = optimizer_type(agent.parameters(), lr=config.lr)
     tokens = rollout["observations"].shape[2]
     experience = Experience(config.num_envs, config.segment_length, tokens, *rollout["lstm_h"].shape[1:], CPU)
     for name in ENTRIES:
         setattr(experience, name, share(rollout[name]))
     advantages, returns = share(rollout["advantages"]).to(dtype), share(rollout["returns"]).to(dtype)
-    statistics, epochs = ppo.update(learner, optimizer, experience, advantages, returns, config, Stopwatch(CPU))
+    statistics, epochs = ppo.update(learner, optimizer, experience, advantages, returns, config, PhaseTimer(CPU))
     return {name: parameter.detach() for name, parameter in agent.named_parameters()}, statistics, epochs
 
 
 def shifted_kl(config: TrainConfig, shift: float) -> tuple[float, int]:
-    """(this rank's own KL, passes) where rank 0's stored log-probs are off by `shift` and rank 1's are right."""
+    """(KL of this rank, passes) if the stored log-probs of rank 0 are off by `shift` and those of rank 1 are right."""
     trainer = Trainer(config)
     trainer.collect()
     trainer.experience.log_probs += shift if ranks.is_first() else 0.0
     advantages = trainer.advantages()
     returns = advantages + trainer.experience.values
-    arguments = (trainer.experience, advantages, returns, config, trainer.stopwatch)
+    arguments = (trainer.experience, advantages, returns, config, trainer.timer)
     statistics, epochs = ppo.update(trainer.learner, trainer.optimizer, *arguments)
     return statistics[ppo.KL].item(), epochs
 
 
 def start(config: TrainConfig) -> dict[str, Any]:
-    """What a rank begins with."""
+    """The initial state of a rank."""
     trainer = Trainer(config)
     return {
         "parameters": ranks.parameter_hash(trainer.agent),
@@ -86,7 +86,7 @@ def two_updates(config: TrainConfig) -> tuple[list[dict[str, float]], dict[str, 
 
 
 def different_parameters(config: TrainConfig) -> str:
-    """The error where one bit of one parameter of rank 1 is another; none before."""
+    """The error after one bit of a parameter of rank 1 has been flipped; none before that."""
     trainer = Trainer(config)
     trainer.train_update()
     if not ranks.is_first():
@@ -101,11 +101,11 @@ def different_parameters(config: TrainConfig) -> str:
 
 
 def diverging(config: TrainConfig) -> str:
-    """The error where rank 1 alone meets a reward that is not finite."""
+    """The error after rewards of NaN on rank 1 only."""
     trainer = Trainer(config)
     trainer.train_update()
     if not ranks.is_first():
-        trainer.experience.put = spoiled(trainer.experience.put)
+        trainer.experience.store = with_nan_rewards(trainer.experience.store)
     try:
         trainer.train_update()
     except TrainingDiverged as error:
@@ -113,23 +113,23 @@ def diverging(config: TrainConfig) -> str:
     return "no error"
 
 
-def spoiled(put: Any) -> Any:
-    def put_nan(t: int, **step: torch.Tensor) -> None:
-        put(t, **{name: value * torch.nan if name == "rewards" else value for name, value in step.items()})
+def with_nan_rewards(store: Any) -> Any:
+    def store_nan(t: int, **step: torch.Tensor) -> None:
+        store(t, **{name: value * torch.nan if name == "rewards" else value for name, value in step.items()})
 
-    return put_nan
+    return store_nan
 
 
 def failing_alone(failing: int) -> tuple[str, str]:
-    """Type and text of what `together` raises where rank `failing` fails."""
+    """Type and text of the error of `run_on_all_ranks` if rank `failing` fails."""
 
     def action() -> int:
-        if ranks.index() == failing:
+        if ranks.rank() == failing:
             raise OSError(28, "No space left on device")
-        return ranks.index()
+        return ranks.rank()
 
     try:
-        ranks.together(action)
+        ranks.run_on_all_ranks(action)
     except (OSError, ranks.RankError) as error:
         return type(error).__name__, str(error)
     return "", ""
@@ -148,6 +148,25 @@ def train(*arguments: str) -> None:
     options = vars(cli.make_parser().parse_args(list(arguments)))
     trainer, folder, log = cli.prepare(options)
     cli.train(trainer, folder, log, quiet=True)
+
+
+def interrupted_on_one_rank(*arguments: str) -> str:
+    """The error after a SIGINT that only rank 1 gets, in its second update."""
+    train_update = Trainer.train_update
+
+    def interrupting(trainer: Trainer) -> dict[str, float]:
+        if trainer.updates == 1 and not ranks.is_first():
+            signal.raise_signal(signal.SIGINT)
+        return train_update(trainer)
+
+    Trainer.train_update = interrupting
+    try:
+        train(*arguments)
+    except KeyboardInterrupt:
+        return "KeyboardInterrupt"
+    finally:
+        Trainer.train_update = train_update
+    return "no error"
 
 
 def train_until_killed(update: int, *arguments: str) -> None:
@@ -205,7 +224,7 @@ def second_fsync() -> Any:
 
 KILL_POINTS = {
     "before the first byte": (torch, "save", die),
-    "amid the file": (torch, "save", half_a_file),
+    "during the write": (torch, "save", half_a_file),
     "before the flush": (os, "fsync", die),
     "before the rename": (os, "replace", die),
     "after the rename": (os, "fsync", second_fsync()),

@@ -12,7 +12,7 @@ import torch
 
 from metta_fastagent.train import ranks
 
-# far above what any job takes: only a rank that waits for another one forever comes near
+# seconds; far above the time of any job, so that only a deadlock reaches it
 TIME_LIMIT = 120
 
 
@@ -32,7 +32,7 @@ class RankPool:
             self._connections.append(ours)
 
     def run(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What `job(*arguments)`, found by name in its module, returns on each rank; its error is an error here."""
+        """The results of `job(*arguments)`, one per rank. Raises AssertionError if it fails on any."""
         self._send(job, arguments)
         answers = [self._answer(connection) for connection in self._connections]
         failures = [text for succeeded, text in answers if not succeeded]
@@ -42,7 +42,7 @@ class RankPool:
         return [result for _, result in answers]
 
     def run_to_death(self, job: Callable[..., Any], *arguments: Any) -> list[int]:
-        """The exit codes of the ranks, all of which `job` is to end."""
+        """The exit codes of the ranks; `job` must end all of them."""
         self._send(job, arguments)
         for process in self._processes:
             process.join(TIME_LIMIT)
@@ -72,7 +72,7 @@ class RankPool:
 
 
 def running(pools: dict[int, RankPool], count: int) -> RankPool:
-    """The pool of `count` ranks, started where there is none that works."""
+    """The pool of `count` ranks, started if it does not exist or is broken."""
     if count not in pools or not pools[count].alive:
         pools[count] = RankPool(count)
     return pools[count]
@@ -88,7 +88,7 @@ def _serve(index: int, count: int, port: str, connection: Any) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE=str(count), **address)
     torch.set_num_threads(1)
-    with ranks.joined():
+    with ranks.process_group():
         while True:
             job, arguments = pickle.loads(connection.recv_bytes())
             try:

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, damaged ones refused, a resumed run equal to one that was never stopped."""
+"""Checkpoints: written atomically, refused if damaged; a resumed run equals an uninterrupted one."""
 
 import os
 
@@ -40,7 +40,7 @@ def test_a_resumed_run_ends_with_the_same_parameters(tmp_path, changes):
         first.train_update()
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, first.state_dict())
-    # whatever ran in between leaves no trace
+    # resuming must not depend on the random state
     torch.manual_seed(12345)
     second = trainer(**changes)
     second.load_state_dict(load_checkpoint(path))
@@ -117,7 +117,7 @@ def test_a_cut_off_file_is_refused(saved, share):
     _, path = saved
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is damaged"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: got a damaged"):
         load_checkpoint(path)
 
 
@@ -141,11 +141,11 @@ class Foreign:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weight": torch.zeros(2)}, "no checkpoint of this trainer"),
-        ([1, 2, 3], "no checkpoint of this trainer"),
+        ({"weight": torch.zeros(2)}, "expected a checkpoint of this trainer"),
+        ([1, 2, 3], "expected a checkpoint of this trainer"),
         ({"format": checkpoint.FORMAT, "version": 99}, "version 99"),
-        ({"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "model": {}}, "lacks .*optimizer"),
-        (Foreign(), "no checkpoint of this trainer"),
+        ({"format": checkpoint.FORMAT, "version": checkpoint.VERSION, "model": {}}, "without .*optimizer"),
+        (Foreign(), "expected a checkpoint of this trainer"),
     ],
     ids=["state dict", "list", "version", "holes", "code"],
 )
@@ -160,13 +160,13 @@ def test_a_foreign_file_is_refused(tmp_path, monkeypatch, content, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state["model"].pop("lstm.weight_ih_l0"), "does not fit"),
+        (lambda state: state["model"].pop("lstm.weight_ih_l0"), "got an incompatible state"),
         (lambda state: state["action_names"].append("jump"), "action_names"),
         (lambda state: state["feature_mapping"].clear(), "feature_mapping"),
-        (lambda state: state["ranks"][0]["environment"].clear(), "does not fit"),
+        (lambda state: state["ranks"][0]["environment"].clear(), "got an incompatible state"),
         (
             lambda state: state["ranks"].append({}),
-            "of 2 ranks and this run has 1; go on with torchrun",
+            "got 2 ranks, expected 1 as in this run; resume with torchrun --nproc-per-node=2",
         ),
     ],
     ids=["model", "actions", "features", "environment", "ranks"],

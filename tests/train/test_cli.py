@@ -1,21 +1,28 @@
-"""The command line: a whole small run and its resumption, and one line with exit code 2 for every wrong request."""
+"""The command line: a small run, resuming and interrupting it, and one line for each invalid request."""
 
 import csv
+import io
 import json
 import math
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from metta_fastagent.train import cli, report
+from metta_fastagent.train import cli, compare_states, report
 from metta_fastagent.train.checkpoint import load_checkpoint
 from metta_fastagent.train.config import DEFAULTS, TrainConfig
 from metta_fastagent.train.evaluate import Evaluation, mean_and_lower_bound
-from metta_fastagent.train.trainer import COLUMNS
+from metta_fastagent.train.trainer import COLUMNS, Trainer
 
 SMALL = ["--num-envs", "8", "--segment-length", "6", "--minibatches", "2"]
 UPDATE_STEPS = 48
@@ -28,7 +35,7 @@ def lines_of(path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs the command in an empty folder; what was left of threads is put back."""
+    """Runs the command in an empty folder; restores the number of threads."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     yield lambda *arguments: cli.main([str(argument) for argument in arguments])
@@ -73,7 +80,7 @@ def test_a_resumed_run_on_another_backend_says_so(run, capsys, monkeypatch):
     assert "note:" not in capsys.readouterr().err
     monkeypatch.setattr(cli.metta_fastagent, "backend", lambda device: "another")
     assert run("--quiet", "--resume", "a/checkpoint.pt", "--steps", 2 * UPDATE_STEPS, "--out", "c") == 0
-    assert "this run goes on with another: its random draws differ" in capsys.readouterr().err
+    assert "this run uses another: its random numbers differ" in capsys.readouterr().err
 
 
 def test_rows_after_the_checkpoint_are_dropped_on_resume(run, tmp_path):
@@ -93,8 +100,111 @@ def test_a_foreign_log_beside_the_checkpoint_is_one_line(run, tmp_path, capsys, 
     (tmp_path / "log.csv").write_text("date,temperature\n1,2\n")
     assert run("--quiet", "--resume", "saved.pt", "--steps", 2 * UPDATE_STEPS) == 2
     err = capsys.readouterr().err
-    assert "log.csv is no log of this trainer" in err and err.count("\n") == 1
+    assert "log.csv: got the columns date, temperature, expected those of this trainer" in err and err.count("\n") == 1
     assert (tmp_path / "log.csv").read_text() == "date,temperature\n1,2\n"
+
+
+def test_resuming_without_steps_left_says_so_and_only_evaluates(run, capsys):
+    assert run(*SMALL, "--quiet", "--steps", 90, "--out", "done") == 0
+    before = load_checkpoint(Path("done/checkpoint.pt"))
+    summary = capsys.readouterr().out
+    assert run("--quiet", "--resume", "done/checkpoint.pt", "--out", "again") == 0
+    out, err = capsys.readouterr()
+    assert err.endswith(
+        "note: the checkpoint has 96 steps and --steps is 90: nothing to train, only evaluating; "
+        "to continue, pass e.g. --steps 192\n"
+    )
+    assert err.count("\n") == 1 and out == summary.replace("done/", "again/")
+    # the summary names this file
+    again = load_checkpoint(Path("again/checkpoint.pt"))
+    assert run("--quiet", "--resume", "done/checkpoint.pt", "--steps", 1) == 0
+    assert load_checkpoint(Path("done/checkpoint.pt"))["config"]["steps"] == 90
+    assert again["counters"] == before["counters"]
+    assert all(torch.equal(value, before["model"][name]) for name, value in again["model"].items())
+
+
+def test_the_resume_command_names_this_python(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-m", "metta_fastagent.train", "--resume", "a b/checkpoint.pt"]
+    for python, named in (
+        ("/elsewhere/my env/bin/python3", "/elsewhere/my env/bin/python3"),
+        (f"{tmp_path}/.venv/bin/python", ".venv/bin/python"),
+        # a name without a slash would be looked up on the PATH
+        (f"{tmp_path}/python", f"{tmp_path}/python"),
+    ):
+        monkeypatch.setattr(sys, "executable", python)
+        assert shlex.split(cli.resume_command(Path("a b/checkpoint.pt"))) == [named, *arguments]
+
+
+def start_run(tmp_path, *arguments):
+    """A run in a process of its own, with SIGINT as in a terminal."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "metta_fastagent.train", *SMALL, *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_resumes(run, tmp_path):
+    process = start_run(tmp_path, "--quiet", "--steps", str(10**9), "--checkpoint-interval", "0", "--out", "my run")
+    log = tmp_path / "my run" / "log.csv"
+    # a row of the log: updates are under way
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    command = err.splitlines()[-1].partition("interrupted; resume with: ")[2]
+    assert command == f"{sys.executable} -m metta_fastagent.train --resume 'my run/checkpoint.pt'"
+    updates = load_checkpoint(tmp_path / "my run" / "checkpoint.pt")["counters"]["updates"]
+    assert updates == len(lines_of(log)) >= 2
+    steps = (updates + 2) * UPDATE_STEPS
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(f"{command} --quiet --steps {steps}", shell=True, cwd=tmp_path, env=environment, check=True)
+    assert run(*SMALL, "--quiet", "--steps", steps, "--out", "whole") == 0
+    resumed, whole = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("my run", "whole"))
+    assert resumed["counters"]["updates"] == whole["counters"]["updates"] == updates + 2
+    for name, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][name]), name
+
+
+def test_a_second_ctrl_c_stops_at_once(capfd):
+    with cli.deferred_interrupt() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert "Ctrl-C again to stop now" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    # as in a job that a shell has started in the background
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with cli.deferred_interrupt() as interrupted:
+            signal.raise_signal(signal.SIGINT)
+            assert not interrupted()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("function", "hint"), [("prepare", " before training"), ("report", "; resume with: ")])
+def test_ctrl_c_outside_of_training_is_one_line(run, capsys, monkeypatch, function, hint):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, function, interrupt)
+    assert run(*SMALL, "--quiet", "--steps", UPDATE_STEPS) == 130
+    err = capsys.readouterr().err
+    assert f"interrupted{hint}" in err and err.count("\n") == 1
 
 
 def test_a_second_run_does_not_overwrite_the_first(run, tmp_path, capsys):
@@ -103,7 +213,13 @@ def test_a_second_run_does_not_overwrite_the_first(run, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["memory-seed1", "memory-seed1-2"]
     capsys.readouterr()
     assert run(*arguments, "--out", "runs/memory-seed1") == 2
-    assert "holds a run; go on with --resume runs/memory-seed1/checkpoint.pt" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "expected a folder without one" in err and "pass --resume runs/memory-seed1/checkpoint.pt" in err
+    # nor does a run that is resumed into the folder of another one
+    resumed = ("--quiet", "--resume", "runs/memory-seed1/checkpoint.pt", "--steps", 2 * UPDATE_STEPS, "--out")
+    assert run(*resumed, "runs/memory-seed1-2") == 2
+    assert "got runs/memory-seed1-2, which has a checkpoint" in capsys.readouterr().err
+    assert run(*resumed, "./runs/memory-seed1") == 0
 
 
 def test_the_module_runs_and_is_quiet_without_a_terminal(tmp_path):
@@ -116,42 +232,42 @@ def test_the_module_runs_and_is_quiet_without_a_terminal(tmp_path):
 
 
 WRONG = [
-    (["--env", "chess"], "env must be one of memory, mettagrid, got 'chess'"),
-    (["--steps", "-5"], "steps must be an integer above 0, got -5"),
+    (["--env", "chess"], "env: got 'chess', expected one of memory, mettagrid"),
+    (["--steps", "-5"], "steps: got -5, expected an integer above 0"),
     (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
-    (["--seed", "-1"], "seed must be an integer from 0 to 2**31 - 1, got -1"),
-    (["--device", "cuda:99"], "device must be a device that torch can use here, got 'cuda:99'"),
-    (["--device", "abacus"], "device must be a device that torch can use here, got 'abacus'"),
-    (["--device", "meta"], "device must be a device that torch can use here, got 'meta'"),
-    (["--device", ""], "device must be the name of a device, got ''"),
-    (["--num-envs", "0"], "num_envs must be an integer above 0, got 0"),
-    (["--num-envs", "10", "--minibatches", "4"], "minibatches must divide num_envs (10), got 4"),
-    (["--num-envs", "12", "--accumulate", "2"], "accumulate must divide the rows of a minibatch (3), got 2"),
-    (["--accumulate", "0"], "accumulate must be an integer above 0, got 0"),
-    (["--vf-clip-coef", "-1"], "vf_clip_coef must be a finite number of at least 0, got -1.0"),
-    (["--target-kl", "nan"], "target_kl must be a finite number of at least 0, got nan"),
-    (["--check-ranks", "-1"], "check_ranks must be an integer of at least 0, got -1"),
-    (["--segment-length", "0"], "segment_length must be an integer above 0, got 0"),
-    (["--epochs", "0"], "epochs must be an integer above 0, got 0"),
-    (["--lr", "nan"], "lr must be a finite number above 0, got nan"),
-    (["--lr", "0"], "lr must be a finite number above 0, got 0.0"),
-    (["--gamma", "1.5"], "gamma must be a number from 0 to 1, got 1.5"),
-    (["--gae-lambda", "-0.1"], "gae_lambda must be a number from 0 to 1, got -0.1"),
-    (["--clip-coef", "inf"], "clip_coef must be a finite number above 0, got inf"),
-    (["--clip-range", "-1"], "clip_range must be a finite number of at least 0, got -1.0"),
-    (["--clip-mode", "soft"], "clip_mode must be one of absolute, init_scaled, got 'soft'"),
-    (["--ent-coef", "-1"], "ent_coef must be a finite number of at least 0, got -1.0"),
-    (["--max-grad-norm", "0"], "max_grad_norm must be a finite number above 0, got 0.0"),
-    (["--threads", "-2"], "threads must be an integer of at least 0, got -2"),
-    (["--speed", "11"], "unrecognized arguments: --speed 11"),
-    (["--resume", "nowhere.pt"], "nowhere.pt does not exist"),
-    (["--resume", "folder"], "folder is a folder; give the checkpoint file inside it"),
-    (["--resume", "text.pt"], "text.pt is damaged or no checkpoint"),
-    (["--resume", "foreign.pt"], "foreign.pt is no checkpoint of this trainer"),
-    (["--resume", "saved.pt", "--lr", "0.5"], "lr is 0.001 in the checkpoint and can not change to 0.5"),
-    (["--resume", "saved.pt", "--env", "mettagrid"], "env is 'memory' in the checkpoint"),
-    (["--out", "text.pt"], "--out text.pt can not be written to"),
-    (["--out", "text.pt/below"], "--out text.pt/below can not be written to"),
+    (["--seed", "-1"], "seed: got -1, expected an integer from 0 to 2**31 - 1"),
+    (["--device", "cuda:99"], "device: got 'cuda:99', expected an available torch device"),
+    (["--device", "abacus"], "device: got 'abacus', expected an available torch device"),
+    (["--device", "meta"], "device: got 'meta', expected an available torch device"),
+    (["--device", ""], "device: got '', expected the name of a device"),
+    (["--num-envs", "0"], "num_envs: got 0, expected an integer above 0"),
+    (["--num-envs", "10", "--minibatches", "4"], "minibatches: got 4, expected a divisor of num_envs (10)"),
+    (["--num-envs", "12", "--accumulate", "2"], "accumulate: got 2, expected a divisor of a minibatch's rows (3)"),
+    (["--accumulate", "0"], "accumulate: got 0, expected an integer above 0"),
+    (["--vf-clip-coef", "-1"], "vf_clip_coef: got -1.0, expected a finite number of at least 0"),
+    (["--target-kl", "nan"], "target_kl: got nan, expected a finite number of at least 0"),
+    (["--check-ranks", "-1"], "check_ranks: got -1, expected an integer of at least 0"),
+    (["--segment-length", "0"], "segment_length: got 0, expected an integer above 0"),
+    (["--epochs", "0"], "epochs: got 0, expected an integer above 0"),
+    (["--lr", "nan"], "lr: got nan, expected a finite number above 0"),
+    (["--lr", "0"], "lr: got 0.0, expected a finite number above 0"),
+    (["--gamma", "1.5"], "gamma: got 1.5, expected a number from 0 to 1"),
+    (["--gae-lambda", "-0.1"], "gae_lambda: got -0.1, expected a number from 0 to 1"),
+    (["--clip-coef", "inf"], "clip_coef: got inf, expected a finite number above 0"),
+    (["--clip-range", "-1"], "clip_range: got -1.0, expected a finite number of at least 0"),
+    (["--clip-mode", "soft"], "clip_mode: got 'soft', expected one of absolute, init_scaled"),
+    (["--ent-coef", "-1"], "ent_coef: got -1.0, expected a finite number of at least 0"),
+    (["--max-grad-norm", "0"], "max_grad_norm: got 0.0, expected a finite number above 0"),
+    (["--threads", "-2"], "threads: got -2, expected an integer of at least 0"),
+    (["--speed", "11"], "unrecognized arguments: --speed 11; see --help"),
+    (["--resume", "nowhere.pt"], "nowhere.pt: got no such file, expected a checkpoint of this trainer"),
+    (["--resume", "folder"], "folder: got a folder, expected a checkpoint file such as checkpoint.pt inside it"),
+    (["--resume", "text.pt"], "text.pt: got a damaged or foreign file"),
+    (["--resume", "foreign.pt"], "foreign.pt: got a file without the format"),
+    (["--resume", "saved.pt", "--lr", "0.5"], "lr: got 0.5, expected 0.001 as in the checkpoint"),
+    (["--resume", "saved.pt", "--env", "mettagrid"], "env: got 'mettagrid', expected 'memory' as in the checkpoint"),
+    (["--out", "text.pt"], "--out: got text.pt (File exists), expected a writable folder"),
+    (["--out", "text.pt/below"], "--out: got text.pt/below (Not a directory), expected a writable folder"),
 ]
 
 
@@ -176,6 +292,32 @@ def test_wrong_requests_are_one_line(run, tmp_path, capsys, saved_run, arguments
     assert out == ""
     assert err.startswith(f"python -m metta_fastagent.train: error: {message}") and err.count("\n") == 1, err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("package", "terminal"), [("matplotlib", False), ("rich", True)])
+@pytest.mark.parametrize("command", [cli.main, compare_states.main], ids=["train", "compare_states"])
+def test_a_missing_package_is_reported_before_training(monkeypatch, tmp_path, capsys, package, terminal, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(Trainer, "__init__", lambda *arguments, **options: pytest.fail("started"))
+    # argparse exits, the trainer's own parser does not
+    try:
+        code = command([])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    err = capsys.readouterr().err
+    assert f"{package}: " in err and "pip install 'metta-fastagent[train]'" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_rich_is_not_needed_without_a_terminal(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    report.require_packages()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    report.require_packages(quiet=True)
 
 
 def test_a_missing_package_is_one_line(run, capsys, monkeypatch):
@@ -204,8 +346,14 @@ def test_defaults_round_trip(env):
 
 @pytest.mark.parametrize(("name", "value"), [("steps", 1.5), ("lr", "fast"), ("anneal_lr", 1), ("seed", True)])
 def test_a_value_of_another_type_names_the_field(name, value):
-    with pytest.raises(TypeError, match=f"^{name} must be"):
+    with pytest.raises(TypeError, match=f"^{name}: got .* expected "):
         TrainConfig.for_environment("memory", **{name: value})
+
+
+def test_a_config_holds_plain_numbers():
+    # those of numpy could not be read back from a checkpoint
+    config = TrainConfig.for_environment("memory", steps=np.int64(96), lr=np.float64(0.5))
+    assert (type(config.steps), type(config.lr)) == (int, float)
 
 
 def test_a_config_of_another_version_is_refused():
@@ -232,17 +380,26 @@ def test_smoothing_is_a_running_mean():
     assert report.smoothed([]) == []
 
 
-def test_a_terminal_gets_a_bar(monkeypatch, capsys):
+def test_a_terminal_gets_a_bar(monkeypatch):
+    assert isinstance(report.make_progress(1000, 0, quiet=False), report.ProgressLines)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "200")
-    bar = report.make_progress(total_steps=1000, done=0, quiet=False)
-    row = dict.fromkeys(COLUMNS, 1.0) | {"steps": 500.0, "steps_per_second": 1234.0, "mean_return": math.nan}
-    bar.update(row)
+    bar = report.make_progress(1000, 0, quiet=False)
     bar.close()
-    assert isinstance(bar, report.Bar)
-    out = capsys.readouterr().out
-    for text in ("500/1000", "1,234 steps/s", "no episode ended", "learning 25 %"):
-        assert text in out, text
+    assert isinstance(bar, report.ProgressBar)
+
+
+@pytest.mark.parametrize("mean_return", [-1.125, math.nan])
+def test_the_bar_fits_80_columns(mean_return):
+    output = io.StringIO()
+    console = Console(width=80, force_terminal=True, color_system=None, file=output)
+    bar = report.ProgressBar(total_steps=10_000_000, done=0, console=console)
+    for steps in (5_000_000.0, 10_000_000.0):
+        bar.update({"steps": steps, "steps_per_second": 123_456.0, "mean_return": mean_return})
+    bar.close()
+    frames = re.split(r"[\r\n]+", re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", output.getvalue()))
+    assert max(len(frame.rstrip()) for frame in frames) <= 80
+    expected = r"━+ 10000000/10000000 (\d+:\d\d:\d\d|-:--:--) 123,456 steps/s, (return -1.125|no episode ended)"
+    assert re.fullmatch(expected, [frame.rstrip() for frame in frames if frame.strip()][-1])
 
 
 def test_no_checkpoint_after_an_action_out_of_range(run, tmp_path, monkeypatch):

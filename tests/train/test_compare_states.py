@@ -1,4 +1,4 @@
-"""Stored state against zero state: the ablation does what it says, the command draws, and stored state learns more."""
+"""Stored state against zero state: the ablation, the command, and that only the stored state learns."""
 
 import statistics
 
@@ -39,8 +39,8 @@ def test_the_command_trains_both_and_draws(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "0"], "steps must be an integer above 0, got 0"),
-        (["--out", "nowhere/a.png"], "nowhere is no folder"),
+        (["--steps", "0"], "steps: got 0, expected an integer above 0"),
+        (["--out", "nowhere/a.png"], "--out: got nowhere/a.png, expected a file in an existing folder"),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments, message, capsys):
@@ -69,7 +69,7 @@ def test_stored_state_learns_what_zero_state_does_not():
     stored, zero = trainer_of(zero=False), trainer_of(zero=True)
     # in the very first updates no episode ends
     rows = [stored.train_update() for _ in range(20)]
-    # what knows nothing of the cue has a mean return of at most 1/4
+    # a policy that does not remember the cue has a mean return of at most 1/4
     while recent_return(rows) < LEARNED and stored.steps < MOST_STEPS:
         rows.append(stored.train_update())
     assert recent_return(rows) >= LEARNED

@@ -87,14 +87,14 @@ class TestProtocol:
             make_environment("memory", 2, "cpu", 0, rooms=3)
 
     def test_unknown_name_lists_the_known_ones(self):
-        with pytest.raises(ValueError, match=r"name must be one of memory, mettagrid, got 'chess'"):
+        with pytest.raises(ValueError, match=r"name: got 'chess', expected one of memory, mettagrid"):
             make_environment("chess", 2, "cpu", 0)
 
     def test_missing_mettagrid_says_how_to_get_it(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "mettagrid", None)
         with pytest.raises(ImportError) as caught:
             make_environment("mettagrid", 4, "cpu", 0)
-        assert str(caught.value) == 'mettagrid is not installed: pip install "metta_fastagent[mettagrid]"'
+        assert str(caught.value) == "mettagrid is not installed: pip install 'metta-fastagent[mettagrid]'"
 
 
 class TestMemoryObservations:
@@ -143,7 +143,7 @@ class TestMemoryObservations:
         observations = env.step(while_cue_is_shown).observations
         for _ in range(12):
             assert torch.equal(observations, observations[:1].expand_as(observations))
-            # Presses end episodes and so start new cues: the walk is what must not tell.
+            # Moves only: a press would end the episode and show a new cue.
             move = torch.randint(4, (1,), generator=generator).item()
             observations = env.step(torch.tensor([[MOVE, move]] * 4)).observations
         assert env.state_dict()["cue"].tolist() == [0, 1, 2, 3]
@@ -192,10 +192,10 @@ class TestMemoryRules:
         assert step.truncations.tolist() == [True, False, False]
         assert step.rewards.tolist() == [0.0, 1.0, 0.0]
 
-    def test_ended_rows_start_anew_and_keep_their_last_observation(self):
+    def test_ended_rows_restart_and_keep_their_last_observation(self):
         env = placed(agent=[0, 0, 0], board=[1, 1, 1], cue=[2] * 3, time=[15, 9, 9], time_limit=16)
         step = env.step(torch.tensor([(MOVE, SOUTH), (PRESS, 2), (MOVE, SOUTH)]))
-        # Ended rows show a cue again, the last one goes on.
+        # Ended rows show a cue again, the last row continues.
         assert (step.observations[:, -1, 0] == 0x66).tolist() == [True, True, False]
         assert env.state_dict()["time"].tolist() == [0, 0, 10]
         # The board of the ended episodes, seen from where the agent then stood: (1, 0) from (0, 1), from (0, 0).
@@ -232,7 +232,7 @@ class TestMemoryPolicies:
         assert 0.05 < score < 0.2
 
     def test_without_memory_the_expert_is_right_one_time_in_four(self):
-        # The expert's walk with a switch chosen from the observation alone, cue included where it is shown.
+        # The scripted walk with a switch chosen from the observation alone, which may show the cue.
         def forgetful(env, observations):
             actions = env.scripted_actions()
             weights = torch.arange(1, observations[0].numel() + 1)
@@ -258,7 +258,7 @@ class TestMemoryReproducibility:
     def test_other_seed_other_run(self):
         assert not torch.equal(environment(32, seed=1).reset(), environment(32, seed=2).reset())
 
-    def test_reset_with_a_seed_restarts_the_stream_and_without_goes_on(self):
+    def test_reset_restarts_the_stream_with_a_seed_and_continues_it_without(self):
         env = environment(32, seed=1)
         first = env.reset(9)
         assert not torch.equal(first, env.reset())
@@ -297,18 +297,22 @@ class TestMemoryErrors:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ({"num_envs": 0}, ValueError, "num_envs must be at least 1, got 0"),
-            ({"num_envs": 2.0}, TypeError, "num_envs must be an int, got float 2.0"),
-            ({"num_envs": True}, TypeError, "num_envs must be an int, got bool True"),
-            ({"seed": -1}, ValueError, "seed must be from 0 to"),
-            ({"seed": "7"}, TypeError, "seed must be an int, got str '7'"),
-            ({"room_size": 1}, ValueError, "room_size must be from 2 to 5, got 1"),
-            ({"room_size": 6}, ValueError, "room_size must be from 2 to 5, got 6"),
-            ({"delay": 0}, ValueError, "delay must be at least 1, got 0"),
-            ({"room_size": 4, "delay": 2, "time_limit": 6}, ValueError, "time_limit must be at least 7, got 6"),
-            ({"device": "nowhere"}, ValueError, "device must be a torch device that is present, got 'nowhere'"),
-            ({"device": "meta"}, ValueError, "device must be a torch device that is present, got 'meta'"),
-            ({"device": None}, TypeError, "device must be a torch.device or a str, got NoneType None"),
+            ({"num_envs": 0}, ValueError, "num_envs: got 0, expected an integer of at least 1"),
+            ({"num_envs": 2.0}, TypeError, "num_envs: got 2.0 (float), expected an integer of at least 1"),
+            ({"num_envs": True}, TypeError, "num_envs: got True (bool), expected an integer of at least 1"),
+            ({"seed": -1}, ValueError, "seed: got -1, expected an integer from 0 to"),
+            ({"seed": "7"}, TypeError, "seed: got '7' (str), expected an integer from 0 to"),
+            ({"room_size": 1}, ValueError, "room_size: got 1, expected an integer from 2 to 5"),
+            ({"room_size": 6}, ValueError, "room_size: got 6, expected an integer from 2 to 5"),
+            ({"delay": 0}, ValueError, "delay: got 0, expected an integer of at least 1"),
+            (
+                {"room_size": 4, "delay": 2, "time_limit": 6},
+                ValueError,
+                "time_limit: got 6, expected an integer of at",
+            ),
+            ({"device": "nowhere"}, ValueError, "device: got 'nowhere', expected an available torch device"),
+            ({"device": "meta"}, ValueError, "device: got 'meta', expected an available torch device"),
+            ({"device": None}, TypeError, "device: got None (NoneType), expected a torch.device or its name"),
         ],
     )
     def test_construction(self, arguments, error, message):
@@ -319,14 +323,26 @@ class TestMemoryErrors:
     @pytest.mark.parametrize(
         ("actions", "error", "message"),
         [
-            ([[0, 0], [0, 0]], TypeError, "actions must be a Tensor, got list"),
-            (torch.zeros(2, 2), TypeError, "actions must have an integer dtype, got torch.float32"),
-            (torch.zeros(2, 2, dtype=torch.bool), TypeError, "actions must have an integer dtype, got torch.bool"),
-            (torch.zeros(2, dtype=torch.int32), ValueError, "actions must have shape [2, 2], got [2]"),
-            (torch.zeros(3, 2, dtype=torch.int32), ValueError, "actions must have shape [2, 2], got [3, 2]"),
-            (torch.zeros(2, 3, dtype=torch.int32), ValueError, "actions must have shape [2, 2], got [2, 3]"),
-            (torch.zeros(2, 2, dtype=torch.int32, device="meta"), ValueError, "actions must be on cpu, got meta"),
-            (torch.tensor([[0, 0], [0, 1]]), ValueError, "actions[1] must be a legal (type, parameter) pair"),
+            (
+                [[0, 0], [0, 0]],
+                TypeError,
+                "actions: got a list of length 2, expected an integer tensor",
+            ),
+            (torch.zeros(2, 2), TypeError, "actions: got a float32 tensor of shape [2, 2] on cpu"),
+            (torch.zeros(2, 2, dtype=torch.bool), TypeError, "actions: got a bool tensor of shape [2, 2] on cpu"),
+            (torch.zeros(2, dtype=torch.int32), ValueError, "actions: got an int32 tensor of shape [2] on cpu"),
+            (torch.zeros(3, 2, dtype=torch.int32), ValueError, "actions: got an int32 tensor of shape [3, 2] on cpu"),
+            (torch.zeros(2, 3, dtype=torch.int32), ValueError, "actions: got an int32 tensor of shape [2, 3] on cpu"),
+            (
+                torch.zeros(2, 2, dtype=torch.int32, device="meta"),
+                ValueError,
+                "got an int32 tensor of shape [2, 2] on meta",
+            ),
+            (
+                torch.tensor([[0, 0], [0, 1]]),
+                ValueError,
+                "actions[1]: got [0, 1], expected a (type, parameter) pair of",
+            ),
             (torch.tensor([[1, 4], [0, 0]]), ValueError, "1 (move) with 0 to 3"),
             (torch.tensor([[2, -1], [0, 0]]), ValueError, "got [2, -1]"),
             (torch.tensor([[3, 0], [0, 0]]), ValueError, "got [3, 0]"),
@@ -354,16 +370,32 @@ class TestMemoryErrors:
     @pytest.mark.parametrize(
         ("entry", "value", "message"),
         [
-            ("agent", torch.tensor([0, 16]), "state['agent'] must lie in 0 to 15, got 0 to 16"),
-            ("board", torch.tensor([-1, 3]), "state['board'] must lie in 0 to 15, got -1 to 3"),
-            ("cue", torch.tensor([0, 4]), "state['cue'] must lie in 0 to 3, got 0 to 4"),
-            ("time", torch.tensor([16, 0]), "state['time'] must lie in 0 to 15, got 0 to 16"),
-            ("agent", torch.tensor([0]), "state['agent'] must be an int64 tensor [2], got torch.int64 [1]"),
-            ("agent", torch.tensor([0.0, 1.0]), "state['agent'] must be an int64 tensor [2], got torch.float32 [2]"),
-            ("time", [0, 0], "state['time'] must be an int64 tensor [2], got list"),
-            ("generator", torch.zeros(3, dtype=torch.uint8), "state['generator'] must be the state of"),
-            ("generator", None, "state['generator'] must be the state of"),
-            ("options", {"name": "memory"}, "state['options'] must be {'name': 'memory', 'num_envs': 2"),
+            ("agent", torch.tensor([0, 16]), "state['agent']: got values 0 to 16, expected 0 to 15"),
+            ("board", torch.tensor([-1, 3]), "state['board']: got values -1 to 3, expected 0 to 15"),
+            ("cue", torch.tensor([0, 4]), "state['cue']: got values 0 to 4, expected 0 to 3"),
+            ("time", torch.tensor([16, 0]), "state['time']: got values 0 to 16, expected 0 to 15"),
+            (
+                "agent",
+                torch.tensor([0]),
+                "[1] on cpu, expected an int64 tensor of shape [2]",
+            ),
+            (
+                "agent",
+                torch.tensor([0.0, 1.0]),
+                "state['agent']: got a float32 tensor of shape [2]",
+            ),
+            ("time", [0, 0], "state['time']: got a list of length 2, expected an int64 tensor of shape [2]"),
+            (
+                "generator",
+                torch.zeros(3, dtype=torch.uint8),
+                "state['generator']: got a uint8 tensor of shape [3]",
+            ),
+            ("generator", None, "state['generator']: got None (NoneType), expected the state of a torch.Generator"),
+            (
+                "options",
+                {"name": "memory"},
+                "state['options']: got {'name': 'memory'}, expected {'name': 'memory'",
+            ),
         ],
     )
     def test_broken_state_changes_nothing(self, entry, value, message):
@@ -380,9 +412,9 @@ class TestMemoryErrors:
         env = environment(2)
         state = env.state_dict()
         del state["cue"]
-        with pytest.raises(ValueError, match="state must have the keys"):
+        with pytest.raises(ValueError, match=r"state: got the keys .* expected"):
             env.load_state_dict(state)
-        with pytest.raises(TypeError, match="state must be a dict, got list"):
+        with pytest.raises(TypeError, match="state: got a list of length 0, expected a dict"):
             env.load_state_dict([])  # pyright: ignore[reportArgumentType]
 
 

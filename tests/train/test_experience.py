@@ -1,16 +1,16 @@
-"""What the rollout storage keeps, and in which layout it hands it out."""
+"""The layout of the rollout storage, and the timer of phases."""
 
 import pytest
 import torch
 
 from metta_fastagent.train.experience import Experience
-from metta_fastagent.train.stopwatch import PHASES, Stopwatch
+from metta_fastagent.train.timer import PHASES, PhaseTimer
 
 ROWS, LENGTH, TOKENS, LAYERS, HIDDEN = 5, 4, 7, 2, 3
 
 
 def filled() -> tuple[Experience, dict[str, torch.Tensor]]:
-    """A storage of distinct numbers, and the same numbers as they were put in, stacked over time."""
+    """A storage of random numbers, and the same numbers stacked over time."""
     experience = Experience(ROWS, LENGTH, TOKENS, LAYERS, HIDDEN, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     shapes = {"observations": (TOKENS, 3), "actions": (2,)}
@@ -21,28 +21,28 @@ def filled() -> tuple[Experience, dict[str, torch.Tensor]]:
             stored = getattr(experience, name)
             step[name] = torch.randint(0, 200, (ROWS, *shapes.get(name, ())), generator=generator).to(stored.dtype)
             put.setdefault(name, []).append(step[name])
-        experience.put(t, **step)
+        experience.store(t, **step)
     return experience, {name: torch.stack(steps, dim=1) for name, steps in put.items()}
 
 
-def test_put_stores_by_row_and_time():
+def test_store_is_by_row_and_time():
     experience, put = filled()
     for name, value in put.items():
         assert torch.equal(getattr(experience, name), value), name
     assert experience.length == LENGTH
 
 
-def test_put_refuses_an_unknown_name():
+def test_store_refuses_an_unknown_name():
     experience, _ = filled()
     with pytest.raises(AttributeError, match="reward"):
-        experience.put(0, reward=torch.zeros(ROWS))
+        experience.store(0, reward=torch.zeros(ROWS))
 
 
-def test_begin_copies_the_state_of_the_segments_start():
+def test_the_initial_state_is_copied():
     experience, _ = filled()
     h, c = torch.randn(LAYERS, ROWS, HIDDEN), torch.randn(LAYERS, ROWS, HIDDEN)
     wanted = h.clone(), c.clone()
-    experience.begin((h, c))
+    experience.store_initial_state((h, c))
     # the agent updates its memory in place
     h.zero_(), c.zero_()
     assert torch.equal(experience.lstm_h, wanted[0].transpose(0, 1))
@@ -51,7 +51,7 @@ def test_begin_copies_the_state_of_the_segments_start():
 
 def test_segments_are_the_chosen_rows_in_their_order():
     experience, put = filled()
-    experience.begin((torch.randn(LAYERS, ROWS, HIDDEN), torch.randn(LAYERS, ROWS, HIDDEN)))
+    experience.store_initial_state((torch.randn(LAYERS, ROWS, HIDDEN), torch.randn(LAYERS, ROWS, HIDDEN)))
     rows = torch.tensor([3, 0])
     td = experience.segments(rows)
     assert td.batch_size == torch.Size([2])
@@ -62,11 +62,11 @@ def test_segments_are_the_chosen_rows_in_their_order():
     assert torch.equal(td["lstm_c"], experience.lstm_c[rows])
 
 
-def test_stopwatch_counts_its_phases_apart_and_starts_again_after_a_read():
-    stopwatch = Stopwatch(torch.device("cpu"))
-    with stopwatch("learning"):
+def test_the_timer_separates_phases_and_resets_on_read():
+    timer = PhaseTimer(torch.device("cpu"))
+    with timer("learning"):
         sum(range(10_000))
-    first, second = stopwatch.read(), stopwatch.read()
+    first, second = timer.read(), timer.read()
     assert tuple(first) == PHASES
     assert first["learning"] > 0 and first["environment"] == first["clip"] == 0
     assert set(second.values()) == {0.0}

@@ -7,7 +7,7 @@ import torch
 
 from metta_fastagent.train.environments import Step, VectorEnvironment, make_environment
 
-pytest.importorskip("mettagrid", reason='the simulator is an extra: pip install "metta_fastagent[mettagrid]"')
+pytest.importorskip("mettagrid", reason="the simulator is an extra: pip install metta-fastagent[mettagrid]")
 
 NOOP, MOVE = 0, 1
 LEGAL_PAIRS = torch.tensor([(NOOP, 0), (MOVE, 0), (MOVE, 1), (MOVE, 2), (MOVE, 3)])
@@ -143,9 +143,13 @@ class TestActions:
     @pytest.mark.parametrize(
         ("actions", "error", "message"),
         [
-            (torch.zeros(4, 2), TypeError, "actions must have an integer dtype, got torch.float32"),
-            (torch.zeros(4, dtype=torch.int32), ValueError, "actions must have shape [4, 2], got [4]"),
-            (torch.tensor([[0, 0], [1, 4], [0, 0], [0, 0]]), ValueError, "actions[1] must be a legal"),
+            (torch.zeros(4, 2), TypeError, "actions: got a float32 tensor of shape [4, 2] on cpu"),
+            (torch.zeros(4, dtype=torch.int32), ValueError, "actions: got an int32 tensor of shape [4] on cpu"),
+            (
+                torch.tensor([[0, 0], [1, 4], [0, 0], [0, 0]]),
+                ValueError,
+                "actions[1]: got [1, 4], expected a",
+            ),
             (torch.tensor([[0, 1], [1, 0], [0, 0], [0, 0]]), ValueError, "0 (noop) with 0 to 0"),
             (torch.tensor([[2, 0], [1, 0], [0, 0], [0, 0]]), ValueError, "got [2, 0]"),
             (torch.tensor([[1, -1], [1, 0], [0, 0], [0, 0]]), ValueError, "got [1, -1]"),
@@ -194,7 +198,7 @@ class TestEpisodes:
             theirs = other.step(random_actions(8, generators[1]))
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
-    def test_reset_with_a_seed_restarts_the_stream_and_without_goes_on(self, environment):
+    def test_reset_restarts_the_stream_with_a_seed_and_continues_it_without(self, environment):
         env = environment(4, seed=1)
         first = env.reset(9)
         assert not torch.equal(first, env.reset())
@@ -220,13 +224,13 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ({"num_envs": 6}, ValueError, "num_envs must be a multiple of num_agents = 4, got 6"),
-            ({"num_agents": 0}, ValueError, "num_agents must be at least 1, got 0"),
-            ({"map_size": 4}, ValueError, "map_size must be at least 5, got 4"),
-            ({"map_size": 5, "num_mines": 6}, ValueError, "num_mines must be from 1 to 5, got 6"),
-            ({"max_steps": 0}, ValueError, "max_steps must be at least 1, got 0"),
-            ({"num_tokens": "many"}, TypeError, "num_tokens must be an int, got str 'many'"),
-            ({"seed": -3}, ValueError, "seed must be from 0"),
+            ({"num_envs": 6}, ValueError, "num_envs: got 6, expected a multiple of num_agents (4)"),
+            ({"num_agents": 0}, ValueError, "num_agents: got 0, expected an integer of at least 1"),
+            ({"map_size": 4}, ValueError, "map_size: got 4, expected an integer of at least 5"),
+            ({"map_size": 5, "num_mines": 6}, ValueError, "num_mines: got 6, expected an integer from 1 to 5"),
+            ({"max_steps": 0}, ValueError, "max_steps: got 0, expected an integer of at least 1"),
+            ({"num_tokens": "many"}, TypeError, "num_tokens: got 'many' (str), expected an integer"),
+            ({"seed": -3}, ValueError, "seed: got -3, expected an integer from 0"),
         ],
     )
     def test_construction(self, arguments, error, message):

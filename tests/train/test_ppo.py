@@ -10,7 +10,7 @@ from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.trainer import Trainer
 
 
-def slow_advantages(rewards, values, ends, next_value, cut_values, gamma, lam):
+def slow_advantages(rewards, values, ends, next_value, bootstrap_values, gamma, lam):
     """One sum per row and time, straight from the definition: sum over k of (gamma lam)^k delta[t + k]."""
     rows, length = rewards.shape
     result = torch.zeros(rows, length, dtype=torch.float64)
@@ -19,7 +19,7 @@ def slow_advantages(rewards, values, ends, next_value, cut_values, gamma, lam):
             total, weight = 0.0, 1.0
             for k in range(t, length):
                 if ends[b, k]:
-                    following = cut_values[b, k].item()
+                    following = bootstrap_values[b, k].item()
                 elif k + 1 < length:
                     following = values[b, k + 1].item()
                 else:
@@ -35,11 +35,11 @@ def slow_advantages(rewards, values, ends, next_value, cut_values, gamma, lam):
 @pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.7)])
 def test_advantages_equal_the_definition(gamma, lam):
     generator = torch.Generator().manual_seed(3)
-    rewards, values, cut_values = (torch.randn(5, 17, generator=generator, dtype=torch.float64) for _ in range(3))
+    rewards, values, bootstrap_values = (torch.randn(5, 17, generator=generator, dtype=torch.float64) for _ in range(3))
     ends = torch.rand(5, 17, generator=generator) < 0.2
     ends[0, -1], ends[1, -1] = True, False
     next_value = torch.randn(5, generator=generator, dtype=torch.float64)
-    arguments = (rewards, values, ends, next_value, cut_values, gamma, lam)
+    arguments = (rewards, values, ends, next_value, bootstrap_values, gamma, lam)
     torch.testing.assert_close(ppo.generalized_advantages(*arguments), slow_advantages(*arguments), rtol=0, atol=1e-12)
 
 
@@ -50,7 +50,7 @@ def test_advantages_literal_numbers():
         values=torch.tensor([[2.0, 4.0, 2.0]]),
         ends=torch.tensor([[False, True, False]]),
         next_value=torch.tensor([8.0]),
-        cut_values=torch.zeros(1, 3),
+        bootstrap_values=torch.zeros(1, 3),
         gamma=0.5,
         lam=0.5,
     )
@@ -63,7 +63,7 @@ def test_a_truncated_step_bootstraps_and_a_terminated_one_does_not():
         values=torch.zeros(2, 1),
         ends=torch.ones(2, 1, dtype=torch.bool),
         next_value=torch.full((2,), 100.0),
-        cut_values=torch.tensor([[0.0], [10.0]]),
+        bootstrap_values=torch.tensor([[0.0], [10.0]]),
         gamma=0.5,
         lam=0.9,
     )
@@ -83,7 +83,7 @@ def minibatch(seed: int = 0):
 def textbook_loss(
     log_prob, entropy, value, old_log_prob, old_value, advantages, returns, clip_coef, vf_clip_coef, vf_coef, ent_coef
 ):
-    """Sample by sample, with plain numbers where the clips bite."""
+    """Sample by sample, with plain numbers outside the clip range."""
     surrogates, errors = [], []
     for new, old, advantage in zip(log_prob.flatten(), old_log_prob.flatten(), advantages.flatten(), strict=True):
         ratio = torch.exp(new) / torch.exp(old)
@@ -123,7 +123,7 @@ def test_loss_and_gradients_equal_the_textbook(vf_clip_coef):
     assert 0.1 < loss.clip_fraction.item() < 0.9
 
 
-def test_the_value_clip_bites_on_some_samples():
+def test_the_value_clip_changes_some_samples():
     # old 0, so 1 is clipped to 0.2: further from the target 2 it counts, nearer to the target -2 it does not
     tensors = {name: torch.zeros(1, 3) for name in ("log_prob", "entropy", "old_log_prob", "old_value", "advantages")}
     tensors |= {"value": torch.tensor([[1.0, 1.0, 0.1]]), "returns": torch.tensor([[2.0, -2.0, 0.0]])}
@@ -176,7 +176,7 @@ def update_of(**changes) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     trainer.agent.double()
     advantages = trainer.advantages().double()
     torch.manual_seed(7)
-    arguments = (advantages, advantages + trainer.experience.values, config, trainer.stopwatch)
+    arguments = (advantages, advantages + trainer.experience.values, config, trainer.timer)
     statistics, _ = ppo.update(trainer.agent, trainer.optimizer, trainer.experience, *arguments)
     return {name: parameter.detach() for name, parameter in trainer.agent.named_parameters()}, statistics
 

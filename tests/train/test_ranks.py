@@ -1,4 +1,4 @@
-"""Several ranks: the same as one process on all rows, failing and stopping together; and runs that were killed."""
+"""Several ranks: equal to one process on all rows, failing and stopping together; and killed runs."""
 
 import csv
 import os
@@ -34,7 +34,7 @@ def config(**changes) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def rollout():
-    """(model, tensors) of a rollout of 16 rows whose segments start amid episodes and see some end."""
+    """(model, tensors) of a rollout of 16 rows whose segments start in the middle of episodes, some of which end."""
     trainer = Trainer(config(num_envs=16, segment_length=8))
     trainer.collect()
     trainer.collect()
@@ -81,7 +81,7 @@ def test_that_comparison_has_clipped_weights_and_moved_all_parameters(rollout):
             assert (value - model[name.removeprefix("policy.")]).abs().max() > 1e-4, name
 
 
-# What the ranks have in common and what not
+# State that the ranks share, and state that they do not
 
 
 def test_ranks_start_with_the_same_parameters_and_their_own_worlds(two_ranks):
@@ -102,7 +102,7 @@ def test_seeds_differ_in_the_bits_that_torch_looks_at(monkeypatch):
     seeds = set()
     for seed in (0, 1, 2, 3, 2**31 - 1):
         for rank in range(64):
-            monkeypatch.setattr(ranks, "index", lambda rank=rank: rank)
+            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
             seeds.add(ranks.seed(seed))
     assert len(seeds) == 5 * 64 and all(0 <= seed < 2**31 for seed in seeds)
 
@@ -160,10 +160,10 @@ def test_an_error_on_one_rank_is_an_error_on_all(two_ranks, failing):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lr", "nan"], "lr must be a finite number above 0, got nan"),
+        (["--lr", "nan"], "lr: got nan, expected a finite number above 0"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
-        (["--out", "/dev/null"], "--out /dev/null can not be written to"),
-        (["--resume", "/nowhere.pt"], "/nowhere.pt does not exist"),
+        (["--out", "/dev/null"], "--out: got /dev/null (File exists), expected a writable folder"),
+        (["--resume", "/nowhere.pt"], "/nowhere.pt: got no such file"),
     ],
 )
 def test_a_wrong_request_is_one_line_of_the_first_rank(two_ranks, arguments, message):
@@ -178,13 +178,16 @@ LAUNCH = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"MASTER_PORT": None}, "torchrun's variables are set but for MASTER_PORT; use torchrun"),
-        ({"RANK": None, "LOCAL_RANK": ""}, "torchrun's variables are set but for RANK, LOCAL_RANK; use torchrun"),
-        ({"RANK": "2"}, "RANK must be an integer from 0 to 1, got '2'"),
-        ({"RANK": "-1"}, "RANK must be an integer from 0 to 1, got '-1'"),
-        ({"LOCAL_RANK": "first"}, "LOCAL_RANK must be an integer from 0 to 1, got 'first'"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be an integer from 1 to"),
-        ({"MASTER_PORT": "80000"}, "MASTER_PORT must be an integer from 0 to 65535, got '80000'"),
+        ({"MASTER_PORT": None}, "MASTER_PORT: got no value, expected all of torchrun's variables; use torchrun"),
+        (
+            {"RANK": None, "LOCAL_RANK": ""},
+            "RANK, LOCAL_RANK: got no value, expected all of torchrun's variables",
+        ),
+        ({"RANK": "2"}, "RANK: got '2', expected an integer from 0 to 1"),
+        ({"RANK": "-1"}, "RANK: got '-1', expected an integer from 0 to 1"),
+        ({"LOCAL_RANK": "first"}, "LOCAL_RANK: got 'first', expected an integer from 0 to 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: got '0', expected an integer from 1 to"),
+        ({"MASTER_PORT": "80000"}, "MASTER_PORT: got '80000', expected an integer from 0 to 65535"),
     ],
 )
 def test_broken_launch_variables_are_named(changes, message):
@@ -195,7 +198,7 @@ def test_broken_launch_variables_are_named(changes, message):
 
 
 @pytest.mark.parametrize("broken", ["RANK", "MASTER_PORT"])
-def test_the_command_fails_in_one_line_where_ranks_can_not_meet(monkeypatch, capsys, broken):
+def test_the_command_fails_in_one_line_if_the_ranks_cannot_connect(monkeypatch, capsys, broken):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -205,8 +208,8 @@ def test_the_command_fails_in_one_line_where_ranks_can_not_meet(monkeypatch, cap
             monkeypatch.setenv(name, value)
         assert cli.main([*SMALL]) == 2
     err = capsys.readouterr().err
-    assert "RANK must be" in err if broken == "RANK" else "rank 0 did not find the others at 127.0.0.1:" in err
-    assert err.count("error:") == 1 and ranks.count() == 1
+    assert ("RANK: got" if broken == "RANK" else "rank 0 could not join the other ranks at 127.0.0.1:") in err
+    assert err.count("error:") == 1 and ranks.world_size() == 1
 
 
 def test_launch_variables():
@@ -216,14 +219,14 @@ def test_launch_variables():
 
 def test_a_numbered_device_is_refused_where_there_are_several_ranks(monkeypatch):
     assert ranks.device("cuda:1") == torch.device("cuda:1")
-    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
     assert ranks.device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"device must be cuda, without a number, .* got 'cuda:1'"):
+    with pytest.raises(ValueError, match="device: got 'cuda:1', expected 'cuda' without an index"):
         ranks.device("cuda:1")
     for name, value in LAUNCH.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="rank 0 wants cuda:1, there are 1"):
+    with pytest.raises(ValueError, match="device: got 'cuda' with 1 GPUs, expected cuda:1 for rank 0"):
         ranks.device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert ranks.device("cuda") == torch.device("cuda:1")
@@ -238,10 +241,13 @@ def test_the_command_of_torchrun(tmp_path):
     with open(tmp_path / "run" / "log.csv", newline="") as file:
         assert [row["steps"] for row in csv.DictReader(file)] == ["96", "192"]
     assert done.stdout.count("mean return") == done.stdout.count("192 of 192 steps") == 1
-    assert "torchrun --nproc-per-node=2 -m metta_fastagent.train --resume run/checkpoint.pt --steps 384" in done.stdout
+    assert (
+        "-m torch.distributed.run --nproc-per-node=2 -m metta_fastagent.train --resume run/checkpoint.pt --steps 384"
+        in done.stdout
+    )
     assert len(load_checkpoint(tmp_path / "run" / "checkpoint.pt")["ranks"]) == 2
-    # one process does not go on with it
-    with pytest.raises(ValueError, match="of 2 ranks and this run has 1"):
+    # one process does not resume it
+    with pytest.raises(ValueError, match="got 2 ranks, expected 1"):
         rank_jobs.train("--resume", str(tmp_path / "run" / "checkpoint.pt"))
 
 
@@ -264,7 +270,7 @@ def assert_same(ours: Any, theirs: Any, where: str) -> None:
 
 
 def assert_same_end(ours: Path, theirs: Path) -> None:
-    """Two checkpoints hold the same, but for times and what a resumed run may set anew."""
+    """Two checkpoints have the same state, apart from times and options that a resumed run may change."""
     first, second = load_checkpoint(ours), load_checkpoint(theirs)
     assert first["counters"]["updates"] == second["counters"]["updates"]
     for name in ("model", "optimizer", "initial_weights", "feature_mapping", "ranks"):
@@ -273,7 +279,7 @@ def assert_same_end(ours: Path, theirs: Path) -> None:
 
 # from three ranks on, sums over ranks depend on their order
 @pytest.mark.parametrize("count", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_killed_run_goes_on_to_the_same_parameters(pools, tmp_path, count):
+def test_a_killed_run_resumes_to_the_same_parameters(pools, tmp_path, count):
     run = running(pools, count).run
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = (*SMALL, "--accumulate", "2", "--clip-range", "0.1", "--checkpoint-interval", "2")
@@ -288,6 +294,12 @@ def test_a_killed_run_goes_on_to_the_same_parameters(pools, tmp_path, count):
     assert_same_end(killed / "checkpoint.pt", whole / "checkpoint.pt")
 
 
+def test_ctrl_c_on_one_rank_saves_and_stops_all(two_ranks, tmp_path):
+    arguments = (*SMALL, "--steps", str(100 * STEPS), "--checkpoint-interval", "0", "--out", str(tmp_path / "run"))
+    assert two_ranks(rank_jobs.interrupted_on_one_rank, *arguments) == ["KeyboardInterrupt", "KeyboardInterrupt"]
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["counters"]["updates"] == 2
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A checkpoint after update 2 of 4 and what an undisturbed run ends with."""
@@ -298,7 +310,7 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize("point", rank_jobs.KILL_POINTS)
-def test_a_kill_amid_a_write_loses_at_most_that_checkpoint(one_rank, written, tmp_path, point):
+def test_a_kill_during_a_write_loses_at_most_that_checkpoint(one_rank, written, tmp_path, point):
     half, whole = written
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(half.read_bytes())

@@ -1,4 +1,4 @@
-"""Before the first update the importance ratio of every stored action is 1, whatever runs the operations."""
+"""Before the first update the importance ratio of every stored action is 1, on each backend."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ RUNS = [
 
 @pytest.fixture(params=RUNS)
 def trainer(request, monkeypatch):
-    """A trainer after its second rollout, whose segments start amid episodes and see some end."""
+    """A trainer after its second rollout, whose segments start in the middle of episodes, some of which end."""
     backend, device = request.param
     # By a batch's size cuDNN may take a convolution that rounds to TF32, or one that does not.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

@@ -1,4 +1,4 @@
-"""The trainer's rollout: what follows a truncated episode, and that looking at it changes nothing."""
+"""The trainer's rollout: bootstrap values of truncated episodes, and that computing them has no side effects."""
 
 import pytest
 import torch
@@ -56,8 +56,8 @@ def test_a_truncation_is_followed_by_the_value_of_its_final_observation(ablation
         if ablation:
             state = tuple(torch.zeros_like(part) for part in state)
         expected = torch.where(step.truncations, values_by_hand(made, step.final_observations, state), 0)
-        torch.testing.assert_close(experience.cut_values[:, t], expected, rtol=1e-5, atol=1e-6)
-    assert experience.cut_values[experience.truncations].abs().min() > 1e-3
+        torch.testing.assert_close(experience.bootstrap_values[:, t], expected, rtol=1e-5, atol=1e-6)
+    assert experience.bootstrap_values[experience.truncations].abs().min() > 1e-3
 
 
 def test_on_other_devices_every_row_is_evaluated_with_the_same_result():
@@ -65,10 +65,10 @@ def test_on_other_devices_every_row_is_evaluated_with_the_same_result():
     recorder = Recorder(made)
     made.collect()
     step = next(step for step in recorder.steps if step.truncations.any())
-    chosen = made._cut_values(step)
+    chosen = made._bootstrap_values(step)
     # what a device without free reads takes; the tensors stay on the CPU
     made.device = torch.device("meta")
-    torch.testing.assert_close(made._cut_values(step), chosen, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(made._bootstrap_values(step), chosen, rtol=1e-5, atol=1e-6)
 
 
 def test_advantages_bootstrap_truncations_and_not_terminations():
@@ -81,7 +81,7 @@ def test_advantages_bootstrap_truncations_and_not_terminations():
     for t in reversed(range(experience.length)):
         ended = experience.terminals[:, t] | experience.truncations[:, t]
         # what comes after step t, and the advantage that flows back from there
-        target = torch.where(experience.truncations[:, t], experience.cut_values[:, t], following)
+        target = torch.where(experience.truncations[:, t], experience.bootstrap_values[:, t], following)
         target = torch.where(experience.terminals[:, t], 0.0, target)
         flow = torch.zeros_like(running) if t + 1 == experience.length else wanted[:, t + 1]
         delta = experience.rewards[:, t] + made.config.gamma * target - experience.values[:, t]
@@ -104,7 +104,7 @@ def test_bootstrapping_advances_neither_memory_nor_random_numbers():
     ours, theirs = with_it.experience, without.experience
     for name in ("observations", "actions", "log_probs", "values", "rewards", "lstm_h", "lstm_c"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    assert not theirs.cut_values.any() and ours.cut_values.any()
+    assert not theirs.bootstrap_values.any() and ours.bootstrap_values.any()
 
 
 def test_rows_without_a_truncation_have_the_same_advantages_either_way():
@@ -127,7 +127,7 @@ def test_no_truncation_costs_no_evaluation(monkeypatch):
     made.collect()
     step = next(step for step in recorder.steps if not step.truncations.any())
     monkeypatch.setattr(made, "_value", lambda *arguments: pytest.fail("evaluated"))
-    assert not made._cut_values(step).any()
+    assert not made._bootstrap_values(step).any()
     made.config = TrainConfig.for_environment("memory", **SMALL, bootstrap_truncations=False)
     cut = next(step for step in recorder.steps if step.truncations.any())
-    assert not made._cut_values(cut).any()
+    assert not made._bootstrap_values(cut).any()

@@ -1,17 +1,17 @@
-"""A small grid world that only a policy with memory can solve, vectorised in torch.
+"""A small grid world that requires memory, vectorized in torch.
 
-The agent stands in a walled square room; somewhere in it is a switchboard with four switches. The first observation of
-an episode, and no other, shows one of four cues, on the agent's cell and the eight around it. For the first `delay`
-steps the agent is held: no action has an effect. Then it may walk. Pressing the switch that belongs to the cue, on the
-board or on one of the eight cells around it, gives reward 1 and ends the episode; another switch ends it with reward 0.
-A press out of reach does nothing. After `time_limit` steps the episode is truncated.
+The agent is in a walled square room with a switchboard of four switches. Only the first observation of an episode shows
+one of four cues, on the agent's cell and the eight around it. Actions have no effect in the first `delay` steps. After
+that the agent can walk, and press a switch when it is on the switchboard's cell or one of the eight around it. The
+switch of the cue gives reward 1 and ends the episode; another switch ends it with reward 0. A press out of reach does
+nothing. After `time_limit` steps the episode is truncated.
 
-While the cue is seen, nothing that the agent does has an effect; afterwards an observation depends on the cells of the
-agent and of the board alone. What a policy without memory presses is therefore independent of the cue, and its mean
-return is at most 1/4. The scripted policy's is 1.
+No action has an effect while the cue is visible, and later observations depend only on the cells of the agent and the
+board. The switch that a policy without memory presses is therefore independent of the cue, and its mean return is at
+most 1/4. That of the scripted policy is 1.
 
-A whole observation is one row of a table computed once (agent's cell x board's cell x cue), so a step costs a handful
-of small tensor operations and nothing in it waits for the device.
+Observations are rows of a precomputed table (agent's cell x board's cell x cue), so a step takes a few small tensor
+operations. On CUDA none of them is a host sync.
 """
 
 from __future__ import annotations
@@ -21,19 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metta_fastagent.train.environments import (
-    Step,
-    check_actions,
-    check_device,
-    check_int,
-    check_seed,
-    legal_pairs,
-    raise_on_illegal_pair,
-)
+from metta_fastagent.ops._checks import describe
+from metta_fastagent.train.config import require_device
+from metta_fastagent.train.environments import Step, check_actions, check_int, check_legal, check_seed, legal_pairs
 
 WINDOW = 11
 CENTRE = WINDOW // 2
-# With at most five cells a side, the walls opposite the agent are at most five cells away: always in the window.
+# In a room of at most five cells a side, all walls are within five cells of the agent: always in the window.
 MAX_ROOM_SIZE = CENTRE
 NUM_CUES = 4
 
@@ -43,12 +37,12 @@ DIRECTIONS = ((0, -1), (0, 1), (-1, 0), (1, 0))
 NORTH, SOUTH, WEST, EAST = 0, 1, 2, 3
 
 WALL, BOARD, FIRST_CUE = 0, 1, 2
-# A cue is a feature of its own, not a value: the four are equally far apart for a network.
+# Cues are separate features, not values of one: all four are equally far apart for a network.
 FEATURE_NAMES = ("wall", "switchboard", "cue_0", "cue_1", "cue_2", "cue_3")
-# Board and cue are few cells among some twenty walls: large values keep them visible behind spread-out weights.
+# Board and cue are few among about twenty wall tokens; large values make them stand out.
 WALL_VALUE, SIGNAL_VALUE = 2, 255
 EMPTY_TOKEN = (255, 255, 255)
-# The middle cell alone would lie in one of the nine places that the reference agent's first layer looks at.
+# Nine cells: Fast's first convolution has only nine positions, one of which would see a cue on the middle cell alone.
 CUE_PLACES = tuple(((CENTRE + x) << 4) + CENTRE + y for y in (-1, 0, 1) for x in (-1, 0, 1))
 
 # A press works from this many cells away, diagonals included.
@@ -56,18 +50,17 @@ REACH = 1
 
 
 class MemoryEnvironment:
-    """`num_envs` independent rooms stepped at once on `device`; all randomness comes from one generator there.
+    """`num_envs` independent rooms stepped at once on `device`, with one random generator.
 
     Args:
         num_envs: rows, at least 1.
-        device: where every tensor lives.
-        seed: 0 to 2**63 - 1; the same seed gives the same run on the same kind of device.
+        device: device of all tensors and of the generator.
+        seed: 0 to 2**63 - 1; runs with the same seed and actions are equal on the same kind of device.
         room_size: free cells along a side, 2 to 5.
-        delay: actions in the first `delay` steps of an episode do nothing; at least 1, so that the cue is gone by then.
+        delay: steps at the start of an episode in which actions have no effect; at least 1.
         time_limit: steps after which an episode is truncated; long enough to cross the room and press.
-        validate: on the CPU, check each step that all (type, parameter) pairs are legal. Off, as on other devices but
-            CUDA, an illegal pair acts as `noop`; on CUDA it fails as a device-side assertion, because reading it back
-            would wait for the device.
+        validate: on the CPU, raise for an illegal (type, parameter) pair; if False, it acts as `noop`. On CUDA an
+            illegal pair always fails a device-side assertion (no host sync); on other devices it acts as `noop`.
 
     Actions: `noop` (parameter 0), `move` (0 north, 1 south, 2 west, 3 east; walls stop it), `press` (switch 0 to 3).
     """
@@ -90,10 +83,10 @@ class MemoryEnvironment:
         self.num_envs = check_int("num_envs", num_envs, 1)
         self.room_size = check_int("room_size", room_size, 2, MAX_ROOM_SIZE)
         self.delay = check_int("delay", delay, 1)
-        # The longest walk crosses the room both ways up to the board's reach; one more step presses.
+        # The longest walk crosses the room along both axes to within reach of the board; one more step presses.
         self.time_limit = check_int("time_limit", time_limit, delay + 2 * (room_size - 1 - REACH) + 1)
         seed = check_seed(seed)
-        self.device = check_device(device)
+        self.device = require_device("device", device)
         self.validate = validate
 
         self.action_names = ["noop", "move", "press"]
@@ -114,30 +107,30 @@ class MemoryEnvironment:
         self._agent, self._board, self._cue, self._time = self._first_states()
 
     def reset(self, seed: int | None = None) -> Tensor:
-        """Start an episode in every row: uint8 `[num_envs, M, 3]`. A seed restarts the random stream, None goes on."""
+        """Start a new episode in every row; returns uint8 `[num_envs, M, 3]`. None continues the random stream."""
         if seed is not None:
             self._generator.manual_seed(check_seed(seed))
         self._agent, self._board, self._cue, self._time = self._first_states()
         return self._observe()
 
     def step(self, actions: Tensor) -> Step:
-        """Apply (type, parameter) pairs, any integer dtype `[num_envs, 2]`, and start ended rows anew.
+        """Apply (type, parameter) pairs, any integer dtype `[num_envs, 2]`, and restart ended rows.
 
-        Raises TypeError or ValueError that names `actions`, before anything has changed.
+        Raises TypeError or ValueError, which names `actions`, before any state changes.
         """
         action_types, action_params = check_actions(actions, self.num_envs, self.device).long().unbind(1)
         legal = legal_pairs(action_types, action_params, self._max_action_args)
         if self.device.type == "cuda":
-            torch.ops.aten._assert_async.msg(legal.all(), "actions holds an illegal (type, parameter) pair")
+            torch.ops.aten._assert_async.msg(legal.all(), "actions: got an illegal (type, parameter) pair")
         elif self.device.type == "cpu" and self.validate:
-            raise_on_illegal_pair(legal, actions, self.action_names, self.max_action_args)
+            check_legal(legal, actions, self.action_names, self.max_action_args)
 
         acts = legal & (self._time >= self.delay)
         moves = acts & (action_types == MOVE)
         pressed = acts & (action_types == PRESS) & self._reach[self._agent, self._board]
         rewards = (pressed & (action_params == self._cue)).float()
 
-        # The table's last column stays where it is.
+        # The table's last column leaves the agent in place.
         directions = torch.where(moves, action_params, len(DIRECTIONS))
         self._agent = self._next_cell[self._agent, directions]
         self._time = self._time + 1
@@ -146,16 +139,16 @@ class MemoryEnvironment:
 
         ended = pressed | truncations
         states = (self._agent, self._board, self._cue, self._time)
-        # New states are drawn for every row, so that shapes and the random stream do not depend on the data.
+        # States are drawn for every row, so that neither shapes nor the random stream depend on the data.
         self._agent, self._board, self._cue, self._time = (
             torch.where(ended, first, state) for first, state in zip(self._first_states(), states, strict=True)
         )
         return Step(self._observe(), rewards, pressed, truncations, final_observations)
 
     def scripted_actions(self) -> Tensor:
-        """The expert's actions, int32 `[num_envs, 2]`: wait for the delay, walk into reach, press the right switch.
+        """Wait for the delay, walk into reach, press the right switch: int32 `[num_envs, 2]`.
 
-        It reads the hidden cue. Its return is 1 in every episode.
+        Reads the hidden cue; its return is 1 in every episode.
         """
         dx = self._board % self.room_size - self._agent % self.room_size
         dy = self._board // self.room_size - self._agent // self.room_size
@@ -169,7 +162,7 @@ class MemoryEnvironment:
         return torch.stack((action_types, action_params), dim=1).int()
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows' states (int64 `[num_envs]` each), the generator's state and the options they belong to."""
+        """The state of the rows (int64 `[num_envs]` each) and of the generator, and the environment's options."""
         return {
             "options": self._options(),
             "agent": self._agent.clone(),
@@ -180,82 +173,71 @@ class MemoryEnvironment:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, on the same kind of device with the same options.
+        """Restore the state of an environment with the same options on the same kind of device.
 
-        Raises TypeError or ValueError that names the entry, before anything has changed.
+        Raises TypeError or ValueError, which names the entry, before any state changes.
         """
         if not isinstance(state, dict):
-            raise TypeError(f"state must be a dict, got {type(state).__name__}")
+            raise TypeError(f"state: got {describe(state)}, expected a dict")
         expected = {"options", "agent", "board", "cue", "time", "generator"}
         if set(state) != expected:
-            raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(map(str, state))}")
+            raise ValueError(f"state: got the keys {sorted(map(str, state))}, expected {sorted(expected)}")
         if state["options"] != self._options():
-            raise ValueError(f"state['options'] must be {self._options()}, got {state['options']}")
+            raise ValueError(f"state['options']: got {state['options']}, expected {self._options()}")
         limits = {"agent": self._num_cells, "board": self._num_cells, "cue": NUM_CUES, "time": self.time_limit}
         rows = {key: self._checked_rows(key, state[key], limit) for key, limit in limits.items()}
         generator = torch.Generator(self.device)
         try:
             generator.set_state(state["generator"].cpu())
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"state['generator'] must be the state of a torch.Generator on {self.device.type}: {error}"
-            ) from error
+            came, expected = describe(state["generator"]), f"the state of a torch.Generator on {self.device.type}"
+            raise ValueError(f"state['generator']: got {came}, expected {expected} ({error})") from error
 
         self._generator = generator
         self._agent, self._board, self._cue, self._time = rows["agent"], rows["board"], rows["cue"], rows["time"]
 
     def close(self) -> None:
-        """Nothing is held that outlives the object."""
+        """Does nothing: the tensors are freed with the object."""
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "num_envs": self.num_envs,
-            "room_size": self.room_size,
-            "delay": self.delay,
-            "time_limit": self.time_limit,
-        }
+        return {option: getattr(self, option) for option in ("name", "num_envs", "room_size", "delay", "time_limit")}
 
     def _checked_rows(self, key: str, value: object, limit: int) -> Tensor:
         if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.shape != (self.num_envs,):
-            came = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"state[{key!r}] must be an int64 tensor [{self.num_envs}], got {came}")
+            expected = f"an int64 tensor of shape [{self.num_envs}]"
+            raise ValueError(f"state[{key!r}]: got {describe(value)}, expected {expected}")
         lowest, highest = (int(bound) for bound in value.aminmax())
         if lowest < 0 or highest >= limit:
-            raise ValueError(f"state[{key!r}] must lie in 0 to {limit - 1}, got {lowest} to {highest}")
+            raise ValueError(f"state[{key!r}]: got values {lowest} to {highest}, expected 0 to {limit - 1}")
         return value.to(self.device, copy=True)
 
     def _first_states(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Fresh (agent, board, cue, time) for every row, int64 `[num_envs]` each, from one draw."""
-        draws = torch.randint(
-            NUM_CUES * self._num_cells * (self._num_cells - 1),
-            (self.num_envs,),
-            generator=self._generator,
-            device=self.device,
-        )
+        """Random initial (agent, board, cue, time) of every row, int64 `[num_envs]` each, from one draw."""
+        states = NUM_CUES * self._num_cells * (self._num_cells - 1)
+        draws = torch.randint(states, (self.num_envs,), generator=self._generator, device=self.device)
         cue = draws % NUM_CUES
         board = draws // NUM_CUES % self._num_cells
-        # Counting on from the board by 1 to cells - 1 gives every other cell the same chance.
+        # An offset of 1 to cells - 1 from the board: every other cell is equally likely.
         distance = draws // (NUM_CUES * self._num_cells) + 1
         agent = (board + distance) % self._num_cells
         return agent, board, cue, torch.zeros_like(cue)
 
     def _observe(self) -> Tensor:
-        """The observations of the present states, uint8 `[num_envs, M, 3]`."""
+        """The observations of the current states, uint8 `[num_envs, M, 3]`."""
         shown = torch.where(self._time == 0, self._cue, NUM_CUES)
         rows = (self._agent * self._num_cells + self._board) * (NUM_CUES + 1) + shown
         return self._observations.index_select(0, rows)
 
 
 def _reach_table(room_size: int) -> Tensor:
-    """bool `[cells, cells]`: whether an agent on the first cell can press on a board on the second."""
+    """bool `[cells, cells]`: whether an agent on the first cell can reach a board on the second."""
     cells = torch.arange(room_size * room_size)
     x, y = cells % room_size, cells // room_size
     return ((x[:, None] - x).abs() <= REACH) & ((y[:, None] - y).abs() <= REACH)
 
 
 def _next_cell_table(room_size: int) -> Tensor:
-    """int64 `[cells, directions + 1]`: the cell that a move leads to; walls stop it, the last column does not move."""
+    """int64 `[cells, directions + 1]`: the cell after a move; walls block it, the last column stays in place."""
     table = [
         [
             min(max(y + dy, 0), room_size - 1) * room_size + min(max(x + dx, 0), room_size - 1)
@@ -268,16 +250,16 @@ def _next_cell_table(room_size: int) -> Tensor:
 
 
 def _observation_table(room_size: int) -> Tensor:
-    """uint8 `[cells * cells * (cues + 1), M, 3]`: tokens by agent's cell, board's cell and cue (the last: none shown).
+    """uint8 `[cells * cells * (cues + 1), M, 3]`: tokens by agent's cell, board's cell and cue (last: no cue).
 
-    Cell (x, y) of the room has the index `y * room_size + x`. Tokens are the walls row by row, the board, the cue.
+    Cell (x, y) has index `y * room_size + x`. Tokens are the walls row by row, the board, the cue.
     """
     cells = [(x, y) for y in range(room_size) for x in range(room_size)]
     around = range(-1, room_size + 1)
     walls = [(x, y) for y in around for x in around if (x, y) not in cells]
     table = []
     for agent_x, agent_y in cells:
-        # Cell (x, y) lies at window place (x - agent_x + CENTRE, y - agent_y + CENTRE).
+        # Cell (x, y) is at (x - agent_x + CENTRE, y - agent_y + CENTRE) in the window.
         origin = ((CENTRE - agent_x) << 4) + CENTRE - agent_y
         wall_tokens = [(origin + (x << 4) + y, WALL, WALL_VALUE) for x, y in walls]
         for board_x, board_y in cells:

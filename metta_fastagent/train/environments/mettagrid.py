@@ -1,12 +1,12 @@
-"""The real MettaGrid simulator (the package `mettagrid`, an extra) behind the trainer's environment protocol.
+"""The MettaGrid simulator (the package `mettagrid`, an extra) as an environment of the trainer.
 
-The game: each simulator holds `num_agents` agents in a walled square map with `num_mines` mines on it. Walking into a
-mine takes its ore and removes it. **Reward: 1 for each mine that the agent itself collects, 0 otherwise**, so an
-episode's return is the number of mines that one agent collects in `max_steps` steps. In the game's configuration this
-is an inventory reward: a mine holds 255 ore (its token then shows at full strength) and each ore is worth 1/255. Agents
-compete for the same mines. Every episode is cut by the time limit: there are truncations, never terminals.
+Each simulator has `num_agents` agents in a walled square map with `num_mines` mines. An agent that walks into a mine
+takes its ore, and the mine disappears. **Reward: 1 for each mine that the agent itself collects, else 0**; an episode's
+return is the number of mines that one agent collects in `max_steps` steps. In the simulator's configuration this is an
+inventory reward: a mine holds 255 ore, so that its token has the maximum value, and each ore is worth 1/255. Agents
+compete for the same mines. The time limit truncates every episode: there are no terminals.
 
-Actions, by the simulator's own action names:
+Actions and the simulator's names for them:
 
     (type, parameter)   simulator
     (0, 0)              noop
@@ -15,9 +15,9 @@ Actions, by the simulator's own action names:
     (1, 2)              move_west
     (1, 3)              move_east
 
-Observations are the simulator's bytes, unchanged. Its coordinate byte has the row in the high four bits and the column
-in the low four, so what the protocol calls x is the row; 254 marks tokens that have no place. The view is round: the
-window's corners stay empty. Features, their ids and normalisations come from the simulator's tables.
+Observations are the simulator's bytes, unchanged. The coordinate byte has the row in the high four bits and the column
+in the low four, so the protocol's x is the row; 254 marks tokens without a position. The view is a disc: the corners of
+the window are always empty. Features, their ids and normalizations are the simulator's.
 """
 
 from __future__ import annotations
@@ -29,21 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metta_fastagent.train.environments import (
-    Step,
-    check_actions,
-    check_device,
-    check_int,
-    check_seed,
-    legal_pairs,
-    raise_on_illegal_pair,
-)
+from metta_fastagent.train.config import require_device
+from metta_fastagent.train.environments import Step, check_actions, check_int, check_legal, check_seed, legal_pairs
 
 WINDOW = 11
 CENTRE = WINDOW // 2
-# Two tokens for each of the mines and walls in view stay well below this; the simulator drops the farthest beyond it.
+# Well above two tokens per mine and wall in view; beyond the limit the simulator drops the farthest tokens.
 DEFAULT_NUM_TOKENS = 128
-# The largest value of one inventory token.
+# The maximum value of an inventory token.
 ORE_PER_MINE = 255
 NO_PLACE = 254
 
@@ -52,8 +45,8 @@ SIMULATOR_ACTIONS = (("noop",), ("move_north", "move_south", "move_west", "move_
 NOOP, MOVE = 0, 1
 NORTH, SOUTH, WEST, EAST = 0, 1, 2, 3
 
-INSTALL_HINT = 'mettagrid is not installed: pip install "metta_fastagent[mettagrid]"'
-# Simulation seeds are C++ ints, map seeds are numpy ones; 31 bits fit both.
+INSTALL_HINT = "mettagrid is not installed: pip install 'metta-fastagent[mettagrid]'"
+# Simulators take seeds as C++ ints, maps as numpy ints; 31 bits fit both.
 SEED_BITS = 31
 
 
@@ -62,15 +55,15 @@ class MettagridEnvironment:
 
     Args:
         num_envs: rows, a multiple of `num_agents`.
-        device: where observations and rewards are put; the simulator itself runs on the CPU.
-        seed: 0 to 2**63 - 1; it decides every map and every simulator's own seed: same seed and actions, same run.
-        num_agents: agents in each simulator.
+        device: device of the returned tensors; the simulator runs on the CPU.
+        seed: 0 to 2**63 - 1; determines all maps and simulators: runs with the same seed and actions are equal.
+        num_agents: agents per simulator.
         map_size: cells along a side, walls included, at least 5.
-        num_mines: mines in each map at the start of an episode.
-        max_steps: steps in an episode.
-        num_tokens: M, the observation's length in tokens.
+        num_mines: mines per map at the start of an episode.
+        max_steps: steps per episode.
+        num_tokens: M, tokens per observation.
 
-    Raises ImportError in one line where the package `mettagrid` is missing.
+    Raises ImportError if the package `mettagrid` is missing.
     """
 
     name = "mettagrid"
@@ -92,14 +85,14 @@ class MettagridEnvironment:
         check_int("num_agents", num_agents, 1)
         self.num_envs = check_int("num_envs", num_envs, 1)
         if num_envs % num_agents:
-            raise ValueError(f"num_envs must be a multiple of num_agents = {num_agents}, got {num_envs}")
+            raise ValueError(f"num_envs: got {num_envs}, expected a multiple of num_agents ({num_agents})")
         check_int("map_size", map_size, 5)
-        # The simulator's map builder halves the objects without a word where they do not fit.
+        # The simulator silently halves the number of objects if they do not fit on the map.
         check_int("num_mines", num_mines, 1, (map_size - 2) ** 2 - num_agents)
         check_int("max_steps", max_steps, 1)
         self.num_tokens = check_int("num_tokens", num_tokens, 1)
         seed = check_seed(seed)
-        self.device = check_device(device)
+        self.device = require_device("device", device)
 
         api = _simulator_api()
         self._api = api
@@ -112,7 +105,7 @@ class MettagridEnvironment:
         self._max_action_args = torch.tensor(self.max_action_args)
         self._ore_feature = self.features["inv:ore"]["id"]
 
-        # The simulators write into slices of these; the torch tensors are views of the same memory.
+        # The simulators read and write slices of these tensors through numpy views.
         self._observations = torch.zeros(num_envs, num_tokens, 3, dtype=torch.uint8)
         self._rewards = torch.zeros(num_envs)
         self._terminals = torch.zeros(num_envs, dtype=torch.bool)
@@ -126,7 +119,7 @@ class MettagridEnvironment:
         self._action_ids = _action_table(self._simulations[0].action_ids)
 
     def reset(self, seed: int | None = None) -> Tensor:
-        """New maps for all simulators: uint8 `[num_envs, M, 3]`. A seed restarts the stream of maps, None goes on."""
+        """Start a new episode in every row; returns uint8 `[num_envs, M, 3]`. None continues the random stream."""
         if seed is not None:
             self._seeds = random.Random(check_seed(seed))
         self._check_open()
@@ -136,15 +129,15 @@ class MettagridEnvironment:
         return self._copy(self._observations)
 
     def step(self, actions: Tensor) -> Step:
-        """Apply (type, parameter) pairs, any integer dtype `[num_envs, 2]`; ended simulators start anew.
+        """Apply (type, parameter) pairs, any integer dtype `[num_envs, 2]`, and replace simulators that have ended.
 
-        Raises TypeError or ValueError that names `actions`, before any simulator has moved.
+        Raises TypeError or ValueError, which names `actions`, before any simulator steps.
         """
         self._check_open()
         pairs = check_actions(actions, self.num_envs, self.device).cpu().long()
         action_types, action_params = pairs.unbind(1)
         legal = legal_pairs(action_types, action_params, self._max_action_args)
-        raise_on_illegal_pair(legal, pairs, self.action_names, self.max_action_args)
+        check_legal(legal, pairs, self.action_names, self.max_action_args)
 
         self._simulator_actions.copy_(self._action_ids[action_types, action_params])
         for simulation in self._simulations:
@@ -160,14 +153,14 @@ class MettagridEnvironment:
         return Step(self._copy(self._observations), rewards, terminals, truncations & ~terminals, final_observations)
 
     def scripted_actions(self) -> Tensor:
-        """Walk towards the nearest mine in view, int32 `[num_envs, 2]`: a good policy, not the best one.
+        """Walk towards the nearest mine in view, or stay if there is none: int32 `[num_envs, 2]`.
 
-        Distances are counted in steps; agents in the way are not walked around. With no mine in view it stays.
+        A good policy, not an optimal one: it does not walk around other agents.
         """
         coordinates, feature_ids, _ = self._observations.long().unbind(2)
         row = (coordinates >> 4) - CENTRE
         column = (coordinates & 15) - CENTRE
-        # The agent's own ore is at distance 0.
+        # The agent's own ore is a token at distance 0.
         distances = row.abs() + column.abs()
         is_mine = (feature_ids == self._ore_feature) & (coordinates < NO_PLACE) & (distances > 0)
         nearest = torch.where(is_mine, distances, 255).argmin(dim=1, keepdim=True)
@@ -180,17 +173,15 @@ class MettagridEnvironment:
         return torch.stack((action_types, torch.where(seen, action_params, 0)), dim=1).int().to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """The simulator cannot be saved: always NotImplementedError."""
-        raise NotImplementedError("the mettagrid simulator's state cannot be saved; start a new episode with reset()")
+        """Always raises NotImplementedError: the simulator's state cannot be saved."""
+        raise NotImplementedError("the mettagrid simulator's state cannot be saved")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The simulator cannot be restored: always NotImplementedError."""
-        raise NotImplementedError(
-            "the mettagrid simulator's state cannot be restored; start a new episode with reset()"
-        )
+        """Always raises NotImplementedError: the simulator's state cannot be restored."""
+        raise NotImplementedError("the mettagrid simulator's state cannot be restored; use reset()")
 
     def close(self) -> None:
-        """Close all simulators; stepping afterwards is a RuntimeError."""
+        """Close all simulators. Later calls of `step` and `reset` raise RuntimeError."""
         for simulation in self._simulations:
             simulation.close()
         self._simulations = []
@@ -220,12 +211,11 @@ class MettagridEnvironment:
 
 
 def _simulator_api() -> SimpleNamespace:
-    """The names used of the package `mettagrid`; ImportError with a hint where it is missing."""
+    """The parts of the package `mettagrid` that are used here. Raises ImportError if it is missing."""
     try:
-        import mettagrid
+        import mettagrid  # noqa: F401
     except ImportError as error:
         raise ImportError(INSTALL_HINT) from error
-    del mettagrid
     from mettagrid.builder import building
     from mettagrid.config import handler_config, mettagrid_config, reward_config
     from mettagrid.map_builder.random_map import RandomMapBuilder
@@ -246,7 +236,7 @@ def _simulator_api() -> SimpleNamespace:
 def _game_config(
     api: SimpleNamespace, num_agents: int, map_size: int, num_mines: int, max_steps: int, num_tokens: int
 ) -> Any:
-    """The game described at the top, as the simulator's MettaGridConfig."""
+    """The simulator's MettaGridConfig of the game described at the top."""
     config = api.config
     take_all = api.handlers.Handler(
         mutations=[api.handlers.withdraw({"ore": ORE_PER_MINE}, remove_when_empty=True)],
@@ -274,7 +264,7 @@ def _game_config(
 
 
 def _action_table(action_ids: dict[str, int]) -> Tensor:
-    """int64 `[types, largest parameter + 1]`: the simulator's action id of each legal pair, -1 elsewhere."""
+    """int64 `[types, largest parameter + 1]`: the simulator's action id of each legal pair, else -1."""
     table = torch.full((len(SIMULATOR_ACTIONS), max(map(len, SIMULATOR_ACTIONS))), -1)
     for action_type, names in enumerate(SIMULATOR_ACTIONS):
         for parameter, simulator_name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Stopwatch: how long each phase of training takes, without waiting for the GPU on every reading."""
+"""PhaseTimer: seconds spent in each phase of training, without a device sync per phase."""
 
 import time
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ import torch
 PHASES: tuple[str, ...] = ("environment", "inference", "learning", "clip")
 
 
-class Stopwatch:
-    """Adds up the seconds spent in each of PHASES: `with stopwatch("clip"): ...`.
+class PhaseTimer:
+    """Adds up the seconds spent in each of PHASES: `with timer("clip"): ...`.
 
-    On CUDA a phase is the GPU's time between two events, read when `read` is called; elsewhere it is wall time.
+    On CUDA a phase is the GPU time between two events, read by `read`; elsewhere it is wall time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,7 +34,7 @@ class Stopwatch:
             self._seconds[phase] += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """Seconds per phase since the last call, after which they start from 0 again. Waits for the GPU."""
+        """Seconds per phase since the last call, and reset them to 0. Synchronizes with the GPU."""
         if self._events:
             self._events[-1][2].synchronize()
         for phase, first, last in self._events:
