@@ -1,6 +1,6 @@
 """ActionSpace: the tables behind (action type, parameter) pairs and logit indices."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -51,18 +51,19 @@ class ActionSpace:
         return f"ActionSpace({types}; {self.num_actions} actions)"
 
 
-def _checked_names(action_names: Sequence[str]) -> list[str]:
-    if isinstance(action_names, str) or not isinstance(action_names, Sequence):
+def _checked_names(action_names: Iterable[str]) -> list[str]:
+    if isinstance(action_names, (str, bytes, Mapping)) or not isinstance(action_names, Iterable):
         raise TypeError(f"action_names: got {action_names!r}, expected a list of names")
-    if not action_names:
+    names = list(action_names)
+    if not names:
         raise ValueError("action_names: got no name, expected at least one action type")
-    for position, name in enumerate(action_names):
+    for position, name in enumerate(names):
         if not isinstance(name, str) or not name:
             raise TypeError(f"action_names[{position}]: got {name!r}, expected a non-empty string")
-    repeated = sorted({name for name in action_names if list(action_names).count(name) > 1})
+    repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"action_names: got {', '.join(repeated)} more than once, expected distinct names")
-    return list(action_names)
+    return [str(name) for name in names]
 
 
 def checked_max_params(argument: str, max_params: Iterable[int], num_types: int | None = None) -> list[int]:

@@ -235,16 +235,17 @@ class DistributedMettaAgent(DistributedDataParallel):
     Args:
         agent: the host; its BatchNorm layers become SyncBatchNorm (not on the CPU, for which PyTorch has none).
         device: the device of this rank.
+        options: passed to `DistributedDataParallel`, such as `find_unused_parameters`.
     """
 
     module: MettaAgent
 
-    def __init__(self, agent: MettaAgent, device: torch.device | str) -> None:
+    def __init__(self, agent: MettaAgent, device: torch.device | str, **options: Any) -> None:
         if torch.device(device).type == "cpu":
-            super().__init__(agent)
+            super().__init__(agent, **options)
         else:
             synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(agent)
-            super().__init__(synchronized, device_ids=[device], output_device=device)
+            super().__init__(synchronized, **{"device_ids": [device], "output_device": device, **options})
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,9 @@ from metta_fastagent import ops
 from metta_fastagent._layer_index import CLIPPED_LAYERS, LayerIndex, Transient
 from metta_fastagent._mode import Fields, is_training
 from metta_fastagent.action_space import ActionSpace, checked_max_params
+from metta_fastagent.ops._bad_action import Report, reporting_to
 from metta_fastagent.ops._checks import describe, require_integer, require_number
+from metta_fastagent.ops._sharded import full
 from metta_fastagent.weight_metrics import analyze_weights
 
 logger = logging.getLogger(__name__)
@@ -262,12 +265,14 @@ class PyTorchAgentMixin(_Module):
         rows = _require_rows(logits_list, value)
         pairs = _flat_pairs(action, rows)
         segment = self._segment_shape(td, action, rows)
-        if _is_overridden(self, "_convert_action_to_logit_index"):
-            log_prob, entropy, full_log_probs = ops.evaluate_actions(
-                logits_list, self._convert_action_to_logit_index(pairs)
-            )
-        else:
-            log_prob, entropy, full_log_probs = ops.evaluate_actions(logits_list, pairs, table)
+        with self._reporting():
+            if _is_overridden(self, "_convert_action_to_logit_index"):
+                log_prob, entropy, full_log_probs = ops.evaluate_actions(
+                    logits_list, self._convert_action_to_logit_index(pairs)
+                )
+            else:
+                self._require_width(logits_list)
+                log_prob, entropy, full_log_probs = ops.evaluate_actions(logits_list, pairs, table)
         self._raise_reported_actions("sync")
         results = {"act_log_prob": log_prob, "entropy": entropy, "full_log_probs": full_log_probs, "value": value}
         if segment is None:
@@ -341,7 +346,20 @@ class PyTorchAgentMixin(_Module):
     def _raise_reported_actions(self, mode: str) -> None:
         """Raise an error for a bad action that a kernel has reported, if `validate` is this mode."""
         if getattr(self, "validate", "deferred") == mode and not torch.compiler.is_compiling():
-            ops.raise_if_reported(getattr(self, "cum_action_max_params", None), synchronize=mode == "sync")
+            table = getattr(self, "cum_action_max_params", None)
+            ops.raise_if_reported(table, synchronize=mode == "sync", report=self._report())
+
+    def _report(self) -> Report:
+        """Where kernels report this agent's bad actions."""
+        cache = self.__dict__.get("_report_cache")
+        if cache is None:
+            cache = self._report_cache = Transient()
+        if cache.value is None:
+            cache.value = Report()
+        return cache.value
+
+    def _reporting(self) -> AbstractContextManager:
+        return nullcontext() if torch.compiler.is_compiling() else reporting_to(self._report())
 
     def _segment_from_fields(self, td: TensorDictBase) -> tuple[int, int]:
         known = self.__dict__.get("_fields")
@@ -359,7 +377,8 @@ class PyTorchAgentMixin(_Module):
             RuntimeError: the action tables are not set.
             TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also a pair out of range.
         """
-        return ops.action_to_logit_index(flattened_action, self._require_table("cum_action_max_params"))
+        with self._reporting():
+            return ops.action_to_logit_index(flattened_action, self._require_table("cum_action_max_params"))
 
     def _convert_logit_index_to_action(self, action_logit_index: Tensor) -> Tensor:
         """Pair of each logit index, from `action_index_tensor`: integer [...] to int32 [..., 2].
@@ -368,7 +387,17 @@ class PyTorchAgentMixin(_Module):
             RuntimeError: the action tables are not set.
             TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also an index out of range.
         """
-        return ops.logit_index_to_action(action_logit_index, self._require_table("action_index_tensor"))
+        with self._reporting():
+            return ops.logit_index_to_action(action_logit_index, self._require_table("action_index_tensor"))
+
+    def _require_width(self, logits: Tensor) -> None:
+        """Refuse logits whose columns are not the actions of the tables."""
+        table = getattr(self, "action_index_tensor", None)
+        if table is not None and logits.shape[1] != table.shape[0]:
+            raise ValueError(
+                f"logits_list: got {describe(logits)}, expected {table.shape[0]} columns, one for each row of "
+                "action_index_tensor; do the policy's heads know the environment's actions?"
+            )
 
     def _require_table(self, name: str) -> Tensor:
         table = getattr(self, name, None)
@@ -440,7 +469,9 @@ class PyTorchAgentMixin(_Module):
     def _store_initial_weights(self) -> None:
         """Keep a copy of each regularisable layer's weight under its module name ("root" for the agent itself)."""
         named = _named_weights(self.named_modules(), self._is_regularizable_layer)
-        self.initial_weights = {name: weight.detach().clone() for name, weight in named}
+        # A loss in training cannot use tensors that were made in inference mode.
+        with torch.inference_mode(False):
+            self.initial_weights = {name: weight.detach().clone() for name, weight in named}
 
     def update_l2_init_weight_copy(self) -> None:
         """Make the current weights the reference of `l2_init_loss`."""
@@ -457,6 +488,11 @@ class PyTorchAgentMixin(_Module):
         groups: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         for name, weight in _named_weights(self._layers().modules, self._is_regularizable_layer):
             if name in initial:
+                if initial[name].is_meta and not weight.is_meta:
+                    raise RuntimeError(
+                        f"initial_weights[{name!r}]: on the meta device, which has no values; call "
+                        "update_l2_init_weight_copy() after the weights have been loaded"
+                    )
                 groups.setdefault(weight.device, []).append((weight, initial[name].to(weight.device)))
         losses = [
             ops.l2_init_loss([weight for weight, _ in pairs], [start for _, start in pairs], self.l2_init_scale)
@@ -468,9 +504,12 @@ class PyTorchAgentMixin(_Module):
         return functools.reduce(lambda total, loss: total.to(loss.device) + loss, losses)
 
     def compute_weight_metrics(self, delta: float = 0.01) -> list[dict]:
-        """Singular-value metrics of each Linear's weight; see `metta_fastagent.weight_metrics.analyze_weights`."""
+        """Singular-value metrics of each Linear's weight; see `metta_fastagent.weight_metrics.analyze_weights`.
+
+        Sharded weights (DTensor) are gathered, so every rank of their mesh has to take part in the call.
+        """
         named = _named_weights(self.named_modules(), lambda module: isinstance(module, nn.Linear))
-        return analyze_weights({name: weight.detach() for name, weight in named if weight.dim() == 2}, delta)
+        return analyze_weights({name: full(weight.detach()) for name, weight in named if weight.dim() == 2}, delta)
 
     def maybe_compute_weight_metrics(self, epoch: int, delta: float = 0.01) -> list[dict] | None:
         """`compute_weight_metrics` on every `analyze_weights_interval`-th epoch, else None; 0 means never."""
@@ -521,7 +560,7 @@ def _largest_magnitudes(weights: dict[str, Tensor]) -> dict[str, float]:
     by_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, weight in weights.items():
         if weight.numel() > 0:
-            by_device.setdefault(weight.device, {})[name] = weight.abs().max().double()
+            by_device.setdefault(weight.device, {})[name] = full(weight.detach().abs().max()).double()
     magnitudes: dict[str, float] = {}
     for maxima in by_device.values():
         magnitudes |= dict(zip(maxima, torch.stack(list(maxima.values())).tolist(), strict=True))
@@ -531,7 +570,7 @@ def _largest_magnitudes(weights: dict[str, Tensor]) -> dict[str, float]:
 def _moved(tensor: Tensor, fn: Callable, keep_dtype: bool = False) -> Tensor:
     """`tensor` with the device and dtype that `fn` of `nn.Module._apply` gives; values survive `to_empty`."""
     target = fn(tensor.new_empty(0))
-    if target.device.type == "meta":
+    if target.is_meta or tensor.is_meta:
         return tensor
     return tensor.to(target.device, tensor.dtype if keep_dtype else target.dtype)
 

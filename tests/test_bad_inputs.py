@@ -295,7 +295,7 @@ CASES = [
         "training, too few logits for the action",
         lambda s: train(s, s.td([B, T]), torch.tensor([2, 1]).expand(B, T, 2), logits(columns=5)),
         ValueError,
-        [r"actions\[0\]", "logit index 6", "0 to 4"],
+        ["logits_list", r"shape \[12, 5\]", "7 columns", "action_index_tensor"],
     ),
     (
         "training, value None",

@@ -18,7 +18,7 @@ from torch import Tensor
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import cdiv, device_guard, jit, tl
 from metta_fastagent.ops import _bad_action
-from metta_fastagent.ops._autograd import checks_values, under_transform
+from metta_fastagent.ops._autograd import checks_values, in_plain_pytorch
 from metta_fastagent.ops._bad_action import report_index, report_pair
 from metta_fastagent.ops._checks import (
     describe,
@@ -245,7 +245,7 @@ def action_to_logit_index(actions: Tensor, cum_action_max_params: Tensor) -> Ten
         TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also a type or parameter out of range.
     """
     actions, table = check_pairs(actions, cum_action_max_params)
-    return action_to_logit_index_eager(actions, table) if under_transform() else _action_to_logit_index(actions, table)
+    return action_to_logit_index_eager(actions, table) if in_plain_pytorch() else _action_to_logit_index(actions, table)
 
 
 def logit_index_to_action(index: Tensor, action_index_tensor: Tensor) -> Tensor:
@@ -267,4 +267,4 @@ def logit_index_to_action(index: Tensor, action_index_tensor: Tensor) -> Tensor:
         raise TypeError(f"action_logit_index: got {describe(index)}, expected {expected}")
     table = check_action_index_tensor(action_index_tensor)
     require_same_device("action_logit_index", index, "action_index_tensor", table)
-    return logit_index_to_action_eager(index, table) if under_transform() else _logit_index_to_action(index, table)
+    return logit_index_to_action_eager(index, table) if in_plain_pytorch() else _logit_index_to_action(index, table)

@@ -9,14 +9,20 @@ from torch import Tensor
 from metta_fastagent._dispatch import requested, use_backend
 
 
-def under_transform() -> bool:
-    """Whether a function transform of torch.func (grad, vmap, jvp, ...) is active, which operators do not support."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def in_plain_pytorch() -> bool:
+    """Whether a call may use PyTorch's own operators only.
+
+    That is under a transform of torch.func (grad, vmap, jvp, ...), and in torch.export with backend "eager", so that
+    converters meet no operator of this package.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() and requested() == "eager"
+    return torch._C._are_functorch_transforms_active()
 
 
 def checks_values(tensor: Tensor) -> bool:
-    """Whether values may be read: they are on the CPU, and no function transform hides them."""
-    return tensor.device.type == "cpu" and not under_transform()
+    """Whether values may be read: they are on the CPU, and neither a transform nor torch.export hides them."""
+    return tensor.device.type == "cpu" and not in_plain_pytorch()
 
 
 def needs_graph() -> bool:

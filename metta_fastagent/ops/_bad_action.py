@@ -1,4 +1,4 @@
-"""A word of host memory in which kernels report an action out of range, read without a host sync.
+"""A word of host memory, one for each agent, in which kernels report an action out of range without a host sync.
 
 A kernel never stops on a bad action: it sets the row's log-probability to NaN and writes this word in pinned memory.
 `raise_if_reported` reads it. A report that a running kernel has not written yet is found by a later call, so an error
@@ -12,6 +12,9 @@ comes one call late unless the caller synchronises first.
 
 # pyright: reportInvalidTypeForm=false
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,18 +30,51 @@ OPERATION_NAMES = {
     CONVERT_INDEX: "logit_index_to_action",
 }
 
-_word: Tensor | None = None
-# The same memory as a NumPy array, which is faster to read.
-_view: Any = None
+
+class Report:
+    """The word of one caller, such as an agent."""
+
+    def __init__(self) -> None:
+        self.word: Tensor | None = None
+        # The same memory as a NumPy array, which is faster to read.
+        self.view: Any = None
+
+    def take(self) -> int:
+        """The reported code, 0 for none; it is cleared."""
+        code = 0 if self.view is None else int(self.view[0])
+        if code:
+            self.view[0] = 0
+        return code
+
+
+class _Current(threading.local):
+    # Of operations called directly.
+    report = Report()
+
+
+_current = _Current()
+# Never freed: a captured graph may write to a word at any replay.
+_in_use: list[Report] = []
+
+
+@contextmanager
+def reporting_to(report: Report) -> Iterator[None]:
+    """Kernels launched in the `with` block, by this thread, write to the report's word."""
+    outer, _current.report = _current.report, report
+    try:
+        yield
+    finally:
+        _current.report = outer
 
 
 def word(device: torch.device) -> Tensor:
-    """The word, int64 [1], one per process; in pinned memory for CUDA devices."""
-    global _word, _view
-    if _word is None:
-        _word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
-        _view = _word.numpy()
-    return _word
+    """The current report's word, int64 [1]; in pinned memory for CUDA devices."""
+    report = _current.report
+    if report.word is None:
+        report.word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        report.view = report.word.numpy()
+        _in_use.append(report)
+    return report.word
 
 
 @jit
@@ -64,25 +100,27 @@ def _report(word, bad, row, value, OPERATION: tl.constexpr):
     tl.store(word + row * 0, code, mask=bad)
 
 
-def raise_if_reported(cum_action_max_params: Tensor | None = None, synchronize: bool = False) -> None:
+def raise_if_reported(
+    cum_action_max_params: Tensor | None = None, synchronize: bool = False, report: Report | None = None
+) -> None:
     """Raise an error if a kernel has reported a bad action since the last call, and clear the report.
 
     Args:
         cum_action_max_params: int64 tensor [action types + 1], to name the limit in the message; read only for an
             error.
         synchronize: wait for the current CUDA device first, so that no report of an earlier launch is missed.
+        report: whose report is read; None reads all of them.
 
     Raises:
         ValueError: an action was out of range; the message names operation, row, type and parameter, and the limit.
     """
-    if _view is None:
+    if not _in_use:
         return
     if synchronize and torch.cuda.is_available():
         torch.cuda.synchronize()
-    code = int(_view[0])
+    code = next(filter(None, (each.take() for each in ([report] if report else _in_use))), 0)
     if code == 0:
         return
-    _view[0] = 0
     operation, row = code >> 60, (code >> 28) & 0xFFFFFFFF
     if operation in (EVALUATE_INDEX, CONVERT_INDEX):
         found = f"logit index {(code & 0xFFFFFFF) - 134217728}, expected one of the actions"

@@ -20,6 +20,7 @@ from metta_fastagent._dispatch import register, uses_native
 from metta_fastagent._triton import device_guard, jit, tl
 from metta_fastagent.ops._checks import require_floating_point, require_number
 from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS, cached, chunk_rows, is_dense, upload
+from metta_fastagent.ops._sharded import local_shard
 
 # Bytes of the widest load; a chunk that starts on such an address is moved 128 bits at a time.
 VECTOR_BYTES = 16
@@ -123,7 +124,8 @@ def clip_weights_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
     """Clamp each tensor in place to [-bound, bound].
 
     Args:
-        tensors: floating-point tensors of any shapes, dtypes and devices, leaf parameters included.
+        tensors: floating-point tensors of any shapes, dtypes and devices, leaf parameters included. Of a DTensor the
+            local shard is clipped.
         bounds: one float >= 0 for each tensor.
 
     Raises:
@@ -139,6 +141,7 @@ def clip_weights_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
     ):
         return
     _check(tensors, bounds)
+    tensors = [local_shard(f"tensors[{position}]", tensor) for position, tensor in enumerate(tensors)]
     if compiling:
         _clip_weights_([tensor.detach() for tensor in tensors], list(bounds))
     else:

@@ -25,9 +25,9 @@ from metta_fastagent.ops._autograd import (
     checks_values,
     chosen_backend,
     gradients_with_graph,
+    in_plain_pytorch,
     needs_graph,
     run_backward,
-    under_transform,
 )
 from metta_fastagent.ops._bad_action import EVALUATE_INDEX, EVALUATE_PAIR, report_index, report_pair
 from metta_fastagent.ops._categorical import (
@@ -510,6 +510,6 @@ def evaluate_actions(
             f"actions: got {describe(actions)}, expected shape {list(expected_shape)} for {describe(logits)}"
         )
     require_same_device("actions", actions, "logits", logits)
-    if under_transform():
+    if in_plain_pytorch():
         return evaluate_actions_forward_eager(float32_under_autocast(logits), actions, cum_action_max_params)[:3]
     return _EvaluateActions.apply(float32_under_autocast(logits), actions, cum_action_max_params)

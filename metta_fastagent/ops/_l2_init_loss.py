@@ -16,9 +16,10 @@ from torch import Tensor
 
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import compute_type, device_guard, jit, next_power_of_2, tl
-from metta_fastagent.ops._autograd import chosen_backend, needs_graph, run_backward, under_transform
+from metta_fastagent.ops._autograd import chosen_backend, in_plain_pytorch, needs_graph, run_backward
 from metta_fastagent.ops._checks import NATIVE_DTYPES, compute_dtype, describe, require_floating_point, require_number
 from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS, cached, chunk_rows, is_dense, upload
+from metta_fastagent.ops._sharded import full, is_sharded
 
 # Partial sums that the last program adds at a time.
 PARTIALS_BLOCK = 1024
@@ -241,7 +242,8 @@ def l2_init_loss(params: Sequence[Tensor], initial: Sequence[Tensor], scale: flo
     """Scaled sum of squared differences between weights and their initial values.
 
     Args:
-        params: floating-point tensors of any shapes, all on one device.
+        params: floating-point tensors of any shapes, all on one device; with DTensors among them, every rank of their
+            mesh has to take part in the call.
         initial: tensors of the same shapes on the same device, one for each of `params`; no gradient flows to them.
         scale: factor of the sum.
 
@@ -265,6 +267,9 @@ def l2_init_loss(params: Sequence[Tensor], initial: Sequence[Tensor], scale: flo
             )
     if not params:
         return torch.zeros((), dtype=torch.float32)
-    if under_transform():
+    if any(map(is_sharded, params)):
+        losses = [full(l2_init_loss_forward_eager([p], [s], scale)) for p, s in zip(params, initial, strict=True)]
+        return torch.stack(losses).sum()
+    if in_plain_pytorch():
         return l2_init_loss_forward_eager(params, initial, scale)
     return _L2InitLoss.apply(scale, len(params), *params, *initial)

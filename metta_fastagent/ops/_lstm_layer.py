@@ -31,10 +31,10 @@ from metta_fastagent._dispatch import register
 from metta_fastagent._triton import cdiv, device_guard, jit, tl
 from metta_fastagent.ops._autograd import (
     chosen_backend,
+    in_plain_pytorch,
     needs_graph,
     refuse_second_derivative,
     run_backward,
-    under_transform,
 )
 from metta_fastagent.ops._checks import (
     NATIVE_DTYPES,
@@ -591,7 +591,7 @@ def lstm_layer(
         _require(name, value, shape, projected.dtype, projected)
     if resets is not None:
         _require("resets", resets, (steps, rows), torch.bool, projected)
-    if under_transform():
+    if in_plain_pytorch():
         return _formula(projected, weight_hh, h, c, resets)
     return _LSTMLayer.apply(projected, weight_hh, h, c, resets)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from metta_fastagent._dispatch import backend, register
 from metta_fastagent._triton import compute_type, device_guard, jit, tl
 from metta_fastagent.ops._action_index import check_action_index_tensor, logit_index_to_action_eager
-from metta_fastagent.ops._autograd import checks_values, chosen_backend, under_transform
+from metta_fastagent.ops._autograd import checks_values, chosen_backend, in_plain_pytorch
 from metta_fastagent.ops._categorical import (
     MAX_ACTIONS,
     choose_kernel,
@@ -309,7 +309,7 @@ def sample_actions(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: got {describe(generator)}, expected a torch.Generator or None")
     logits = float32_under_autocast(logits)
-    if under_transform():
+    if in_plain_pytorch():
         outputs = sample_actions_eager(logits, action_index_tensor, generator)
     else:
         outputs = _SampleActions.apply(logits, action_index_tensor, generator)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metta_fastagent._dispatch import register
 from metta_fastagent._triton import device_guard, jit, tl
+from metta_fastagent.ops._autograd import in_plain_pytorch
 from metta_fastagent.ops._checks import compute_dtype, describe, require_same_device, require_tensor
 
 EMPTY_COORDINATE = 255
@@ -176,4 +177,5 @@ def tokens_to_grid(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype!r}, expected a floating-point dtype")
     require_same_device("scale", scale, "tokens", tokens)
-    return _tokens_to_grid(tokens, num_features, width, height, scale, dtype)
+    run = tokens_to_grid_eager if in_plain_pytorch() else _tokens_to_grid
+    return run(tokens, num_features, width, height, scale, dtype)

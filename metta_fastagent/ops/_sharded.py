@@ -1,0 +1,31 @@
+"""Weights that FSDP2 or tensor parallelism has made DTensors."""
+
+import sys
+from typing import Any
+
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor."""
+    # A DTensor exists only after this module was imported, which takes a while.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_shard(name: str, tensor: Any) -> Tensor:
+    """The local part of a DTensor, in the same memory; other tensors as they are.
+
+    Raises:
+        ValueError: the parts are summands (placement Partial), which an element-wise operation cannot treat one by one.
+    """
+    if not isinstance(tensor, Tensor) or not is_sharded(tensor):
+        return tensor
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError(f"{name}: got a DTensor with placements {tensor.placements}, expected Shard or Replicate")
+    return tensor._local_tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor, gathered by all of its ranks; other tensors as they are. Differentiable."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
