@@ -236,11 +236,12 @@ class LSTMWrapper(nn.Module):
         self, td: TensorDictBase, hidden: Tensor, B: int, TT: int, training: bool | None = None
     ) -> tuple[Tensor, Tensor, Tensor, MemoryId]:
         """(output [B * TT, hidden_size], h, c, env_id): `run_lstm` before it stores the state."""
+        if B * TT == 0:
+            # nn.LSTM refuses an empty sequence; the memory stays as it is.
+            state = self._zero_state(B, hidden.device)
+            return hidden.new_zeros(0, self.hidden_size), state, state, None
         sequence = hidden.view(B, TT, hidden.shape[-1]).transpose(0, 1)
         h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device, training)
-        if B * TT == 0:
-            # nn.LSTM refuses an empty sequence.
-            return hidden.new_zeros(0, self.hidden_size), h, c, env_id
         _require_sequence_first(self.lstm)
         # `_manage_lstm_state` has applied the first step's resets. A step on CUDA still takes the segments' path:
         # cuDNN rounds nn.LSTM's products to TF32 by default, and a segment has to reproduce its rollout.
@@ -287,7 +288,7 @@ class LSTMWrapper(nn.Module):
         else:
             h, c = self._zero_state(B, device), self._zero_state(B, device)
         resets = _resets(td, B, TT, device)
-        if resets is not None and TT > 0:
+        if resets is not None:
             first = resets[0].view(1, B, 1)
             h, c = h.masked_fill(first, 0), c.masked_fill(first, 0)
         return nan_if_out_of_range(h, env_id), nan_if_out_of_range(c, env_id), env_id
@@ -486,6 +487,8 @@ def _own_computation(lstm: nn.Module) -> str:
         return "its forward was replaced"
     if lstm._forward_hooks or lstm._forward_pre_hooks or lstm._backward_hooks or lstm._backward_pre_hooks:
         return "it has hooks"
+    if nn.modules.module._has_any_global_hook():
+        return "all modules have hooks"
     return ""
 
 

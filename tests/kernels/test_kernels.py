@@ -444,7 +444,7 @@ def train(agent, pairs):
     return agent.handle_training_mode(TensorDict({}, batch_size=[len(pairs)]), pairs, logits, value)
 
 
-def test_a_bad_action_is_told_when_validate_says(device):
+def test_a_bad_action_is_reported_when_validate_says(device):
     good = torch.tensor(PAIRS, device=device)
     bad = good.clone()
     bad[4, 1] = 7
@@ -460,3 +460,20 @@ def test_a_bad_action_is_told_when_validate_says(device):
     train(off, good)
     with pytest.raises(ValueError, match="parameter 7"):
         ops.raise_if_reported()
+
+
+@pytest.mark.parametrize("validate", ["deferred", "sync", "off"])
+def test_a_report_reaches_the_agent_of_the_call(device, validate):
+    good = torch.tensor(PAIRS, device=device)
+    bad = good.clone()
+    bad[4, 1] = 7
+    silent, other = make_agent(device, validate="off"), make_agent(device, validate=validate)
+    train(silent, bad)
+    ops.action_to_logit_index(bad, other.cum_action_max_params)
+    for _ in range(2):
+        train(other, good)
+    with pytest.raises(ValueError, match="parameter 7"):
+        ops.raise_if_reported(synchronize=True)
+    with pytest.raises(ValueError, match="parameter 7"):
+        ops.raise_if_reported(synchronize=True)
+    ops.raise_if_reported(synchronize=True)
