@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     building.add_argument("--force", action="store_true", help="compile again")
     building.add_argument("--sanitize", choices=list(_native.SANITIZERS), help="a build with this sanitizer, for tests")
-    building.add_argument("--quiet", action="store_true", help="print nothing but the reason for a failure, in one line")
+    building.add_argument("--quiet", action="store_true", help="print one line if it fails, else nothing")
     options = parser.parse_args(arguments)
     if options.command == "build":
         return build(options)
