@@ -4,6 +4,7 @@ Most tests use a fake compiler, a shell script; the last compiles a source with 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,11 +74,12 @@ def assert_not_loaded(*parts):
     assert "\n" not in _native.reason()
 
 
-def test_loading_compiles_and_writes_nothing(fake_compiler):
+def test_loading_compiles_and_writes_nothing(fake_compiler, monkeypatch, tmp_path):
     calls = fake_compiler()
     assert_not_loaded("not built: run python -m metta_fastagent build")
-    assert not _native.cache_folder().exists()
-    assert calls() == []
+    assert not _native.cache_folder().exists() and calls() == []
+    monkeypatch.setattr(_native, "SOURCES", tmp_path / "nowhere")
+    assert_not_loaded("no C++ sources in", "nowhere")
 
 
 def test_missing_compiler(monkeypatch, tmp_path):
@@ -89,13 +91,6 @@ def test_missing_compiler(monkeypatch, tmp_path):
     with pytest.raises(_native.CannotBuildError, match=r"no C\+\+ compiler: found none of c\+\+, g\+\+, clang\+\+"):
         _native.build()
     assert not _native.cache_folder().exists()
-
-
-def test_missing_sources(monkeypatch, tmp_path):
-    monkeypatch.setattr(_native, "SOURCES", tmp_path / "nowhere")
-    with pytest.raises(_native.CannotBuildError, match=r"no C\+\+ sources in .*nowhere"):
-        _native.build()
-    assert_not_loaded("no C++ sources in", "nowhere")
 
 
 def test_failing_compiler(fake_compiler):
@@ -197,8 +192,7 @@ def test_command_gives_the_reason_in_one_line(body, status, fake_compiler, monke
     assert command_line.main(["build", "--quiet"]) == status
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err.startswith("metta_fastagent: native CPU operators not")
-    assert output.err.count("\n") == 1
+    assert re.fullmatch("metta_fastagent: native CPU operators not .*\n", output.err)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, _native.COMPILERS)), reason="no C++ compiler")
@@ -215,10 +209,7 @@ def test_concurrent_builds_and_a_process_that_loads(tmp_path):
     assert all(done.stdout.startswith("native CPU operators ready in ") for done in builds), builds
     assert len(list(_native.cache_folder().iterdir())) == 1
     code = (
-        "import torch; from metta_fastagent import _native;"
-        "assert not _native.loaded() and not hasattr(torch.ops.build_test, 'add_one_');"
-        "assert _native.load() and _native.loaded(), _native.reason();"
-        "print(torch.ops.build_test.add_one_(torch.zeros(3)).tolist(), _native.reason())"
+        "import torch; from metta_fastagent import _native; print(_native.loaded(), _native.load(), _native.reason());"
     )
-    done = run("-c", code)
-    assert done.stdout.startswith("[1.0, 1.0, 1.0] loaded from "), done
+    done = run("-c", code + "print(torch.ops.build_test.add_one_(torch.zeros(3)).tolist())")
+    assert done.stdout.startswith("False True loaded from ") and done.stdout.endswith("\n[1.0, 1.0, 1.0]\n"), done
