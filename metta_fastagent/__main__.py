@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from metta_fastagent import _native, explain
 
-# Apart from a failure, for scripts that go on without a compiler but not with broken sources.
+# Not 1, so that scripts can continue without a compiler but stop on broken sources.
 CANNOT_BUILD = 3
 
 
@@ -18,7 +18,7 @@ def build(options: argparse.Namespace) -> int:
         library = _native.build(options.force, options.sanitize)
     except _native.BuildError as error:
         text = str(error).splitlines()[0] if options.quiet else str(error)
-        instead = "what was built before" if _native.load() else "eager PyTorch"
+        instead = "the previous build" if _native.load() else "eager PyTorch"
         print(f"metta_fastagent: native CPU operators not built, {instead} runs instead: {text}", file=sys.stderr)
         return CANNOT_BUILD if isinstance(error, _native.CannotBuildError) else 1
     # A sanitizer's runtime has to be in the process from its start.
@@ -38,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="compile the CPU operators into the cache",
         epilog=f"Exit status: 0 ready, 1 failed, {CANNOT_BUILD} nothing to build with on this machine.",
     )
-    building.add_argument("--force", action="store_true", help="compile even what was compiled before")
+    building.add_argument("--force", action="store_true", help="compile again")
     building.add_argument("--sanitize", choices=list(_native.SANITIZERS), help="a build with this sanitizer, for tests")
-    building.add_argument("--quiet", action="store_true", help="say nothing but one line where it fails")
+    building.add_argument("--quiet", action="store_true", help="print one line if it fails, else nothing")
     options = parser.parse_args(arguments)
     if options.command == "build":
         return build(options)
