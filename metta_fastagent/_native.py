@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from subprocess import PIPE, STDOUT
 
 import torch
 
@@ -32,7 +31,8 @@ _PACKAGE = Path(__file__).parent
 # A wheel holds the sources inside the package, a checkout beside it.
 SOURCES = _PACKAGE / "csrc" if (_PACKAGE / "csrc").is_dir() else _PACKAGE.parent / "csrc"
 
-# The stable ABI of PyTorch 2.10, which later versions keep.
+OLDEST_TORCH = "2.10"
+# The stable ABI of that version, which later ones keep.
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 OPTIMIZATION = ("-O3",)
 # Left out in a second attempt: some compilers do not know the processor.
@@ -41,8 +41,7 @@ SANITIZERS = {
     "address": ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address"),
     "undefined": ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"),
 }
-# For each file, and for linking.
-COMPILE_LIMIT_S = 120
+COMPILE_LIMIT_S = 120  # for each file, and for linking
 # Ends every library file: loading a truncated one would crash the process.
 COMPLETE = b"\nmetta_fastagent: complete\n"
 
@@ -65,7 +64,7 @@ def load() -> bool:
         try:
             _outcome = _try_to_load()
         except Exception as error:
-            _outcome = False, f"{type(error).__name__}: {error}"
+            _outcome = False, str(error) if isinstance(error, BuildError) else f"{type(error).__name__}: {error}"
     return _outcome[0]
 
 
@@ -121,6 +120,8 @@ def _source_files() -> list[Path]:
     files = sorted(path for path in SOURCES.glob("*") if path.suffix in (".cpp", ".h"))
     if sys.platform != "linux" or not files:
         raise CannotBuildError(f"no C++ sources in {SOURCES}" if not files else f"got {sys.platform}, expected linux")
+    if torch.__version__ < OLDEST_TORCH:
+        raise CannotBuildError(f"got PyTorch {torch.__version__}, expected {OLDEST_TORCH} or newer")
     return files
 
 
@@ -186,14 +187,13 @@ def _compile_and_link(command: Sequence[str], linked: Path) -> None:
 
 def _run(command: Sequence[str]) -> None:
     """Run a command; BuildError if it cannot be started, fails or exceeds the limit."""
-    english = {**os.environ, "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, stdout=PIPE, stderr=STDOUT, env=english, timeout=COMPILE_LIMIT_S)
+        done = subprocess.run(command, capture_output=True, env=os.environ | {"LC_ALL": "C"}, timeout=COMPILE_LIMIT_S)
     except subprocess.TimeoutExpired:
         raise BuildError(f"{command[0]} exceeded the limit of {COMPILE_LIMIT_S} s and was killed") from None
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode != 0:
-        lines = [line.strip() for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
+        lines = [line.strip() for line in (done.stdout + done.stderr).decode(errors="replace").splitlines() if line.strip()]
         first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message")
         raise BuildError("\n".join([f"{command[0]} failed with status {done.returncode}: {first}", *lines]))

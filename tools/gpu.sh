@@ -76,7 +76,7 @@ stage training "$(scaled 50)" 'backend +triton;lower bound [0-9.]*[1-9]' "$pytho
 share=$(((seconds - SECONDS) / $([[ $only == *sweep* ]] && echo 2 || echo 1)))
 inner=$((share > 30 ? share - 15 : share))
 stage bench $share . "$python" -m benchmarks $quick --device cuda --seconds $inner --out "$out/bench"
-stage sweep $share . "$python" -m benchmarks.sweep --seconds $inner --out "$out/sweep.json"
+stage sweep $share . "$python" -m benchmarks.sweep --seconds $inner --out "$out/sweep.md"
 cp "$out"/logs/training/*.png "$out" 2>/dev/null
 tar -C "$out" --exclude '*.pt' -czf "$out/logs.tar.gz" logs && rm -r "$out/logs"
 exit $failed
