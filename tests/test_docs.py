@@ -36,6 +36,9 @@ def test_the_example_runs(example, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip()
+    if example.stem == "cartpole_positions":
+        first, final = map(float, re.findall(r"(\d+) at", run.stdout))
+        assert final > 2 * first
 
 
 def test_the_api_page_has_every_public_name():
