@@ -1,4 +1,5 @@
 # PYTHON is the Python behind a new virtual environment VENV; a torch that it imports is reused. See tools/setup.sh.
+SHELL = bash
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -34,7 +35,7 @@ library = $$($${CXX:-c++} -print-file-name=$(1).so)
 OLDEST_TRITON = 3.6.0
 OLDEST_TRITON_FOLDER = $(VENV)/triton-$(OLDEST_TRITON)
 
-.PHONY: help setup train test test-slow test-oldest-triton bench gpu lint sanitize
+.PHONY: help setup train test test-slow test-oldest-triton test-versions bench gpu lint sanitize
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +74,22 @@ test-oldest-triton: setup ## compile the kernels with the oldest supported Trito
 	@export PYTHONPATH="$(abspath $(OLDEST_TRITON_FOLDER))$${PYTHONPATH:+:$$PYTHONPATH}"; \
 	"$(VENV)/bin/python" -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton.__version__' && \
 	$(RUN) pytest tests/test_kernel_report.py
+
+# Python:PyTorch:what else, comma-separated. The oldest, those of a GPU machine, and the newest; docs/versions.md has the results.
+VERSIONS = 3.11:2.9.1:tensordict==0.10.0 3.12:2.11.0:triton==3.6.0,numpy==2.5.0 3.13:2.15.0:tensordict
+VERSION_TESTS = -m "not slow" --ignore tests/test_setup.py --ignore tests/test_gpu_script.py
+
+test-versions: ## run the tests with the oldest and the newest PyTorch; downloads several gigabytes for each
+	@echo "WARNING: this downloads builds of PyTorch with CUDA, several gigabytes each: $(VERSIONS)"
+	@set -e; for version in $(VERSIONS); do IFS=: read -r python torch others <<<"$$version"; \
+	folder="$(VENV)-torch-$$torch"; run="$$folder/bin/python -m"; \
+	"python$$python" -m venv "$$folder"; \
+	$$run pip install --quiet torch==$$torch $$(echo $$others | tr , ' ') -e '.[train,test]'; \
+	export OMP_NUM_THREADS=1; \
+	METTA_FASTAGENT_BACKEND=eager $$run pytest --numprocesses 2 $(VERSION_TESTS); \
+	TRITON_INTERPRET=1 $$run pytest --numprocesses 2 tests/kernels tests/train/test_ratio.py; \
+	if $(subst $(RUN),$$run,$(BUILD)); then METTA_FASTAGENT_BACKEND=native $$run pytest --numprocesses 2 $(NATIVE_TESTS); fi; \
+	done
 
 bench: setup ## measure and print the ratios, for example: make bench QUICK=1 ARGS='--only clip,sample'
 	@$(BUILD) || true
