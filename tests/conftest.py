@@ -1,3 +1,4 @@
+import signal
 import sys
 from pathlib import Path
 
@@ -5,6 +6,9 @@ from metta_fastagent import _triton
 
 # pytest's importlib mode puts no test folder on the path, and pickle needs the shared agents' module by name.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# A shell starts background jobs with SIGINT ignored; the tests of Ctrl-C need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _accept_one_element_loop_bounds():

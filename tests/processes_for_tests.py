@@ -1,7 +1,22 @@
-"""What tests of killed processes share."""
+"""Helpers of tests that start processes."""
 
 import time
 from pathlib import Path
+
+import numpy
+import pytest
+
+from metta_fastagent import _triton
+
+
+def _version(text):
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+interpreter_in_a_process = pytest.mark.skipif(
+    _triton.triton is None or (_version(_triton.triton.__version__) < (3, 7) and _version(numpy.__version__) >= (2, 4)),
+    reason="Triton's interpreter before 3.7 does not run with NumPy 2.4 or newer",
+)
 
 
 def has_ended(pid, patience=10.0):

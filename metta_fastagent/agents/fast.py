@@ -84,11 +84,11 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         if action is None:
             # State changes last: an error in the draw leaves `td` and the memory unchanged.
             self.handle_inference_mode(td, logits, value)
-            self.set_tensordict_fields(td, observations, training)
+            self.set_tensordict_fields(td, observations)
             self._store_lstm_state(h, c, env_id)
             return td
         td = td.copy()
-        self.set_tensordict_fields(td, observations, training)
+        self.set_tensordict_fields(td, observations)
         result = self.handle_training_mode(td, action, logits, value)
         self._store_lstm_state(h, c, env_id)
         return result

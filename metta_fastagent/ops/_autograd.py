@@ -12,9 +12,11 @@ from metta_fastagent._dispatch import requested, use_backend
 def in_plain_pytorch() -> bool:
     """Whether a call may use PyTorch's own operators only.
 
-    That is under a transform of torch.func (grad, vmap, jvp, ...), and in torch.export with backend "eager", so that
-    converters meet no operator of this package.
+    That is under a transform of torch.func (grad, vmap, jvp, ...), and in torch.export (not strict) with backend "eager",
+    so that converters meet no operator of this package.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return False
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() and requested() == "eager"
     return torch._C._are_functorch_transforms_active()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes_for_tests import interpreter_in_a_process
 
 from metta_fastagent import _triton
 
@@ -17,6 +18,7 @@ from benchmarks import launch_kernels
 ROOT = Path(__file__).parents[2]
 
 
+@interpreter_in_a_process
 def test_every_kernel_is_launched_in_the_interpreter():
     command = [sys.executable, "-m", "benchmarks.launch_kernels", "--device", "cpu"]
     environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes_for_tests import interpreter_in_a_process
 
 from metta_fastagent import _triton
 
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
+@interpreter_in_a_process
 def test_every_variant_agrees_in_the_interpreter(tmp_path):
     command = [sys.executable, "-m", "benchmarks.sweep", "--device", "cpu", "--tiny", "--out", str(tmp_path / "s.md")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

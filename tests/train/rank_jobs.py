@@ -152,6 +152,7 @@ def train(*arguments: str) -> None:
 
 def interrupted_on_one_rank(*arguments: str) -> str:
     """The error after a SIGINT that only rank 1 gets, in its second update."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     train_update = Trainer.train_update
 
     def interrupting(trainer: Trainer) -> dict[str, float]:
