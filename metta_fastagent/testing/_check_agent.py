@@ -1,8 +1,8 @@
-"""`check_agent`: the guide's five checks on an agent of the user's own."""
+"""`check_agent`: six checks on an agent of the user's own."""
 
 import copy
-import inspect
-import math
+import dataclasses
+import itertools
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,45 +13,68 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from metta_fastagent.action_space import ActionSpace
-from metta_fastagent.ops._checks import is_number, is_whole, require_integer
+from metta_fastagent.mixin import PyTorchAgentMixin
+from metta_fastagent.ops._checks import describe, require_integer, require_number
 from metta_fastagent.testing._shared import (
     LOSS_KEYS,
-    clipped_parameters,
+    STATE_KEYS,
     describe_error,
     device_of,
+    inner_agent,
     random_actions,
     seeded,
 )
 
-# Rows of the synthetic batches; all different, so that a mix-up of two of them shows.
-INFERENCE_ROWS = 5
-TRAINING_ROWS, TRAINING_STEPS = 3, 4
+# Rows of a rollout step, rows of a training batch, steps of a segment.
+ROWS, TRAINING_ROWS, T = 6, 3, 5
 # Values that no agent has by default, so that seeing them again means that they were passed on.
-PROBE_CLIP_RANGE, PROBE_INTERVAL = 0.375, 17
+PROBE = {"clip_range": 0.375, "analyze_weights_interval": 17}
 LEARNING_RATE = 1e-3
-# Absolute error of a log-probability: a few roundings of a number of about 10.
+# Errors of a log-probability of about 10, and of an importance ratio.
 LOG_PROB_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Assumed of an environment that does not define them.
-DEFAULT_TOKENS, DEFAULT_FEATURES, DEFAULT_WIDTH = 64, 25, 11
+RATIO_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Starts of episodes (row, step) in a warm-up and two segments: inside both, at the start of the second, and none at the
+# first and last step of the first, so that flags shifted by one step stay inside it.
+STARTS = {
+    "dones": [(0, T + 1), (2, T + 3), (3, 2 * T), (1, 2 * T + 3)],
+    "truncateds": [(1, T + 2), (3, T + 3), (4, 2 * T), (0, 2 * T + 2)],
+}
 SET_FIELDS = 'call self.set_tensordict_fields(td, td["env_obs"]) at the start of forward()'
 USE_INFERENCE = "end forward() with self.handle_inference_mode(td, logits, value) if action is None"
 USE_TRAINING = "end forward() with self.handle_training_mode(td, action, logits, value) if action is given"
 USE_FORMULA = "action_type + cum_action_max_params[action_type] + action_param"
 SET_TABLES = "call activate_actions or MettaAgent.initialize_to_environment with the environment's actions"
+RUN_LSTM = "self.run_lstm(td, hidden, B, T) of LSTMWrapper handles state and resets in both modes"
 
 
 class AgentCheckError(AssertionError):
     """At least one check of `check_agent` failed; the message is the report."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckResult:
-    """Outcome of one check: its name, whether it passed, what was found (and how to mend it), and warnings."""
+    """Outcome of one check: problems make it fail, warnings do not; `summary` is its message if it passes."""
 
     name: str
-    passed: bool
-    message: str
-    warnings: tuple[str, ...] = ()
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    summary: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether there was no problem."""
+        return not self.problems
+
+    @property
+    def message(self) -> str:
+        """The problems with advice, one a line, or the summary."""
+        return "\n".join(self.problems) or self.summary
+
+    def expect(self, condition: bool, problem: str) -> bool:
+        """Note the problem unless the condition holds; returns the condition."""
+        if not condition:
+            self.problems.append(problem)
+        return condition
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,7 @@ class AgentReport:
     @property
     def ok(self) -> bool:
         """Whether all checks passed."""
-        return all(check.passed for check in self.checks)
+        return not self.failures
 
     @property
     def failures(self) -> tuple[CheckResult, ...]:
@@ -80,187 +103,110 @@ class AgentReport:
         for check in self.checks:
             if check.name == name:
                 return check
-        raise KeyError(f"name: got {name!r}, expected one of {', '.join(check.name for check in self.checks)}")
+        raise KeyError(f"name: got {name!r}, expected one of {', '.join(CHECKS)}")
 
     def __str__(self) -> str:
-        passed = len(self.checks) - len(self.failures)
-        lines = [f"{self.agent_name}: {passed} of {len(self.checks)} checks passed"]
-        width = max((len(check.name) for check in self.checks), default=0)
+        lines = [f"{self.agent_name}: {len(self.checks) - len(self.failures)} of {len(self.checks)} checks passed"]
+        width = max(map(len, CHECKS))
         for check in self.checks:
-            lines += _table_rows("ok" if check.passed else "FAIL", check.name.ljust(width), check.message)
-            for warning in check.warnings:
-                lines += _table_rows("warn", " " * width, warning)
+            rows = [("ok" if check.passed else "FAIL", check.name, check.message)]
+            for mark, name, message in [*rows, *(("warn", "", warning) for warning in check.warnings)]:
+                head = f"  {mark:<4}  {name:<{width}}  "
+                text = [line for part in message.splitlines() for line in textwrap.wrap(part, 118 - len(head))]
+                lines += [(" " * len(head) if i else head) + line for i, line in enumerate(text)]
         return "\n".join(lines)
-
-
-def _table_rows(mark: str, name: str, message: str) -> list[str]:
-    head = f"  {mark:<4}  {name}  "
-    wrapped = [line for part in message.splitlines() for line in textwrap.wrap(part, max(40, 118 - len(head)))]
-    return [(head if i == 0 else " " * len(head)) + line for i, line in enumerate(wrapped or [""])]
-
-
-@dataclass
-class _Findings:
-    """Results of a check: problems make it fail, warnings do not; `summary` is its message if it passes."""
-
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    summary: str = ""
-
-    def expect(self, condition: bool, problem: str) -> bool:
-        if not condition:
-            self.problems.append(problem)
-        return condition
-
-
-class _Observations:
-    """Source of observation tokens uint8 [..., M, 3] for an environment, drawn from a generator of its own."""
-
-    def __init__(self, env: object, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._normalizations: dict[int, float] = getattr(env, "feature_normalizations", None) or {}
-        self._num_tokens = int(getattr(env, "num_tokens", DEFAULT_TOKENS))
-        self._width = int(getattr(env, "obs_width", DEFAULT_WIDTH))
-        self._height = int(getattr(env, "obs_height", DEFAULT_WIDTH))
-        self._real = None
-        if not self._normalizations:
-            self._normalizations = dict.fromkeys(range(DEFAULT_FEATURES), 1.0)
-            self._real = _first_observations(env)
-
-    def _integers(self, high: int, shape: tuple[int, ...]) -> Tensor:
-        return torch.randint(high, shape, generator=self._generator)
-
-    def sample(self, *rows: int) -> Tensor:
-        """Tokens uint8 [*rows, M, 3] on the CPU."""
-        if self._real is not None:
-            return self._real[self._integers(self._real.shape[0], rows)]
-        shape = (*rows, self._num_tokens)
-        features = torch.tensor(sorted(self._normalizations))
-        largest = torch.tensor([float(self._normalizations[int(i)]) for i in features]).clamp(1, 254)
-        which = self._integers(len(features), shape)
-        coordinate = self._integers(self._width, shape) << 4 | self._integers(self._height, shape)
-        value = torch.rand(shape, generator=self._generator) * (largest[which] + 1)
-        tokens = torch.stack([coordinate, features[which], value.long()], dim=-1).to(torch.uint8)
-        # About a fifth of the tokens stay empty, as in a real observation.
-        return tokens.masked_fill((self._integers(5, shape) == 0)[..., None], 255)
-
-
-def _first_observations(env: object) -> Tensor | None:
-    """Observations of env.reset() as [N, M, 3], or None without a reset."""
-    reset = getattr(env, "reset", None)
-    if not callable(reset):
-        return None
-    result = reset()
-    observations = torch.as_tensor(result[0] if isinstance(result, tuple) else result).cpu()
-    if observations.dim() != 3 or observations.shape[-1] != 3 or observations.shape[0] < 1:
-        raise ValueError(f"env: reset() gave observations {list(observations.shape)}, expected tokens [N, M, 3]")
-    return observations.to(torch.uint8)
 
 
 @dataclass
 class _Subject:
-    """The agent under test with what all checks need: its environment, actions, and a source of observations."""
+    """The agent under test with its environment, its actions, and rows [N] of input to draw from."""
 
     agent: nn.Module
     env: Any
     space: ActionSpace
-    observations: _Observations
+    samples: TensorDictBase
     updates: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return type(self.agent).__name__
 
     def fresh_copy(self) -> Any:
         """A copy of the agent with empty memory and its action tables set; the environment is shared, not copied."""
-        memo = {} if self.env is None else {id(self.env): self.env}
-        agent: Any = copy.deepcopy(self.agent, memo)
+        agent: Any = copy.deepcopy(self.agent, {} if self.env is None else {id(self.env): self.env})
         if callable(getattr(agent, "reset_memory", None)):
             agent.reset_memory()
-        if (getattr(agent, "num_envs", None) or INFERENCE_ROWS) < INFERENCE_ROWS:
-            agent.allocate_memory(INFERENCE_ROWS)
-        if not _has_tables(agent):
-            _activate(agent, self.space)
+        if (getattr(agent, "num_envs", None) or ROWS) < ROWS:
+            agent.allocate_memory(ROWS)
+        if _has_tables(agent):
+            return agent
+        device = device_of(agent)
+        if callable(getattr(agent, "activate_actions", None)):
+            agent.activate_actions(self.space.action_names, self.space.action_max_params, device)
+            return agent
+        agent.cum_action_max_params = self.space.cum_action_max_params.to(device)
+        agent.action_index_tensor = self.space.action_index_tensor.to(device)
+        if callable(getattr(agent, "initialize_to_environment", None)):
+            agent.initialize_to_environment(self.space.full_action_names, device)
         return agent
 
-    def inference_input(self) -> TensorDict:
-        return _as_input(self.observations.sample(INFERENCE_ROWS), device_of(self.agent))
+    def draw(self, *rows: int) -> TensorDictBase:
+        """Random input of batch size `rows` in which no episode starts."""
+        td = self.samples[torch.randint(len(self.samples), rows, device="cpu").to(self.samples.device or "cpu")]
+        td = td.to(device_of(self.agent))
+        return td.update({key: torch.zeros(rows, dtype=torch.bool, device=td.device) for key in STARTS})
 
-    def training_input(self) -> tuple[TensorDict, Tensor]:
-        """A segment batch [B, T] and legal actions int64 [B, T, 2] for it."""
-        td = _as_input(self.observations.sample(TRAINING_ROWS, TRAINING_STEPS), device_of(self.agent))
-        return td, random_actions(self.space.action_index_tensor, td.batch_size).to(device_of(self.agent))
-
-
-def _as_input(observations: Tensor, device: torch.device) -> TensorDict:
-    """The agent's input for tokens [..., M, 3]: no episode starts anywhere."""
-    rows = observations.shape[:-2]
-    entries = {"env_obs": observations, "dones": torch.zeros(rows, dtype=torch.bool)}
-    return TensorDict(entries | {"truncateds": entries["dones"].clone()}, batch_size=rows).to(device)
+    def actions(self, *rows: int) -> Tensor:
+        return random_actions(self.space.action_index_tensor, rows).to(device_of(self.agent))
 
 
-def _has_tables(agent: object) -> bool:
-    return all(getattr(agent, name, None) is not None for name in ("cum_action_max_params", "action_index_tensor"))
+def check_agent(
+    agent: nn.Module, env: Any, *, updates: int = 20, seed: int = 0, sample_input: TensorDictBase | None = None
+) -> AgentReport:
+    """Run six checks on an agent written with PyTorchAgentMixin, and report what is wrong and how to fix it.
 
-
-def _activate(agent: Any, space: ActionSpace) -> None:
-    device = device_of(agent)
-    if callable(getattr(agent, "activate_actions", None)):
-        agent.activate_actions(space.action_names, space.action_max_params, device)
-        return
-    agent.cum_action_max_params = space.cum_action_max_params.to(device)
-    agent.action_index_tensor = space.action_index_tensor.to(device)
-    if callable(getattr(agent, "initialize_to_environment", None)):
-        agent.initialize_to_environment(space.full_action_names, device)
-
-
-def check_agent(agent: nn.Module, env: Any, *, updates: int = 20, seed: int = 0) -> AgentReport:
-    """Run five checks on an agent written with PyTorchAgentMixin, and report what is wrong and how to fix it.
-
-    "configuration": clip_range and analyze_weights_interval come from keyword arguments to attributes.
+    "configuration": clip_range and analyze_weights_interval are legal and pass through the mixin to attributes.
     "weight clipping": clip_weights() clips every Linear, Conv1d and Conv2d, nothing else, and nothing at clip_range 0.
     "TensorDict fields": inference and training write every field with the right shape, dtype and meaning.
     "action conversion": every logit index and its (type, parameter) pair convert into each other.
+    "recurrent replay": the agent carries state from step to step until an episode ends, and the importance ratio is 1
+    when a rollout is replayed as segments with flags and stored state (within 1e-5; 2e-2 for float16 and 1e-1 for
+    bfloat16 weights).
     "training stability": loss, gradients and weights stay finite over a number of optimizer steps.
 
-    Each check works on its own deep copy of the agent. All of them run, and an exception inside the agent is a failed
+    Each check works on its own deep copy of the agent. The replay's is in eval mode and has noise of 0.01 on its
+    weights, because a head of zeros would hide the state. All checks run, and an exception inside the agent is a failed
     check. A trainable parameter that never gets a gradient is a warning.
 
     Args:
         agent: the agent, or a host or wrapper around it (its `policy` or `module` is then checked).
-        env: may define `action_names` and `max_action_args` (not needed when the agent's action tables are
-            set), `num_tokens`, `obs_width`, `obs_height`, and `feature_normalizations`, from which random observation
-            tokens are made. Without the last, observations come from `env.reset()`, which then resets the environment;
-            without that too, they are random. None is allowed.
+        env: may define `action_names` and `max_action_args`, which are not needed if the agent's action tables are set,
+            and `num_tokens`, `obs_width`, `obs_height` and `feature_normalizations` for random observation tokens
+            uint8 [N, num_tokens, 3]. None is allowed. The environment is neither reset nor stepped.
         updates: optimizer steps of the last check.
         seed: of the observations, actions and draws.
+        sample_input: TensorDict of batch size [N], with the entries that the agent reads in a rollout step, such as
+            "env_obs" of any dtype and shape [N, ...]; at least 2 rows, and the more they differ the better. Input of
+            every check is drawn from its rows, as [B, ...] in rollout and [B, T, ...] in training; flags of episodes are
+            added. None draws random tokens.
 
     Returns:
         A report; `report.raise_if_failed()` turns failures into an AgentCheckError.
 
     Raises:
-        TypeError, ValueError: `agent` is not a module, `updates` or `seed` is not a suitable integer, or no actions
-            are known.
+        TypeError, ValueError: an argument has a wrong type or value, no actions are known, or the environment's
+            observations are not tokens and `sample_input` is missing.
     """
     if not isinstance(agent, nn.Module):
         raise TypeError(f"agent: got {type(agent).__name__}, expected a torch.nn.Module")
     for name, value, least in (("updates", updates, 1), ("seed", seed, 0)):
         require_integer(name, value, f"an integer >= {least}", minimum=least)
-    agent = _inner_agent(agent)
+    agent = inner_agent(agent)
     space = _action_space(agent, env)
-    subject = _Subject(agent, env, space, _Observations(env, seed), updates, seed)
-    return AgentReport(subject.name, tuple(_run_check(name, check, subject) for name, check in CHECKS.items()))
+    with seeded(seed):
+        samples = _random_tokens(env) if sample_input is None else _checked_samples(sample_input)
+    subject = _Subject(agent, env, space, samples, updates)
+    return AgentReport(type(agent).__name__, tuple(_run_check(name, subject, seed) for name in CHECKS))
 
 
-def _inner_agent(agent: nn.Module) -> nn.Module:
-    """The mixin agent inside hosts and wrappers, else the agent itself."""
-    inner: Any = agent
-    while not hasattr(inner, "init_mixin"):
-        inner = getattr(inner, "module", None) or getattr(inner, "policy", None)
-        if not isinstance(inner, nn.Module):
-            return agent
-    return inner
+def _has_tables(agent: object) -> bool:
+    return all(getattr(agent, name, None) is not None for name in ("cum_action_max_params", "action_index_tensor"))
 
 
 def _action_space(agent: nn.Module, env: Any) -> ActionSpace:
@@ -275,399 +221,359 @@ def _action_space(agent: nn.Module, env: Any) -> ActionSpace:
         )
     max_params = [int(value) for value in max_params]
     names = getattr(env, "action_names", None)
-    return ActionSpace(list(names) if names else [f"type{t}" for t in range(len(max_params))], max_params)
+    return ActionSpace(list(names) if names else [f"type{t}" for t in range(len(max_params))], max_params, "cpu")
 
 
-def _run_check(name: str, check: Callable[[_Subject, _Findings], None], subject: _Subject) -> CheckResult:
-    findings = _Findings()
+def _checked_samples(sample_input: Any) -> TensorDictBase:
+    expected = "a TensorDict of batch size [N] with at least 2 rows"
+    if not isinstance(sample_input, TensorDictBase):
+        raise TypeError(f"sample_input: got {describe(sample_input)}, expected {expected}")
+    if sample_input.batch_dims != 1 or len(sample_input) < 2:
+        raise ValueError(f"sample_input: got batch size {list(sample_input.batch_size)}, expected {expected}")
+    return sample_input.exclude(*STATE_KEYS, *LOSS_KEYS, "actions", "values", "full_log_probs", "bptt", "batch")
+
+
+def _random_tokens(env: Any) -> TensorDict:
+    """256 rows of tokens uint8 [M, 3] such as the environment may give, a fifth of them empty."""
+    known = getattr(getattr(env, "single_observation_space", None), "shape", None)
+    if known is not None and (len(known) != 2 or known[1] != 3):
+        raise ValueError(f"sample_input: got None, expected a TensorDict, for observations of shape {list(known)}")
+    shape = (256, int(getattr(env, "num_tokens", known[0] if known else 64)))
+    normalizations = getattr(env, "feature_normalizations", None) or dict.fromkeys(range(25), 1.0)
+    width, height = int(getattr(env, "obs_width", 11)), int(getattr(env, "obs_height", 11))
+    features = torch.tensor(sorted(normalizations), device="cpu")
+    highest = torch.tensor([min(max(float(normalizations[int(i)]), 1), 254) for i in features], device="cpu")
+    which, x, y, empty = (torch.randint(high, shape, device="cpu") for high in (len(features), width, height, 5))
+    value = torch.rand(shape, device="cpu") * (highest[which] + 1)
+    tokens = torch.stack([x << 4 | y, features[which], value.long()], dim=-1).to(torch.uint8)
+    return TensorDict({"env_obs": tokens.masked_fill((empty == 0)[..., None], 255)}, batch_size=shape[:1])
+
+
+def _run_check(name: str, subject: _Subject, seed: int) -> CheckResult:
+    result = CheckResult(name)
     try:
-        with seeded(subject.seed, subject.agent), torch.enable_grad():
-            check(subject, findings)
+        with seeded(seed, subject.agent), torch.enable_grad():
+            CHECKS[name](subject, result)
     except Exception as error:
-        findings.problems.append(f"the agent raised {describe_error(error)}")
-    message = "\n".join(findings.problems) or findings.summary
-    return CheckResult(name, not findings.problems, message, tuple(findings.warnings))
+        result.expect(False, f"the agent raised {describe_error(error)}")
+    return result
 
 
-def _check_configuration(subject: _Subject, findings: _Findings) -> None:
+def _check_configuration(subject: _Subject, result: CheckResult) -> None:
     agent: Any = subject.agent
-    if not hasattr(agent, "init_mixin") or not hasattr(agent, "extract_mixin_params"):
-        findings.expect(False, f"no mixin: declare class {subject.name}(PyTorchAgentMixin, LSTMWrapper), in this order")
+    if not isinstance(agent, PyTorchAgentMixin):
+        name = type(agent).__name__
+        result.expect(False, f"no mixin: declare class {name}(PyTorchAgentMixin, LSTMWrapper), in this order")
         return
-    names = ("clip_range", "analyze_weights_interval", "l2_init_scale", "clip_scale", "initial_weights")
-    missing = [name for name in names if not hasattr(agent, name)]
-    if missing:
-        advice = f"call self.init_mixin(**mixin_params) at the end of {subject.name}.__init__"
-        findings.expect(False, f"attributes {', '.join(missing)} are missing: {advice}")
+    missing = [name for name in (*PROBE, "l2_init_scale", "clip_scale", "initial_weights") if not hasattr(agent, name)]
+    advice = f"call self.init_mixin(**mixin_params) at the end of {type(agent).__name__}.__init__"
+    if not result.expect(not missing, f"attributes {', '.join(missing)} are missing: {advice}"):
         return
-    _check_configuration_types(agent, findings)
-    rebuilt = subject.fresh_copy()
-    rebuilt.init_mixin(**rebuilt.extract_mixin_params(_probe_arguments()))
-    _check_arrival(rebuilt, "extract_mixin_params, then init_mixin,", findings)
-    _check_constructor(subject, findings)
-    interval = agent.analyze_weights_interval
-    findings.summary = f"clip_range {agent.clip_range} and analyze_weights_interval {interval}, passed on from kwargs"
-
-
-def _probe_arguments() -> dict[str, Any]:
-    return {"clip_range": PROBE_CLIP_RANGE, "analyze_weights_interval": PROBE_INTERVAL}
-
-
-def _check_configuration_types(agent: Any, findings: _Findings) -> None:
-    clip_range, interval = agent.clip_range, agent.analyze_weights_interval
-    legal = is_number(clip_range) and float(clip_range) >= 0
-    findings.expect(legal, f"clip_range is {clip_range!r} ({type(clip_range).__name__}), expected a number >= 0")
-    legal = is_whole(interval) and int(interval) >= 0
-    kind = type(interval).__name__
-    findings.expect(legal, f"analyze_weights_interval is {interval!r} ({kind}), expected an integer >= 0")
-    weights = agent.initial_weights
-    findings.expect(isinstance(weights, dict), f"initial_weights is a {type(weights).__name__}, expected a dict")
-
-
-def _check_arrival(agent: Any, how: str, findings: _Findings) -> None:
-    for name, sent in _probe_arguments().items():
-        got = getattr(agent, name, None)
-        advice = "take **kwargs, hand them to extract_mixin_params, and its result to init_mixin"
-        findings.expect(got == sent, f"{how} was given {name}={sent} and the agent has {name} {got!r}: {advice}")
-
-
-def _check_constructor(subject: _Subject, findings: _Findings) -> None:
-    """Build a second agent with probe values, if its constructor's other arguments are known."""
-    arguments, reason = _constructor_arguments(subject)
-    if arguments is None:
-        findings.warnings.append(f"__init__ was not checked, because a second agent could not be built: {reason}")
-        return
-    call = f"{subject.name}(env, clip_range={PROBE_CLIP_RANGE}, analyze_weights_interval={PROBE_INTERVAL})"
     try:
-        built = type(subject.agent)(**arguments, **_probe_arguments())
-    except Exception as error:
-        advice = "take **kwargs and hand them to extract_mixin_params"
-        findings.expect(False, f"{call} raised {describe_error(error)}: {advice}")
-        return
-    _check_arrival(built, call, findings)
+        require_number("clip_range", agent.clip_range, "a number >= 0", minimum=0)
+        require_integer("analyze_weights_interval", agent.analyze_weights_interval, "an integer >= 0", minimum=0)
+    except (TypeError, ValueError) as error:
+        result.expect(False, str(error))
+    rebuilt = subject.fresh_copy()
+    rebuilt.init_mixin(**rebuilt.extract_mixin_params(dict(PROBE)))
+    for name, sent in PROBE.items():
+        got = getattr(rebuilt, name, None)
+        problem = f"{name} is {got!r} after extract_mixin_params and init_mixin with {name}={sent}: return what"
+        result.expect(got == sent, f"{problem} the mixin's method returns, or delete the override")
+    result.summary = f"clip_range {agent.clip_range}, analyze_weights_interval {agent.analyze_weights_interval}"
 
 
-def _constructor_arguments(subject: _Subject) -> tuple[dict[str, Any] | None, str]:
-    """Arguments with which the agent's class can be built, or None and the reason."""
-    known = {"env": subject.env}
-    for name in ("input_size", "hidden_size", "num_layers"):
-        if isinstance(getattr(subject.agent, name, None), int):
-            known[name] = getattr(subject.agent, name)
-    parameters = list(inspect.signature(type(subject.agent).__init__).parameters.values())[1:]
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    arguments = {name: value for name, value in known.items() if name in named}
-    attempts = [arguments]
-    if "policy" in named and isinstance(getattr(subject.agent, "policy", None), nn.Module):
-        attempts.append(arguments | {"policy": copy.deepcopy(subject.agent.policy)})
-    reason = ""
-    for attempt in attempts:
-        try:
-            type(subject.agent)(**attempt)
-            return attempt, ""
-        except Exception as error:
-            reason = f"{subject.name}({', '.join(attempt)}) raised {type(error).__name__}: {error}"
-    return None, reason
-
-
-def _check_clipping(subject: _Subject, findings: _Findings) -> None:
-    agent = subject.fresh_copy()
-    with torch.no_grad():
-        # Spread widely, so that weights and biases alike have values on both sides of the range.
+def _check_clipping(subject: _Subject, result: CheckResult) -> None:
+    """Compare every parameter and buffer with what the mixin's own clip_weights() makes of it."""
+    for clip_range in (0, PROBE["clip_range"]):
+        agent = subject.fresh_copy()
         for parameter in agent.parameters():
             if parameter.is_floating_point():
+                # Spread widely, so that weights and biases alike have values on both sides of the range.
                 parameter.data.normal_()
-    clipped = clipped_parameters(agent)
-    if not clipped:
-        findings.warnings.append("the agent has no Linear, Conv1d or Conv2d, so there is nothing to clip")
-    _check_one_clip(agent, 0, {}, findings)
-    mode = getattr(agent, "clip_mode", "absolute")
-    bounds = _init_scaled_bounds(agent) if mode == "init_scaled" else dict.fromkeys(clipped, PROBE_CLIP_RANGE)
-    _check_one_clip(agent, PROBE_CLIP_RANGE, bounds, findings)
-    findings.summary = f"{len(bounds)} tensors are clipped (mode {mode}) and no others, none with clip_range 0"
+        agent.clip_range = clip_range
+        before, reference = _named_tensors(agent), dataclasses.replace(subject, agent=agent).fresh_copy()
+        PyTorchAgentMixin.clip_weights(reference)
+        agent.clip_weights()
+        for name, expected in _named_tensors(reference).items():
+            tensor = _named_tensors(agent).get(name)
+            if tensor is not before[name]:
+                result.expect(False, f"{name!r} was replaced, and the optimizer still holds the old tensor")
+            elif not torch.allclose(tensor, expected, rtol=1e-6, atol=0, equal_nan=True):
+                found, right = (f"{float(values.abs().max()):.4g}" for values in (tensor, expected))
+                problem = f"{name!r} reaches {found} after clip_weights() with clip_range {clip_range}, expected the"
+                result.expect(False, f"{problem} values that the mixin's clip_weights() gives, {right}")
+    if result.problems:
+        result.problems.append("Linear, Conv1d and Conv2d are clipped in place and nothing else; delete the override")
+    result.summary = "as the mixin clips: Linear, Conv1d and Conv2d and no others, and nothing with clip_range 0"
 
 
-def _init_scaled_bounds(agent: Any) -> dict[str, float]:
-    """Bounds of the clip mode "init_scaled": clip_range x largest initial weight x clip_scale, weights only."""
-    bounds = {}
-    for name in clipped_parameters(agent):
-        layer, _, kind = name.rpartition(".")
-        largest = agent.initial_weight_magnitudes.get(layer or "root")
-        if kind == "weight" and largest is not None:
-            bounds[name] = PROBE_CLIP_RANGE * largest * agent.clip_scale
-    return bounds
+def _named_tensors(agent: nn.Module) -> dict[str, Tensor]:
+    return {**dict(agent.named_parameters(remove_duplicate=False)), **dict(agent.named_buffers(remove_duplicate=False))}
 
 
-def _check_one_clip(agent: Any, clip_range: float, bounds: dict[str, float], findings: _Findings) -> None:
-    """Clip once with `clip_range`, and look at every parameter and buffer; those in `bounds` are to be clipped."""
-    before = dict(_named_tensors(agent))
-    values = {name: tensor.detach().clone() for name, tensor in before.items()}
-    # By identity, so that a weight tied to a layer of another kind may be clipped under its other name.
-    bound_of = {id(before[name]): bound for name, bound in bounds.items()}
-    agent.clip_range = clip_range
-    agent.clip_weights()
-    for name, tensor in _named_tensors(agent):
-        bound = bound_of.get(id(before[name]), math.inf)
-        expected = values[name].clamp(-bound, bound) if bound < math.inf else values[name]
-        _check_clipped_tensor(name, tensor.detach(), expected, bound, clip_range, findings)
-        problem = f"{name!r} was replaced, and the optimizer still holds the old tensor: clip_weights() clips in place"
-        findings.expect(tensor is before[name], problem)
-
-
-def _named_tensors(agent: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*agent.named_parameters(remove_duplicate=False), *agent.named_buffers(remove_duplicate=False)]
-
-
-def _check_clipped_tensor(
-    name: str, tensor: Tensor, expected: Tensor, bound: float, clip_range: float, findings: _Findings
-) -> None:
-    if torch.allclose(tensor, expected, rtol=1e-6, atol=0, equal_nan=True):
-        return
-    if clip_range == 0:
-        problem = "was changed with clip_range 0: clip_weights() must do nothing then"
-    elif math.isinf(bound):
-        problem = "was changed: only weight and bias of Linear, Conv1d and Conv2d are clipped"
-    elif float(tensor.abs().max()) > bound * (1 + 1e-6):
-        largest = float(tensor.abs().max())
-        problem = f"reaches {largest:.4g} after clip_weights(), outside [-{bound:.4g}, {bound:.4g}]: it is not clipped"
-    else:
-        problem = f"has other values than before clamped to [-{bound:.4g}, {bound:.4g}]"
-    findings.expect(False, f"{name!r} {problem}; delete an override of clip_weights(), the mixin provides it")
-
-
-def _check_fields(subject: _Subject, findings: _Findings) -> None:
-    for mode in (_check_inference_fields, _check_training_fields):
+def _check_fields(subject: _Subject, result: CheckResult) -> None:
+    for label, check in (("inference", _check_inference_fields), ("training", _check_training_fields)):
+        found = CheckResult(label)
         try:
-            mode(subject, findings)
+            check(subject, found)
         except Exception as error:
-            label = mode.__name__.split("_")[2]
-            findings.expect(False, f"{label}: the agent raised {describe_error(error)}")
-    findings.summary = "inference and training write every field with the right shape, dtype and values"
+            found.expect(False, f"the agent raised {describe_error(error)}")
+        result.problems += [f"{label}: {problem}" for problem in found.problems]
+        result.warnings += found.warnings
+    result.summary = "inference and training write every field with the right shape, dtype and values"
 
 
-@dataclass
-class _Fields:
-    """Reads the fields of an agent's result and notes what is wrong with them."""
-
-    label: str
-    td: TensorDictBase
-    findings: _Findings
-
-    def get(self, key: str, shape: tuple[int, ...], dtype: torch.dtype | None, advice: str) -> Tensor | None:
-        """The entry, on the CPU, if it has this shape and dtype (None: floating point, without NaN)."""
-        value = self.td.get(key, None)
-        kind = "floating point" if dtype is None else str(dtype)
-        expected = f"expected {kind} {list(shape)}; {advice}"
-        if not isinstance(value, Tensor):
-            self.findings.expect(False, f"{self.label}: td[{key!r}] is missing, {expected}")
-            return None
-        right_dtype = value.is_floating_point() if dtype is None else value.dtype == dtype
-        if not right_dtype or tuple(value.shape) != shape:
-            found = f"{value.dtype} {list(value.shape)}"
-            self.findings.expect(False, f"{self.label}: td[{key!r}] is {found}, {expected}")
-            return None
-        if dtype is None and bool(value.isnan().any()):
-            self.findings.expect(False, f"{self.label}: td[{key!r}] holds NaN")
-            return None
-        return value.detach().cpu()
-
-    def constant(self, key: str, shape: tuple[int, ...], constant: int) -> None:
-        value = self.get(key, shape, torch.int64, SET_FIELDS)
-        if value is not None:
-            found = sorted(set(value.flatten().tolist()))
-            problem = f"{self.label}: td[{key!r}] holds {found}, expected {constant} everywhere; {SET_FIELDS}"
-            self.findings.expect(found == [constant], problem)
-
-    def close(self, key: str, value: Tensor, expected: Tensor, meaning: str) -> None:
-        tolerance = LOG_PROB_TOLERANCE.get(value.dtype, 1e-4)
-        off = ~torch.isclose(value.double(), expected.double(), rtol=tolerance, atol=tolerance)
-        if bool(off.any()):
-            at = tuple(off.nonzero()[0].tolist())
-            found = f"td[{key!r}]{list(at)} is {value[at].item():.6g}"
-            self.findings.expect(False, f"{self.label}: {found}, expected {meaning} {expected[at].item():.6g}")
-
-    def log_probs(self, shape: tuple[int, ...], advice: str) -> Tensor | None:
-        """full_log_probs, with its rows' probabilities checked to sum to 1."""
-        value = self.get("full_log_probs", shape, None, advice)
-        if value is not None:
-            total = value.double().logsumexp(-1).exp().to(value.dtype)
-            tolerance = LOG_PROB_TOLERANCE.get(value.dtype, 1e-4)
-            wrong = (total - 1).abs() > tolerance
-            example = f", {total[wrong][0].item():.6g} for one" if bool(wrong.any()) else ""
-            problem = f"probabilities exp(td['full_log_probs']) of a row do not sum to 1{example}; {advice}"
-            self.findings.expect(not example, f"{self.label}: {problem}")
-        return value
-
-
-def _logit_index(actions: Tensor, space: ActionSpace) -> Tensor:
-    """Logit index of legal pairs [..., 2], written out independently of the agent."""
-    kind, param = actions.cpu().long().unbind(-1)
-    return kind + space.cum_action_max_params[kind] + param
-
-
-def _is_legal(actions: Tensor, space: ActionSpace) -> bool:
-    limits = torch.tensor(space.action_max_params)
-    kind, param = actions.cpu().long().unbind(-1)
-    if not bool(((kind >= 0) & (kind < len(limits))).all()):
-        return False
-    return bool(((param >= 0) & (param <= limits[kind])).all())
-
-
-def _check_inference_fields(subject: _Subject, findings: _Findings) -> None:
-    td = subject.inference_input()
+def _check_inference_fields(subject: _Subject, result: CheckResult) -> None:
+    td = subject.draw(ROWS)
     with torch.no_grad():
         out = subject.fresh_copy()(td)
-    if not findings.expect(isinstance(out, TensorDictBase), _no_tensordict("inference", out, USE_INFERENCE)):
-        return
+    fields = _read_fields(out, (ROWS,), {"values": (ROWS,), "actions": (ROWS, 2)}, subject.space, USE_INFERENCE, result)
     if out is not td:
-        findings.warnings.append("inference returns another TensorDict than it was given; callers may read the first")
-    fields, rows = _Fields("inference", out, findings), INFERENCE_ROWS
-    fields.constant("bptt", (rows,), 1)
-    fields.constant("batch", (rows,), rows)
-    fields.get("values", (rows,), None, USE_INFERENCE)
-    log_probs = fields.log_probs((rows, subject.space.num_actions), USE_INFERENCE)
-    act_log_prob = fields.get("act_log_prob", (rows,), None, USE_INFERENCE)
-    actions = fields.get("actions", (rows, 2), torch.int32, USE_INFERENCE)
-    if actions is None or not findings.expect(
-        _is_legal(actions, subject.space),
-        f"inference: td['actions'] holds a pair that {subject.space} does not have: {actions.tolist()}; {SET_TABLES}",
-    ):
+        result.warnings.append("inference returns another TensorDict than it was given; callers may read the first")
+    legal, actions = subject.space.action_index_tensor.tolist(), fields.get("actions", torch.empty(0)).tolist()
+    problem = f"td['actions'] holds a pair that {subject.space} does not have: {actions}; {SET_TABLES}"
+    if not result.expect(all(pair in legal for pair in actions), problem):
+        del fields["actions"]
+    _check_values(fields, {"bptt": 1, "batch": ROWS}, subject.space, USE_INFERENCE, result)
+
+
+def _check_training_fields(subject: _Subject, result: CheckResult) -> None:
+    rows = (TRAINING_ROWS, T)
+    actions = subject.actions(*rows)
+    out = subject.fresh_copy().train()(subject.draw(*rows), action=actions)
+    value = out.get("value", None) if isinstance(out, TensorDictBase) else None
+    shapes = {"value": rows if isinstance(value, Tensor) and value.dim() == 2 else (*rows, 1), "entropy": rows}
+    fields = _read_fields(out, rows, shapes, subject.space, USE_TRAINING, result)
+    size = list(getattr(out, "batch_size", rows))
+    result.expect(size == list(rows), f"batch size {size}, expected [B, T] = {list(rows)}; {USE_TRAINING}")
+    fields["actions"] = actions.cpu()
+    _check_values(fields, {"bptt": T, "batch": TRAINING_ROWS}, subject.space, USE_TRAINING, result)
+
+
+def _read_fields(
+    out: Any,
+    rows: tuple[int, ...],
+    shapes: dict[str, tuple[int, ...]],
+    space: ActionSpace,
+    advice: str,
+    result: CheckResult,
+) -> dict[str, Tensor]:
+    """The entries, on the CPU, that have the right shape and dtype and no NaN; the others are problems."""
+    if not isinstance(out, TensorDictBase):
+        result.expect(False, f"forward() returned {type(out).__name__}, expected a TensorDict; {advice}")
+        return {}
+    shapes |= {"bptt": rows, "batch": rows, "full_log_probs": (*rows, space.num_actions), "act_log_prob": rows}
+    dtypes, fields = {"bptt": torch.int64, "batch": torch.int64, "actions": torch.int32}, {}
+    for key, shape in shapes.items():
+        value = out.get(key, None)
+        found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else "missing"
+        right = isinstance(value, Tensor) and tuple(value.shape) == shape
+        right = right and (value.dtype == dtypes[key] if key in dtypes else value.is_floating_point())
+        advice_here = SET_FIELDS if key in ("bptt", "batch") else advice
+        expected = f"{dtypes.get(key, 'floating point')} {list(shape)}; {advice_here}"
+        if result.expect(right, f"td[{key!r}] is {found}, expected {expected}") and result.expect(
+            not bool(value.isnan().any()), f"td[{key!r}] holds NaN"
+        ):
+            fields[key] = value.detach().cpu()
+    return fields
+
+
+def _check_values(
+    fields: dict[str, Tensor], constants: dict[str, int], space: ActionSpace, advice: str, result: CheckResult
+) -> None:
+    """Compare the fields that were read with each other, as far as there are any."""
+    for key, constant in constants.items():
+        found = fields[key].unique().tolist() if key in fields else [constant]
+        result.expect(found == [constant], f"td[{key!r}] holds {found}, expected {constant} everywhere; {SET_FIELDS}")
+    log_probs = fields.get("full_log_probs")
+    if log_probs is None:
         return
-    if log_probs is not None and act_log_prob is not None:
-        chosen = log_probs.gather(-1, _logit_index(actions, subject.space)[..., None])[..., 0]
-        fields.close("act_log_prob", act_log_prob, chosen, "full_log_probs at the action's logit index,")
+    tolerance = LOG_PROB_TOLERANCE.get(log_probs.dtype, 1e-4)
+    log_probs = log_probs.double()
+    total = log_probs.exp().sum(-1).flatten()
+    worst = float(total[(total - 1).abs().argmax()])
+    problem = f"probabilities exp(td['full_log_probs']) of a row do not sum to 1, {worst:.6g} for one; {advice}"
+    result.expect(abs(worst - 1) <= tolerance, problem)
+    expected = {"entropy": ("-sum(p log p)", torch.special.entr(log_probs.exp()).sum(-1))}
+    if "actions" in fields:
+        kind, param = fields["actions"].long().unbind(-1)
+        index = kind + space.cum_action_max_params[kind] + param
+        chosen = log_probs.gather(-1, index[..., None])[..., 0]
+        expected["act_log_prob"] = ("full_log_probs at the action's logit index", chosen)
+    for key in expected.keys() & fields.keys():
+        meaning, right = expected[key]
+        for at in (~torch.isclose(fields[key].double(), right, rtol=tolerance, atol=tolerance)).nonzero()[:1].tolist():
+            found, value = fields[key][tuple(at)].item(), right[tuple(at)].item()
+            result.expect(False, f"td[{key!r}]{at} is {found:.6g}, expected {meaning}, {value:.6g}")
 
 
-def _check_training_fields(subject: _Subject, findings: _Findings) -> None:
-    td, actions = subject.training_input()
-    out = subject.fresh_copy().train()(td, action=actions)
-    if not findings.expect(isinstance(out, TensorDictBase), _no_tensordict("training", out, USE_TRAINING)):
-        return
-    rows = (TRAINING_ROWS, TRAINING_STEPS)
-    size = list(out.batch_size)
-    findings.expect(size == list(rows), f"training: batch size {size}, expected [B, T] = {list(rows)}; {USE_TRAINING}")
-    fields = _Fields("training", out, findings)
-    fields.constant("bptt", rows, TRAINING_STEPS)
-    fields.constant("batch", rows, TRAINING_ROWS)
-    value = out.get("value", None)
-    fields.get("value", rows if isinstance(value, Tensor) and value.dim() == 2 else (*rows, 1), None, USE_TRAINING)
-    log_probs = fields.log_probs((*rows, subject.space.num_actions), USE_TRAINING)
-    act_log_prob = fields.get("act_log_prob", rows, None, USE_TRAINING)
-    entropy = fields.get("entropy", rows, None, USE_TRAINING)
-    if log_probs is not None and act_log_prob is not None:
-        chosen = log_probs.gather(-1, _logit_index(actions, subject.space)[..., None])[..., 0]
-        fields.close("act_log_prob", act_log_prob, chosen, "full_log_probs at the given action's logit index,")
-    if log_probs is not None and entropy is not None:
-        fields.close("entropy", entropy, torch.special.entr(log_probs.double().exp()).sum(-1), "-sum(p log p) =")
-
-
-def _no_tensordict(label: str, out: object, advice: str) -> str:
-    return f"{label}: forward() returned {type(out).__name__}, expected a TensorDict; {advice}"
-
-
-def _check_conversion(subject: _Subject, findings: _Findings) -> None:
+def _check_conversion(subject: _Subject, result: CheckResult) -> None:
     agent, space = subject.fresh_copy(), subject.space
     for name in ("cum_action_max_params", "action_index_tensor"):
-        table, expected = torch.as_tensor(getattr(agent, name)).cpu(), getattr(space, name)
-        right = table.shape == expected.shape and bool((table == expected).all())
-        findings.expect(right, f"{name} is {table.tolist()}, {space} needs {expected.tolist()}: {SET_TABLES}")
-    if findings.problems:
+        table, expected = torch.as_tensor(getattr(agent, name)).tolist(), getattr(space, name).tolist()
+        result.expect(table == expected, f"{name} is {table}, {space} needs {expected}: {SET_TABLES}")
+    if result.problems:
         return
-    index = torch.arange(space.num_actions, device=device_of(agent))
-    _check_pairs(agent._convert_logit_index_to_action(index).cpu(), space, findings)
+    device, pairs = device_of(agent), space.action_index_tensor
+    index = torch.arange(space.num_actions, device="cpu")
+    method, advice = "_convert_logit_index_to_action", "return self.action_index_tensor[index], or delete the override"
+    _compare_converted(method, index, agent._convert_logit_index_to_action(index.to(device)), pairs, advice, result)
+    without_type = index - pairs[:, 0]
     for dtype in (torch.int64, torch.int32, torch.uint8):
-        pairs = space.action_index_tensor.to(index.device, dtype)
-        _check_indices(agent._convert_action_to_logit_index(pairs).cpu(), space, dtype, findings)
-    findings.summary = f"all {space.num_actions} actions of {len(space.action_names)} types convert both ways"
+        got = agent._convert_action_to_logit_index(pairs.to(device, dtype))
+        advice = f"the formula is {USE_FORMULA}; delete the override, the mixin provides it"
+        if len(space.action_names) > 1 and got.tolist() == without_type.tolist():
+            advice = f"action_type is left out, as in cum_action_max_params[action_type] + action_param; {advice}"
+        _compare_converted(f"_convert_action_to_logit_index of {dtype} actions", pairs, got, index, advice, result)
+    result.summary = f"all {space.num_actions} actions of {len(space.action_names)} types convert both ways"
 
 
-def _check_pairs(pairs: Tensor, space: ActionSpace, findings: _Findings) -> None:
-    advice = "return self.action_index_tensor[index], or delete the override of _convert_logit_index_to_action"
-    expected = space.action_index_tensor
-    if pairs.shape != expected.shape:
-        problem = f"_convert_logit_index_to_action gave {list(pairs.shape)} for {len(expected)} indices"
-        findings.expect(False, f"{problem}, expected {list(expected.shape)}: {advice}")
+def _compare_converted(
+    method: str, given: Tensor, got: Tensor, expected: Tensor, advice: str, result: CheckResult
+) -> None:
+    shapes = f"shape {list(got.shape)}, expected {list(expected.shape)}"
+    if result.expect(got.shape == expected.shape, f"{method} gave {shapes}: {advice}"):
+        for value, found, right in zip(given.tolist(), got.tolist(), expected.tolist(), strict=True):
+            if not result.expect(found == right, f"{method}: {value} became {found}, expected {right}: {advice}"):
+                return
+
+
+def _check_replay(subject: _Subject, result: CheckResult) -> None:
+    agent = subject.fresh_copy().eval()
+    for parameter in agent.parameters():
+        if parameter.is_floating_point():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.01)
+    tolerance = max((RATIO_TOLERANCE.get(parameter.dtype, 1e-5) for parameter in agent.parameters()), default=1e-5)
+    subject = dataclasses.replace(subject, agent=agent)
+    td = subject.draw(ROWS, 3 * T)
+    _check_rollout(subject, td, tolerance, result)
+    if result.passed:
+        for key, starts in STARTS.items():
+            for row, step in starts:
+                td[key][row, step] = True
+        _check_segments(subject, td, tolerance, result)
+    result.summary = f"importance ratio 1 within {tolerance:g} over ends of episodes, from stored state"
+
+
+def _roll_out(agent: Any, td: TensorDictBase) -> TensorDictBase:
+    """Results of rollout steps td [ROWS, steps]."""
+    with torch.no_grad():
+        outs = [agent(td[:, t].clone()) for t in range(td.shape[1])]
+    return torch.stack([out.select("actions", "act_log_prob", "full_log_probs") for out in outs], dim=1)
+
+
+def _check_rollout(subject: _Subject, td: TensorDictBase, tolerance: float, result: CheckResult) -> None:
+    """Compare two steps that follow on different observations: equal after an episode's end and different otherwise."""
+
+    def probabilities(first: int, flag: str | None = None, training: bool = False) -> Tensor:
+        steps = torch.cat([td[:, first : first + T], td[:, -2:]], dim=1)
+        if flag:
+            steps[flag][:, T] = True
+        agent = subject.fresh_copy()
+        out = agent(steps, action=subject.actions(*steps.shape)) if training else _roll_out(agent, steps)
+        return out["full_log_probs"][:, -2:].detach().double().exp()
+
+    if torch.equal(probabilities(0), probabilities(T)):
+        problem = "carries no state: the results of a step do not depend on earlier observations"
+        if not torch.equal(probabilities(0, training=True), probabilities(T, training=True)):
+            problem = "the rollout drops its state: a step does not depend on earlier ones, though it does in a segment"
+        result.expect(False, f"{problem}; {RUN_LSTM}")
         return
-    for row in (pairs != expected).any(-1).nonzero()[:1].flatten().tolist():
-        got, right = tuple(pairs[row].tolist()), tuple(expected[row].tolist())
-        name = space.full_action_names[row]
-        findings.expect(False, f"logit index {row} ({name}) became the pair {got}, expected {right}: {advice}")
+    for flag in STARTS:
+        gaps = (probabilities(0, flag) - probabilities(T, flag)).abs().amax((0, 2))
+        how = f"ignores {flag}" if gaps[1] > tolerance else f"resets one step late at {flag}"
+        problem = f"the rollout {how}: state from before td[{flag!r}] reaches the results of that step; {RUN_LSTM}"
+        result.expect(bool(gaps[0] <= tolerance), problem)
 
 
-def _check_indices(got: Tensor, space: ActionSpace, dtype: torch.dtype, findings: _Findings) -> None:
-    method = f"_convert_action_to_logit_index of {dtype} actions"
-    kind, param = space.action_index_tensor.long().unbind(-1)
-    first = space.cum_action_max_params[kind]
-    expected = kind + first + param
-    if got.shape != expected.shape:
-        findings.expect(False, f"{method} gave shape {list(got.shape)}, expected {list(expected.shape)}")
-        return
-    advice = f"the formula is {USE_FORMULA}; delete the override, the mixin provides it"
-    if bool((got == first + param).all()) and not torch.equal(first + param, expected):
-        advice = f"action_type is left out, as in cum_action_max_params[action_type] + action_param; {advice}"
-    for row in (got != expected).nonzero()[:1].flatten().tolist():
-        terms = f"{kind[row]} + {first[row]} + {param[row]}"
-        pair = f"type {kind[row]}, parameter {param[row]} ({space.full_action_names[row]})"
-        problem = f"{method}: {pair} became index {got[row]}, expected {terms} = {expected[row]}"
-        findings.expect(False, f"{problem}: {advice}")
+def _check_segments(subject: _Subject, td: TensorDictBase, tolerance: float, result: CheckResult) -> None:
+    """Replay two segments of a rollout, which follow on a warm-up, and compare the importance ratio with 1."""
+    agent, parts, states = subject.fresh_copy(), [], []
+    for steps in td.split(T, dim=1):
+        parts.append(_roll_out(agent, steps))
+        memory = agent.get_memory() if callable(getattr(agent, "get_memory", None)) else ({}, {})
+        problem = "get_memory() gives no state to store with a segment; derive the agent from LSTMWrapper"
+        if not result.expect(all(memory), problem):
+            return
+        states.append([next(iter(part.values()))[:, :ROWS].transpose(0, 1).clone() for part in memory])
+    old = torch.cat(parts[1:])
+    stored = {key: torch.cat([state[i] for state in states[:2]]) for i, key in enumerate(STATE_KEYS)}
+    segments = TensorDict({**dict(torch.cat(td.split(T, dim=1)[1:]).items()), **stored}, batch_size=[2 * ROWS])
+    out = subject.fresh_copy()(segments, action=old["actions"])
+    ratio = (out["act_log_prob"].detach().double() - old["act_log_prob"].double()).exp()
+    if not bool(((ratio - 1).abs() <= tolerance).all()):
+        worst = float(ratio.flatten()[(ratio - 1).abs().argmax()])
+        cause = _cause(subject, td, out["full_log_probs"][:ROWS].detach().double().exp(), tolerance)
+        problem = f"training {cause}: the importance ratio of a replayed rollout is {worst:.6g} in the worst case,"
+        result.expect(False, f"{problem} expected 1 within {tolerance:g}; {RUN_LSTM}")
 
 
-def _check_stability(subject: _Subject, findings: _Findings) -> None:
+def _cause(subject: _Subject, td: TensorDictBase, trained: Tensor, tolerance: float) -> str:
+    """The change of the flags with which a rollout computes what training computed for the first segment."""
+    variants = {}
+    for key in STARTS:
+        flags = td[key][:, T : 2 * T]
+        late, early = f"resets one step late at {key}", f"resets one step early at {key}"
+        variants[key] = {"": flags, f"ignores {key}": torch.zeros_like(flags)}
+        variants[key] |= {late: flags.roll(1, 1), early: flags.roll(-1, 1)}
+    variants["dones"]["drops its state between the steps of a segment"] = torch.ones_like(variants["dones"][""])
+    best, cause = tolerance, "differs from the rollout in a way that no single fault of flags or start explains"
+    for dones, truncateds, start in itertools.product(*variants.values(), ("", "starts segments from zeros")):
+        changed = td[:, : 2 * T].clone()
+        changed["dones"][:, T:] = variants["dones"][dones]
+        changed["truncateds"][:, T:] = variants["truncateds"][truncateds]
+        if start:
+            changed["dones"][:, T] = True
+        gap = float((_roll_out(subject.fresh_copy(), changed)["full_log_probs"][:, T:].exp() - trained).abs().max())
+        if gap < best:
+            best, cause = gap, " and ".join(filter(None, (start, dones, truncateds)))
+    return cause or "does not reset the stored state of a segment whose first step starts an episode"
+
+
+def _check_stability(subject: _Subject, result: CheckResult) -> None:
     agent = subject.fresh_copy().train()
     parameters = {name: p for name, p in agent.named_parameters() if p.requires_grad}
-    if not findings.expect(bool(parameters), "the agent has no trainable parameter"):
+    if not result.expect(bool(parameters), "the agent has no trainable parameter"):
         return
     optimizer = torch.optim.Adam(parameters.values(), lr=LEARNING_RATE)
     without_gradient = set(parameters)
     for update in range(1, subject.updates + 1):
-        loss = _policy_gradient_loss(agent, subject)
+        actions = subject.actions(TRAINING_ROWS, T)
+        out = agent(subject.draw(TRAINING_ROWS, T), action=actions)
+        missing = [key for key in LOSS_KEYS if out.get(key, None) is None]
+        if not result.expect(not missing, f"no {', '.join(missing)} in the result of training; {USE_TRAINING}"):
+            return
+        # Of an actor-critic update with random advantages and returns.
+        log_prob, value = out["act_log_prob"].flatten(), out["value"].flatten()
+        policy_loss, value_loss = -log_prob * torch.randn_like(log_prob), (value - torch.randn_like(value)).square()
+        loss = (policy_loss + 0.5 * value_loss).mean() - 0.01 * out["entropy"].mean()
         optimizer.zero_grad()
         loss.backward()
-        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        without_gradient -= gradients.keys()
-        _expect_finite(f"update {update}: the loss", {"": loss}, findings)
-        _expect_finite(f"update {update}: the gradient of ", gradients, findings)
-        optimizer.step()
+        tensors = {"the loss": loss}
+        tensors |= {f"the gradient of {name!r}": p.grad for name, p in parameters.items() if p.grad is not None}
+        without_gradient -= {name for name, p in parameters.items() if p.grad is not None}
+        # Adam counts its steps in a tensor on the default device, and needs its value.
+        with torch.device("cpu"):
+            optimizer.step()
         agent.clip_weights()
-        _expect_finite(f"update {update}: after the optimizer step ", parameters, findings)
-        if findings.problems:
-            return
+        tensors |= {f"after the optimizer step {name!r}": p for name, p in parameters.items()}
+        for name, tensor in tensors.items():
+            bad = int((~tensor.detach().isfinite()).sum())
+            advice = "look for log(0) and division by zero, and try a clip_range above 0 or smaller initial weights"
+            problem = f"update {update}: {name} holds NaN or infinities ({bad} of {tensor.numel()} values): {advice}"
+            if not result.expect(bad == 0, problem):
+                return
     for name in sorted(without_gradient):
-        findings.warnings.append(f"{name!r} is trainable and never got a gradient: is it used in forward()?")
-    findings.summary = f"{subject.updates} updates, loss, gradients and weights finite"
+        result.warnings.append(f"{name!r} is trainable and never got a gradient: is it used in forward()?")
+    result.summary = f"{subject.updates} updates, loss, gradients and weights finite"
 
 
-def _policy_gradient_loss(agent: Any, subject: _Subject) -> Tensor:
-    """Loss of an actor-critic update on random observations, actions, advantages and returns."""
-    td, actions = subject.training_input()
-    out = agent(td, action=actions)
-    missing = [key for key in LOSS_KEYS if out.get(key, None) is None]
-    if missing:
-        raise KeyError(f"no {', '.join(missing)} in the result of training; {USE_TRAINING}")
-    log_prob = out["act_log_prob"].flatten()
-    advantages, returns = (torch.randn(log_prob.numel()).to(log_prob.device) for _ in range(2))
-    policy_loss = -(log_prob * advantages).mean()
-    value_loss = (out["value"].flatten() - returns).square().mean()
-    return policy_loss + 0.5 * value_loss - 0.01 * out["entropy"].mean()
-
-
-def _expect_finite(where: str, tensors: dict[str, Any], findings: _Findings) -> None:
-    """Note the first tensor that is not finite; `where` ends with the words before its name."""
-    for name, tensor in tensors.items():
-        bad = int((~tensor.detach().isfinite()).sum())
-        if bad:
-            what = f"{where}{name!r}" if name else where
-            findings.expect(
-                False,
-                f"{what} holds NaN or infinities ({bad} of {tensor.numel()} values): look for logs and divisions "
-                "of zero in the agent, and try a clip_range above 0 or smaller initial weights",
-            )
-            return
-
-
-CHECKS: dict[str, Callable[[_Subject, _Findings], None]] = {
+CHECKS: dict[str, Callable[[_Subject, CheckResult], None]] = {
     "configuration": _check_configuration,
     "weight clipping": _check_clipping,
     "TensorDict fields": _check_fields,
     "action conversion": _check_conversion,
+    "recurrent replay": _check_replay,
     "training stability": _check_stability,
 }

@@ -1,8 +1,9 @@
-"""Helpers of both checks: an agent's clipped parameters, legal actions, and random numbers that leave no trace."""
+"""Helpers of both checks: layers that are clipped, legal actions, and random numbers that leave no trace."""
 
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,17 @@ from torch import Tensor, nn
 from metta_fastagent._layer_index import CLIPPED_LAYERS
 
 LOSS_KEYS = ("act_log_prob", "entropy", "value")
+STATE_KEYS = ("lstm_h", "lstm_c")
+
+
+def inner_agent(agent: nn.Module) -> nn.Module:
+    """The mixin agent inside hosts and wrappers, else the agent itself."""
+    inner: Any = agent
+    while not hasattr(inner, "init_mixin"):
+        inner = getattr(inner, "module", None) or getattr(inner, "policy", None)
+        if not isinstance(inner, nn.Module):
+            return agent
+    return inner
 
 
 def clipped_parameters(agent: nn.Module) -> dict[str, nn.Parameter]:
@@ -25,7 +37,9 @@ def clipped_parameters(agent: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def random_actions(action_index_tensor: Tensor, rows: Iterable[int]) -> Tensor:
-    return action_index_tensor.cpu().long()[torch.randint(action_index_tensor.shape[0], tuple(rows))]
+    """Legal pairs int64 [*rows, 2] on the CPU."""
+    index = torch.randint(action_index_tensor.shape[0], tuple(rows), device="cpu")
+    return action_index_tensor.cpu().long()[index]
 
 
 def device_of(module: nn.Module) -> torch.device:
