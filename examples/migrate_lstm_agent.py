@@ -48,10 +48,8 @@ class OldAgent(nn.Module):
         rows = torch.arange(B * T)
         if not training:
             index = torch.multinomial(full_log_probs.exp(), num_samples=1).view(-1)
-            td["actions"] = self.action_index_tensor[index]
-            td["act_log_prob"] = full_log_probs[rows, index]
-            td["values"] = value.flatten()
-            td["full_log_probs"] = full_log_probs
+            td["actions"], td["values"] = self.action_index_tensor[index], value.flatten()
+            td["act_log_prob"], td["full_log_probs"] = full_log_probs[rows, index], full_log_probs
             return td
         pairs = action.reshape(B * T, 2).long()
         index = pairs[:, 0] + self.cum_action_max_params[pairs[:, 0]] + pairs[:, 1]
@@ -99,13 +97,12 @@ def main():
     torch.manual_seed(0)
     old, new = OldAgent(clip_range=0.1), NewAgent(clip_range=0.1)
     moved = {name: f"policy.{name}" for name in ("encoder", "actor", "critic")}
-    new.lstm.load_state_dict(old.lstm.state_dict())
-    for name in moved:
-        new.policy.get_submodule(name).load_state_dict(old.get_submodule(name).state_dict())
+    weights = old.state_dict().items()
+    new.load_state_dict({key if key.startswith("lstm.") else f"policy.{key}": weight for key, weight in weights})
     new.activate_actions(["noop", "move", "press"], [0, 3, 3])
     old.action_index_tensor, old.cum_action_max_params = new.action_index_tensor, new.cum_action_max_params
-    segments = TensorDict({"env_obs": torch.randint(256, (4, 16, TOKENS, 3), dtype=torch.uint8)}, batch_size=[4, 16])
-    compare_agents(old, new, segments, rename=moved)
+    observations = torch.randint(256, (4, 16, TOKENS, 3), dtype=torch.uint8)
+    compare_agents(old, new, TensorDict({"env_obs": observations}, batch_size=[4, 16]), rename=moved)
     print("same weights, outputs, gradients and clipping")
 
 
