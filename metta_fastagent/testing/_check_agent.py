@@ -223,9 +223,11 @@ def _check_clipping(subject: Subject, result: CheckResult) -> None:
             problem = f"{name!r} was replaced, and the optimizer still holds the old tensor; clip in place"
             if result.expect(parameter is before[name], problem):
                 found, right = (f"{float(p.detach().abs().max()):.4g}" for p in (parameter, expected[name]))
-                problem = f"{name!r} reaches {found} after clip_weights() with clip_range {clip_range}, not {right} and"
+                problem = (
+                    f"{name!r} reaches {found} after clip_weights() with clip_range {clip_range}, expected the values"
+                )
                 same = torch.allclose(parameter, expected[name], rtol=1e-6, atol=0, equal_nan=True)
-                result.expect(same, f"{problem} the values that the mixin's clip_weights() gives; delete the override")
+                result.expect(same, f"{problem} of the mixin's clip_weights(), up to {right}; delete the override")
     result.summary = "as the mixin clips: Linear, Conv1d and Conv2d and no others, and nothing with clip_range 0"
 
 
