@@ -134,6 +134,19 @@ def changed(change, *modes):
     return methods(forward=forward)
 
 
+def recording(base=TinyAgent):
+    """Class of an agent that keeps what it is called with, and the list of the calls' (td, action, result)."""
+    calls = []
+
+    def forward(self, td, state=None, action=None):
+        given = td.clone()
+        out = base.forward(self, td, state, action)
+        calls.append((given, action, out))
+        return out
+
+    return methods(base, forward=forward), calls
+
+
 def entry(key, function):
     return lambda out: out.update({key: function(out[key])})
 
@@ -178,6 +191,14 @@ def replace_actor(agent):
 def spoil_weight(agent):
     if agent.training and agent.clip_range == 0:
         agent.policy.value_head.weight.data[0, 2] = float("nan")
+
+
+def drop_interval(self, kwargs):
+    return TinyAgent.extract_mixin_params(self, kwargs) | {"analyze_weights_interval": 300}
+
+
+def no_fields(self, td, observations):
+    return observations.shape[0], observations.shape[1] if observations.dim() == 4 else 1
 
 
 def wrong_formula(self, pairs):
@@ -291,24 +312,13 @@ class TestSurroundings:
         assert not check_agent(agent, make_env(), updates=1).ok
         assert torch.equal(torch.get_rng_state(), state)
 
-    def test_seed_decides_everything(self):
-        agent, env = build(changed(entry("value", lambda x: x * NAN), "training")), make_env()
-        assert str(check_agent(agent, env, seed=3)) == str(check_agent(agent, env, seed=3))
-
     def test_draws_depend_on_the_seed_only(self):
         def drawn(seed):
-            actions = []
-
-            class Looks(TinyAgent):
-                def forward(self, td, state=None, action=None):
-                    out = super().forward(td, state, action)
-                    actions.extend((out["actions"] if action is None else action).flatten().tolist())
-                    return out
-
-            agent = build(Looks)
+            cls, calls = recording()
+            agent = build(cls)
             torch.manual_seed(torch.seed())
             assert check_agent(agent, make_env(), updates=2, seed=seed).ok
-            return actions
+            return [(out["actions"] if action is None else action).tolist() for _, action, out in calls]
 
         assert drawn(3) == drawn(3)
         assert drawn(3) != drawn(4)
@@ -356,15 +366,10 @@ class TestSurroundings:
         assert_same_snapshot(snapshot(agent), before)
 
     def test_made_up_tokens_are_legal(self):
-        tokens = []
-
-        class Looks(TinyAgent):
-            def forward(self, td, state=None, action=None):
-                tokens.append(td["env_obs"].reshape(-1, 3).long())
-                return super().forward(td, state, action)
-
-        assert check_agent(build(Looks), make_env(obs_width=5, obs_height=4), updates=20).ok
-        coordinate, feature, value = torch.cat(tokens).unbind(-1)
+        cls, calls = recording()
+        assert check_agent(build(cls), make_env(obs_width=5, obs_height=4), updates=20).ok
+        tokens = torch.cat([td["env_obs"].reshape(-1, 3).long() for td, _, _ in calls])
+        coordinate, feature, value = tokens.unbind(-1)
         real = coordinate != 255
         assert 0 < int((~real).sum()) < int(real.sum())
         assert (feature[~real] == 255).all()
@@ -412,29 +417,18 @@ class TestSurroundings:
         with pytest.raises(error, match=message):
             check_agent(*arguments)
 
-    @pytest.mark.parametrize("name", ["updates", "seed"])
-    @pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
-    def test_wrong_numbers(self, name, value, error):
-        with pytest.raises(error, match=f"{name}: got {value!r}.* expected an integer"):
+    @pytest.mark.parametrize(
+        ("name", "value"), [("updates", 0), ("updates", 1.5), ("updates", True), ("seed", -1), ("seed", "1")]
+    )
+    def test_wrong_numbers(self, name, value):
+        with pytest.raises((TypeError, ValueError), match=f"{name}: got {value!r}.* expected an integer"):
             check_agent(build(), make_env(), **{name: value})
-
-    def test_no_updates(self):
-        with pytest.raises(ValueError, match="updates: got 0"):
-            check_agent(build(), make_env(), updates=0)
 
 
 NAN = float("nan")
 CONFIGURATION = [
-    (methods(init_mixin=lambda self, **kwargs: None), "clip_range, analyze_weights_interval, l2_init_scale"),
     (methods(init_mixin=lambda self, **kwargs: None), "call self.init_mixin(**mixin_params)"),
-    (
-        methods(
-            extract_mixin_params=lambda self, kwargs: (
-                TinyAgent.extract_mixin_params(self, kwargs) | {"analyze_weights_interval": 300}
-            )
-        ),
-        "analyze_weights_interval is 300 after extract_mixin_params and init_mixin with analyze_weights_interval=17",
-    ),
+    (methods(extract_mixin_params=drop_interval), "analyze_weights_interval is 300 after extract_mixin_params and"),
 ]
 CLIPPING = [
     (methods(clip_weights=lambda self: None), "'policy.encoder.weight' reaches"),
@@ -445,10 +439,7 @@ CLIPPING = [
     (methods(clip_weights=clip_and(replace_actor)), "'policy.actor.weight' was replaced"),
 ]
 FIELDS = [
-    (
-        methods(set_tensordict_fields=lambda self, td, x: (x.shape[0], x.shape[1] if x.dim() == 4 else 1)),
-        "inference: td['bptt'] is missing, expected torch.int64 [6]; call self.set_tensordict_fields(td,",
-    ),
+    (methods(set_tensordict_fields=no_fields), "inference: td['bptt'] is missing, expected torch.int64 [6]; call self"),
     (changed(entry("bptt", lambda x: x + 1), "training"), "training: td['bptt'] holds [6], expected 5 everywhere"),
     (changed(entry("batch", lambda x: x * 0), "inference"), "inference: td['batch'] holds [0], expected 6 everywhere"),
     (changed(entry("batch", lambda x: x.int())), "training: td['batch'] is torch.int32"),
@@ -467,10 +458,7 @@ FIELDS = [
     (changed(entry("values", lambda x: x[:, None]), "inference"), "td['values'] is torch.float32 [6, 1], expected"),
     (changed(entry("entropy", lambda x: -x), "training"), "td['entropy'][0, 0] is -"),
     (changed(without("entropy"), "training"), "td['entropy'] is missing"),
-    (
-        changed(entry("value", lambda x: x.expand(3, 5, 2)), "training"),
-        "td['value'] is torch.float32 [3, 5, 2], expected",
-    ),
+    (changed(entry("value", lambda x: x.expand(3, 5, 2)), "training"), "td['value'] is torch.float32 [3, 5, 2],"),
     (changed(lambda out: out.reshape(-1), "training"), "batch size [15], expected [3, 5]"),
     (methods(forward=raise_error), "training: the agent raised ZeroDivisionError: no such luck (in raise_error, line"),
 ]
@@ -485,10 +473,7 @@ CONVERSION = [
 STABILITY = [
     (changed(entry("value", lambda x: x * NAN), "training"), "update 1: the loss holds NaN or infinities (1 of 1"),
     (NanGradient, "update 1: the gradient of 'policy.value_head.bias' holds NaN"),
-    (
-        methods(clip_weights=clip_and(spoil_weight)),
-        "after the optimizer step 'policy.value_head.weight' holds NaN or infinities (1 of 8",
-    ),
+    (methods(clip_weights=clip_and(spoil_weight)), "after the optimizer step 'policy.value_head.weight' holds NaN"),
     (methods(clip_weights=lambda self: self.policy.actor.weight.data.mul_(1e12)), "holds NaN or infinities"),
     (changed(lambda out: out.detach(), "training"), "does not require grad"),
     (changed(without("value"), "training"), "KeyError"),
@@ -637,6 +622,14 @@ def without_state(td):
     return td.exclude("lstm_h", "lstm_c")
 
 
+def zeros_without_dones(td):
+    return td.exclude("lstm_h", "lstm_c", "dones")
+
+
+def other_state(td):
+    return td.update({"lstm_h": td["lstm_h"] * 2})
+
+
 def reset_everywhere(td):
     return td.update({"dones": torch.ones_like(td["dones"])})
 
@@ -666,18 +659,12 @@ class TestReplay:
             (changed_input(lambda td: td.exclude("dones"), TRAINING), "training ignores dones:"),
             (changed_input(lambda td: td.exclude("truncateds"), TRAINING), "training ignores truncateds:"),
             (changed_input(without_state, TRAINING), "training starts segments from zeros:"),
-            (
-                changed_input(lambda td: without_state(td).exclude("dones"), TRAINING),
-                "training starts segments from zeros and ignores dones:",
-            ),
+            (changed_input(zeros_without_dones, TRAINING), "training starts segments from zeros and ignores dones:"),
             (changed_input(shifted(1), TRAINING), "training resets one step late at dones and resets one step late at"),
             (changed_input(shifted(-1), TRAINING), "training resets one step early at dones and resets one step early"),
             (changed_input(reset_everywhere, TRAINING), "training drops its state between the steps of a segment:"),
             (changed_input(no_reset_at_the_start, TRAINING), "training does not reset the stored state of a segment"),
-            (
-                changed_input(lambda td: td.update({"lstm_h": td["lstm_h"] * 2}), TRAINING),
-                "training differs from the rollout, and neither by its flags nor by the start of its segments:",
-            ),
+            (changed_input(other_state, TRAINING), "training differs from the rollout, and neither by its flags nor"),
         ],
     )
     def test_a_wrong_agent_is_named(self, cls, cause):
@@ -759,18 +746,13 @@ class TestOtherObservations:
         assert bool((samples == before).all())
 
     def test_rows_of_the_sample_are_drawn_whole(self):
-        seen = []
+        def rows(td):
+            return torch.cat([td["env_obs"].reshape(-1, 4), td["task"].reshape(-1, 1).float()], dim=-1)
 
-        class Looks(VectorAgent):
-            def forward(self, td, state=None, action=None):
-                seen.append(torch.cat([td["env_obs"].reshape(-1, 4), td["task"].reshape(-1, 1).float()], dim=-1))
-                return super().forward(td, state, action)
-
-        samples = self.samples()
-        assert check_agent(build(Looks, self.env), self.env, updates=2, sample_input=samples).ok
-        drawn = {tuple(row) for row in torch.cat(seen).tolist()}
-        rows = torch.cat([samples["env_obs"], samples["task"][:, None].float()], dim=-1)
-        assert drawn == {tuple(row) for row in rows.tolist()}
+        (cls, calls), samples = recording(VectorAgent), self.samples()
+        assert check_agent(build(cls, self.env), self.env, updates=2, sample_input=samples).ok
+        drawn = {tuple(row) for row in torch.cat([rows(td) for td, _, _ in calls]).tolist()}
+        assert drawn == {tuple(row) for row in rows(samples).tolist()}
 
     def test_a_wrong_agent_is_named(self):
         wrong = build(changed_input(without_state, TRAINING, VectorAgent), self.env)
@@ -780,11 +762,7 @@ class TestOtherObservations:
     @pytest.mark.parametrize(
         ("sample", "error", "message"),
         [
-            (
-                torch.zeros(3, 4),
-                TypeError,
-                r"sample_input: got a float32 tensor .* expected a TensorDict",
-            ),
+            (torch.zeros(3, 4), TypeError, "sample_input: got a float32 tensor .* expected a TensorDict"),
             (TensorDict({}, batch_size=[3, 4]), ValueError, r"sample_input: got batch size \[3, 4\], expected"),
             (TensorDict({}, batch_size=[1]), ValueError, r"sample_input: got batch size \[1\], .* at least 2 rows"),
         ],
@@ -839,34 +817,17 @@ class TestComparison:
         error = difference(old, new)
         assert (error.stage, error.key) == ("training", "act_log_prob")
 
-    @pytest.mark.parametrize("shape", [(3, 5, 2), (15, 2)])
-    def test_actions_may_be_given(self, shape):
-        seen = []
-
-        class Looks(TinyAgent):
-            def forward(self, td, state=None, action=None):
-                seen.append(action)
-                return super().forward(td, state, action)
-
-        old, new = twins(Looks)
-        action = old.action_index_tensor[torch.arange(15) % 7].reshape(shape).long()
-        compare_agents(old, new, training_td(), action)
-        given = [one for one in seen if one is not None]
-        assert given
-        assert all(torch.equal(one, action) for one in given)
-
-    def test_made_up_actions_are_legal_and_varied(self):
-        seen = []
-
-        class Looks(TinyAgent):
-            def forward(self, td, state=None, action=None):
-                seen.append(action)
-                return super().forward(td, state, action)
-
-        old, new = twins(Looks)
-        compare_agents(old, new, training_td(rows=20))
-        legal = {tuple(pair) for pair in old.action_index_tensor.tolist()}
-        assert {tuple(pair) for pair in seen[-1].flatten(0, 1).tolist()} == legal
+    @pytest.mark.parametrize("shape", [(3, 5, 2), (15, 2), None])
+    def test_actions_are_the_given_ones_or_legal_and_varied(self, shape):
+        cls, calls = recording()
+        old, new = twins(cls)
+        legal = old.action_index_tensor
+        action = shape and legal[torch.arange(15) % 7].reshape(shape).long()
+        compare_agents(old, new, training_td(rows=3 if shape else 20), action)
+        used = [action for _, action, _ in calls if action is not None]
+        assert len(used) == 1
+        assert {tuple(pair) for pair in used[0].reshape(-1, 2).tolist()} == {tuple(pair) for pair in legal.tolist()}
+        assert shape is None or torch.equal(used[0], action)
 
     def test_an_old_agent_without_a_table_gives_its_drawn_actions(self):
         class OwnTable(TinyAgent):
@@ -968,12 +929,7 @@ DIFFERENCES = [
     (DropsItsState, "inference step 2", "full_log_probs", "largest difference"),
     (changed(entry("entropy", lambda x: x * 2), "training"), "training", "entropy", "largest difference"),
     (changed(entry("batch", lambda x: x + 1), "training"), "training", "batch", "(rtol 0, atol 0)"),
-    (
-        in_policy(encode_observations=encode_detached),
-        "gradients",
-        "policy.encoder.weight",
-        "old torch.float32 [8, 18],",
-    ),
+    (in_policy(encode_observations=encode_detached), "gradients", "policy.encoder.weight", "new none"),
     (in_policy(decode_actions=half_the_gradient), "gradients", "policy.encoder.weight", "largest difference"),
     (methods(clip_weights=lambda self: None), "clipping", "policy.encoder.weight", "largest difference"),
     (methods(clip_weights=None), "clipping", None, "the new agent has no clip_weights()"),
@@ -1035,22 +991,6 @@ class TestDifferences:
         old, new = twins(changed(entry("values", lambda x: x + 1e-3), "inference"))
         compare_agents(old, new, training_td(), atol=2e-3)
         assert "rtol 0, atol 0.0005" in str(difference(old, new, rtol=0, atol=5e-4))
-
-    def test_a_gap_within_the_tolerance_is_not_the_largest_difference(self):
-        old_values, new_values = torch.tensor([1000.0, 0.0, 0.0]), torch.tensor([1000.005, 0.0, 0.001])
-        old = changed(entry("values", lambda x: old_values), "inference")
-        new = changed(entry("values", lambda x: new_values), "inference")
-        error = difference(*twins(new, old_cls=old))
-        assert error.index == (2,)
-        assert "1 of 3 entries differ" in str(error)
-
-    def test_biases_that_are_not_clipped(self):
-        old, new = twins(methods(clip_weights=clip("encoder.weight", "actor.weight", "head.weight")))
-        with torch.no_grad():
-            old.policy.value_head.bias.fill_(3.0), new.policy.value_head.bias.fill_(3.0)
-        error = difference(old, new)
-        assert (error.stage, error.key) == ("clipping", "policy.value_head.bias")
-        assert "old 1.5, new 3" in str(error)
 
     def test_clip_range(self):
         old, new = twins()
