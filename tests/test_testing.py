@@ -732,8 +732,13 @@ class TestOtherObservations:
     def samples(rows=7):
         generator = torch.Generator().manual_seed(0)
         entries = {"env_obs": torch.randn(rows, 4, generator=generator), "task": torch.arange(rows)}
-        # Results of an earlier step, which the agent has to write itself.
-        return TensorDict({**entries, "values": torch.zeros(rows), "lstm_h": torch.ones(rows, 3)}, batch_size=[rows])
+        # State and results of an earlier step.
+        entries |= {
+            "values": torch.zeros(rows),
+            "lstm_h": torch.ones(rows, 3),
+            "training_env_id_start": entries["task"],
+        }
+        return TensorDict(entries, batch_size=[rows])
 
     @on_every_backend
     def test_vectors_come_from_the_sample(self, backend):

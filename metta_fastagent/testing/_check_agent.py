@@ -111,7 +111,8 @@ def check_agent(
         seed: of the observations, actions and draws.
         sample_input: TensorDict of batch size [N], at least 2 rows, with the entries that the agent reads in a rollout
             step, such as "env_obs" of any dtype and shape [N, ...]. The checks draw rows from it, [B, ...] in rollout
-            and [B, T, ...] in training, and add the flags of episodes. None draws random tokens.
+            and [B, T, ...] in training, and add the flags of episodes; states, environment ids and results are left
+            out. None draws random tokens.
 
     Returns:
         A report; `report.raise_if_failed()` turns failures into an AgentCheckError.
@@ -153,7 +154,8 @@ def _checked_samples(sample_input: Any) -> TensorDictBase:
         raise TypeError(f"sample_input: got {describe(sample_input)}, expected {expected}")
     if sample_input.batch_dims != 1 or len(sample_input) < 2:
         raise ValueError(f"sample_input: got batch size {list(sample_input.batch_size)}, expected {expected}")
-    return sample_input.exclude(*STATE_KEYS, *LOSS_KEYS, "actions", "values", "full_log_probs", "bptt", "batch")
+    results = (*LOSS_KEYS, "actions", "values", "full_log_probs", "bptt", "batch")
+    return sample_input.exclude(*STATE_KEYS, "training_env_id_start", *results)
 
 
 def _random_tokens(env: Any) -> TensorDict:

@@ -70,10 +70,8 @@ class Subject:
     def draw(self, *rows: int) -> TensorDictBase:
         """Random input of batch size `rows` in which no episode starts."""
         td = self.samples[torch.randint(len(self.samples), rows, device="cpu").to(self.samples.device or "cpu")]
-        td = td.to(device_of(self.agent))
-        return td.update(
-            {key: torch.zeros(rows, dtype=torch.bool, device=td.device) for key in ("dones", "truncateds")}
-        )
+        flags = torch.zeros(rows, dtype=torch.bool, device="cpu")
+        return td.update({"dones": flags, "truncateds": flags.clone()}).to(device_of(self.agent))
 
     def actions(self, *rows: int) -> Tensor:
         return random_actions(self.space.action_index_tensor, rows).to(device_of(self.agent))
