@@ -1,4 +1,6 @@
 import copy
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -6,13 +8,27 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from metta_fastagent import _native, use_backend
+from metta_fastagent import backend as current_backend
 from metta_fastagent.agents.fast import Fast
 from metta_fastagent.host import MettaAgent
 from metta_fastagent.mixin import PyTorchAgentMixin
 from metta_fastagent.recurrent import LSTMWrapper
 from metta_fastagent.testing import AgentCheckError, AgentsDifferError, check_agent, compare_agents
 
-CHECK_NAMES = ["configuration", "weight clipping", "TensorDict fields", "action conversion", "training stability"]
+migration = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent.parent / "examples" / "migrate_lstm_agent.py")))
+MOVED = {name: f"policy.{name}" for name in ("encoder", "actor", "critic")}
+
+CHECK_NAMES = [
+    "configuration",
+    "weight clipping",
+    "TensorDict fields",
+    "action conversion",
+    "recurrent replay",
+    "training stability",
+]
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(not _native.load(), reason=f"native: {_native.reason()}"))
+on_every_backend = pytest.mark.parametrize("backend", ["eager", NATIVE])
 TOKENS, HIDDEN = 6, 8
 
 
@@ -102,13 +118,157 @@ def assert_same_snapshot(now, before):
     torch.testing.assert_close(now, before, rtol=0, atol=0)
 
 
+def methods(base=TinyAgent, **functions):
+    """Class of an agent with other methods."""
+    return type("Wrong", (base,), functions)
+
+
+def changed(change, *modes):
+    """Class of an agent whose result `change` alters, in the given modes or both."""
+
+    def forward(self, td, state=None, action=None):
+        out = TinyAgent.forward(self, td, state, action)
+        mode = "inference" if action is None else "training"
+        return change(out) if mode in (modes or ("inference", "training")) else out
+
+    return methods(forward=forward)
+
+
+def recording(base=TinyAgent):
+    """Class of an agent that keeps what it is called with, and the list of the calls' (td, action, result)."""
+    calls = []
+
+    def forward(self, td, state=None, action=None):
+        given = td.clone()
+        out = base.forward(self, td, state, action)
+        calls.append((given, action, out))
+        return out
+
+    return methods(base, forward=forward), calls
+
+
+def entry(key, function):
+    return lambda out: out.update({key: function(out[key])})
+
+
+def without(key):
+    return lambda out: out.exclude(key, inplace=True)
+
+
+def swap_sizes(out):
+    return out.update({"bptt": out["batch"].clone(), "batch": out["bptt"].clone()})
+
+
+def raise_error(self, td, state=None, action=None):
+    raise ZeroDivisionError("no such luck")
+
+
+def clip(*parameters):
+    """A clip_weights that clips the parameters whose names end so."""
+
+    def clip_weights(self):
+        for name, parameter in self.named_parameters():
+            if self.clip_range > 0 and name.endswith(parameters):
+                parameter.data.clamp_(-self.clip_range, self.clip_range)
+
+    return clip_weights
+
+
+def clip_and(then):
+    """A clip_weights that does `then(agent)` after the mixin's."""
+
+    def clip_weights(self):
+        TinyAgent.clip_weights(self)
+        then(self)
+
+    return clip_weights
+
+
+def replace_actor(agent):
+    agent.policy.actor.weight = nn.Parameter(agent.policy.actor.weight.detach().clone())
+
+
+def spoil_weight(agent):
+    if agent.training and agent.clip_range == 0:
+        agent.policy.value_head.weight.data[0, 2] = float("nan")
+
+
+def drop_interval(self, kwargs):
+    return TinyAgent.extract_mixin_params(self, kwargs) | {"analyze_weights_interval": 300}
+
+
+def no_fields(self, td, observations):
+    return observations.shape[0], observations.shape[1] if observations.dim() == 4 else 1
+
+
+def wrong_formula(self, pairs):
+    kind, param = pairs.long().unbind(-1)
+    return self.cum_action_max_params[kind] + param
+
+
+def int64_only(self, pairs):
+    if pairs.dtype != torch.int64:
+        raise TypeError("int64 only")
+    return TinyAgent._convert_action_to_logit_index(self, pairs)
+
+
+def to_index(change):
+    return methods(
+        _convert_action_to_logit_index=lambda self, x: change(TinyAgent._convert_action_to_logit_index(self, x))
+    )
+
+
+def to_pair(change):
+    return methods(
+        _convert_logit_index_to_action=lambda self, x: change(TinyAgent._convert_logit_index_to_action(self, x))
+    )
+
+
+class NanGradient(TinyAgent):
+    def forward(self, td, state=None, action=None):
+        out = super().forward(td, state, action)
+        if action is not None:
+            # Finite value, but the square root's slope at 0 is infinite, and 0 x infinity is NaN.
+            out["value"] = out["value"] + torch.sqrt(self.policy.value_head.bias * 0)
+        return out
+
+
+class Unused(TinyAgent):
+    def __init__(self, env, **kwargs):
+        super().__init__(env, **kwargs)
+        self.spare = nn.Linear(2, 2)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+
+
+class MoreLayers(TinyAgent):
+    def __init__(self, env, **kwargs):
+        super().__init__(env, **kwargs)
+        layers = {"conv": nn.Conv1d(2, 3, 2), "transposed": nn.ConvTranspose2d(2, 3, 2), "norm": nn.BatchNorm1d(4)}
+        self.extra = nn.ModuleDict({**layers, "embedding": nn.Embedding(7, HIDDEN)})
+        self.extra["embedding"].weight = self.policy.actor.weight
+        nn.utils.parametrizations.weight_norm(self.policy.encoder)
+        self.init_mixin()
+
+
+class Masks(TinyAgent):
+    def handle_inference_mode(self, td, logits_list, value):
+        return super().handle_inference_mode(td, self.masked(logits_list), value)
+
+    def handle_training_mode(self, td, action, logits_list, value):
+        return super().handle_training_mode(td, action, self.masked(logits_list), value)
+
+    @staticmethod
+    def masked(logits):
+        return logits.index_fill(-1, torch.tensor([2]), float("-inf"))
+
+
 @pytest.fixture(scope="module")
 def right_report():
     return check_agent(build(), make_env())
 
 
 class TestReport:
-    def test_all_five_checks_pass_on_a_right_agent(self, right_report):
+    def test_all_checks_pass_on_a_right_agent(self, right_report):
         assert [check.name for check in right_report.checks] == CHECK_NAMES
         assert right_report.ok, str(right_report)
         assert right_report.failures == ()
@@ -117,12 +277,12 @@ class TestReport:
 
     def test_prints_as_a_table(self, right_report):
         lines = str(right_report).splitlines()
-        assert lines[0] == "TinyAgent: 5 of 5 checks passed"
+        assert lines[0] == "TinyAgent: 6 of 6 checks passed"
         assert all(any(line.startswith("  ok") and name in line for line in lines) for name in CHECK_NAMES)
         assert max(map(len, lines)) <= 120
 
     def test_failures_are_raised_with_the_table(self):
-        report = check_agent(build(WrongFormula), make_env())
+        report = check_agent(build(methods(_convert_action_to_logit_index=wrong_formula)), make_env())
         with pytest.raises(AgentCheckError, match="FAIL  action conversion") as caught:
             report.raise_if_failed()
         assert isinstance(caught.value, AssertionError)
@@ -147,29 +307,18 @@ class TestSurroundings:
         assert vars(env) == environment
 
     def test_random_numbers_stay_as_they_were_when_a_check_fails(self):
-        agent = build(RaisesInForward)
+        agent = build(methods(forward=raise_error))
         state = torch.get_rng_state()
         assert not check_agent(agent, make_env(), updates=1).ok
         assert torch.equal(torch.get_rng_state(), state)
 
-    def test_seed_decides_everything(self):
-        agent, env = build(NanLoss), make_env()
-        assert str(check_agent(agent, env, seed=3)) == str(check_agent(agent, env, seed=3))
-
     def test_draws_depend_on_the_seed_only(self):
         def drawn(seed):
-            actions = []
-
-            class Looks(TinyAgent):
-                def forward(self, td, state=None, action=None):
-                    out = super().forward(td, state, action)
-                    actions.extend((out["actions"] if action is None else action).flatten().tolist())
-                    return out
-
-            agent = build(Looks)
+            cls, calls = recording()
+            agent = build(cls)
             torch.manual_seed(torch.seed())
             assert check_agent(agent, make_env(), updates=2, seed=seed).ok
-            return actions
+            return [(out["actions"] if action is None else action).tolist() for _, action, out in calls]
 
         assert drawn(3) == drawn(3)
         assert drawn(3) != drawn(4)
@@ -184,36 +333,43 @@ class TestSurroundings:
         assert report.ok, str(report)
         assert "all 7 actions of 3 types" in report["action conversion"].message
 
-    def test_observations_come_from_reset_where_no_features_are_named(self):
-        resets = []
+    def test_the_environment_is_neither_reset_nor_stepped(self):
+        def refuse(*args):
+            raise AssertionError("the environment was used")
 
-        def reset(seed=None):
-            resets.append(seed)
-            return torch.full((4, TOKENS, 3), 17, dtype=torch.uint8), {}
+        assert check_agent(build(), make_env(feature_normalizations=None, reset=refuse, step=refuse), updates=1).ok
 
-        seen = []
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_another_default_dtype(self, dtype):
+        agent, env = build(), make_env()
+        old, new = twins()
+        torch.set_default_dtype(dtype)
+        try:
+            report = check_agent(agent, env, updates=2)
+            compare_agents(old, new, training_td())
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert report.ok, str(report)
 
-        class Looks(TinyAgent):
-            def forward(self, td, state=None, action=None):
-                seen.append(td["env_obs"].unique().tolist())
-                return super().forward(td, state, action)
-
-        env = make_env(feature_normalizations=None, reset=reset)
-        assert check_agent(build(Looks), env, updates=1).ok
-        assert resets == [None]
-        assert seen
-        assert all(values == [17] for values in seen)
+    @on_every_backend
+    def test_another_default_device(self, backend):
+        agent, env, td = build(Fast), make_env(), inference_td()
+        before = snapshot(agent)
+        torch.set_default_device("meta")
+        try:
+            with use_backend(backend):
+                report = check_agent(agent, env, updates=2)
+                compare_agents(agent, copy.deepcopy(agent), td)
+        finally:
+            torch.set_default_device(None)
+        assert report.ok, str(report)
+        assert_same_snapshot(snapshot(agent), before)
 
     def test_made_up_tokens_are_legal(self):
-        tokens = []
-
-        class Looks(TinyAgent):
-            def forward(self, td, state=None, action=None):
-                tokens.append(td["env_obs"].reshape(-1, 3).long())
-                return super().forward(td, state, action)
-
-        assert check_agent(build(Looks), make_env(obs_width=5, obs_height=4), updates=20).ok
-        coordinate, feature, value = torch.cat(tokens).unbind(-1)
+        cls, calls = recording()
+        assert check_agent(build(cls), make_env(obs_width=5, obs_height=4), updates=20).ok
+        tokens = torch.cat([td["env_obs"].reshape(-1, 3).long() for td, _, _ in calls])
+        coordinate, feature, value = tokens.unbind(-1)
         real = coordinate != 255
         assert 0 < int((~real).sum()) < int(real.sum())
         assert (feature[~real] == 255).all()
@@ -224,9 +380,9 @@ class TestSurroundings:
         assert value[real & (feature == 3)].max() == 10
 
     def test_a_host_is_checked_through_its_policy(self):
-        host = MettaAgent(make_env(), build(WrongFormula))
+        host = MettaAgent(make_env(), build(methods(_convert_action_to_logit_index=wrong_formula)))
         report = check_agent(host, make_env(), updates=1)
-        assert report.agent_name == "WrongFormula"
+        assert report.agent_name == "Wrong"
         assert not report["action conversion"].passed
 
     def test_all_checks_run_when_the_agent_cannot_be_copied(self):
@@ -234,7 +390,7 @@ class TestSurroundings:
         agent.unpicklable = (i for i in range(3))
         report = check_agent(agent, make_env())
         assert [check.name for check in report.checks] == CHECK_NAMES
-        assert [check.passed for check in report.checks] == [False] * 5
+        assert [check.passed for check in report.checks] == [False] * 6
         assert all("cannot pickle 'generator' object" in check.message for check in report.checks)
 
     def test_an_environment_that_cannot_be_copied_is_shared(self):
@@ -251,9 +407,9 @@ class TestSurroundings:
             ((build(active=False), None), ValueError, r"env: got NoneType without max_action_args"),
             ((build(), make_env(max_action_args=[0, -1, 1])), ValueError, r"action_max_params\[1\]: got -1"),
             (
-                (build(), make_env(feature_normalizations=None, reset=lambda: torch.zeros(4))),
+                (build(), make_env(single_observation_space=SimpleNamespace(shape=(4,)))),
                 ValueError,
-                r"env: reset\(\) gave observations \[4\]",
+                r"sample_input: got None, expected a TensorDict, for observations of shape \[4\]",
             ),
         ],
     )
@@ -261,541 +417,377 @@ class TestSurroundings:
         with pytest.raises(error, match=message):
             check_agent(*arguments)
 
-    @pytest.mark.parametrize("name", ["updates", "seed"])
-    @pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
-    def test_wrong_numbers(self, name, value, error):
-        with pytest.raises(error, match=f"{name}: got {value!r}.* expected an integer"):
+    @pytest.mark.parametrize(
+        ("name", "value"), [("updates", 0), ("updates", 1.5), ("updates", True), ("seed", -1), ("seed", "1")]
+    )
+    def test_wrong_numbers(self, name, value):
+        with pytest.raises((TypeError, ValueError), match=f"{name}: got {value!r}.* expected an integer"):
             check_agent(build(), make_env(), **{name: value})
 
-    def test_no_updates(self):
-        with pytest.raises(ValueError, match="updates: got 0"):
-            check_agent(build(), make_env(), updates=0)
+
+NAN = float("nan")
+CONFIGURATION = [
+    (methods(init_mixin=lambda self, **kwargs: None), "call self.init_mixin(**mixin_params)"),
+    (methods(extract_mixin_params=drop_interval), "analyze_weights_interval is 300 after extract_mixin_params and"),
+]
+CLIPPING = [
+    (methods(clip_weights=lambda self: None), "'policy.encoder.weight' reaches"),
+    (methods(clip_weights=clip("encoder.weight", "actor.weight", "head.weight")), "'policy.actor.bias' reaches"),
+    (methods(clip_weights=clip("")), "'lstm.weight_ih_l0' reaches 0.375 after clip_weights() with clip_range 0.375,"),
+    (methods(clip_weights=clip_and(lambda a: a.policy.actor.weight.data.mul_(0.5))), "with clip_range 0, expected"),
+    (methods(clip_weights=clip_and(lambda a: a.policy.actor.weight.data.mul_(0.5))), "reaches 0.1875 after"),
+    (methods(clip_weights=clip_and(replace_actor)), "'policy.actor.weight' was replaced"),
+]
+FIELDS = [
+    (methods(set_tensordict_fields=no_fields), "inference: td['bptt'] is missing, expected torch.int64 [6]; call self"),
+    (changed(entry("bptt", lambda x: x + 1), "training"), "training: td['bptt'] holds [6], expected 5 everywhere"),
+    (changed(entry("batch", lambda x: x * 0), "inference"), "inference: td['batch'] holds [0], expected 6 everywhere"),
+    (changed(entry("batch", lambda x: x.int())), "training: td['batch'] is torch.int32"),
+    (changed(swap_sizes, "training"), "td['bptt'] holds [3], expected 5 everywhere"),
+    (changed(entry("full_log_probs", lambda x: x + 0.1), "inference"), "inference: probabilities exp(td["),
+    (changed(entry("full_log_probs", lambda x: x + 0.1), "training"), "do not sum to 1, 1.105"),
+    (changed(entry("full_log_probs", lambda x: x[..., :-1])), "td['full_log_probs'] is torch.float32"),
+    (changed(entry("act_log_prob", lambda x: x - 0.5), "inference"), "expected full_log_probs at the action's"),
+    (changed(entry("act_log_prob", lambda x: x - 0.5), "training"), "expected full_log_probs at the action's"),
+    (changed(entry("act_log_prob", lambda x: x * NAN)), "training: td['act_log_prob'] holds NaN"),
+    (changed(without("act_log_prob")), "inference: td['act_log_prob'] is missing, expected floating point"),
+    (changed(lambda out: (out, None)), "training: forward() returned tuple, expected a TensorDict"),
+    (changed(entry("actions", lambda x: x.long()), "inference"), "td['actions'] is torch.int64 [6, 2], expected torch"),
+    (changed(entry("actions", lambda x: x + 2), "inference"), "holds a pair that ActionSpace(noop: 0..0"),
+    (changed(entry("actions", lambda x: x - 9), "inference"), "holds a pair that ActionSpace(noop: 0..0"),
+    (changed(entry("values", lambda x: x[:, None]), "inference"), "td['values'] is torch.float32 [6, 1], expected"),
+    (changed(entry("entropy", lambda x: -x), "training"), "td['entropy'][0, 0] is -"),
+    (changed(without("entropy"), "training"), "td['entropy'] is missing"),
+    (changed(entry("value", lambda x: x.expand(3, 5, 2)), "training"), "td['value'] is torch.float32 [3, 5, 2],"),
+    (changed(lambda out: out.reshape(-1), "training"), "batch size [15], expected [3, 5]"),
+    (methods(forward=raise_error), "training: the agent raised ZeroDivisionError: no such luck (in raise_error, line"),
+]
+CONVERSION = [
+    (methods(_convert_action_to_logit_index=wrong_formula), "[1, 0] became 0, expected 1: action_type is left out"),
+    (to_index(lambda index: (index + 1) % 7), "[0, 0] became 1, expected 0: the formula is action_type + cum_action"),
+    (to_index(lambda index: index[:, None]), "gave shape [7, 1], expected [7]"),
+    (methods(_convert_action_to_logit_index=int64_only), "TypeError: int64 only"),
+    (to_pair(lambda pairs: pairs.flip(-1)), "_convert_logit_index_to_action: 1 became [0, 1], expected [1, 0]"),
+    (to_pair(lambda pairs: pairs.flatten()), "gave shape [14], expected [7, 2]"),
+]
+STABILITY = [
+    (changed(entry("value", lambda x: x * NAN), "training"), "update 1: the loss holds NaN or infinities (1 of 1"),
+    (NanGradient, "update 1: the gradient of 'policy.value_head.bias' holds NaN"),
+    (methods(clip_weights=clip_and(spoil_weight)), "after the optimizer step 'policy.value_head.weight' holds NaN"),
+    (methods(clip_weights=lambda self: self.policy.actor.weight.data.mul_(1e12)), "holds NaN or infinities"),
+    (changed(lambda out: out.detach(), "training"), "does not require grad"),
+    (changed(without("value"), "training"), "KeyError"),
+]
+WRONG = dict(zip(CHECK_NAMES, (CONFIGURATION, CLIPPING, FIELDS, CONVERSION, [], STABILITY), strict=True))
 
 
-class ForgetsInit(TinyAgent):
-    def init_mixin(self, **kwargs):
-        pass
+@pytest.mark.parametrize(
+    ("check", "cls", "message"), [(check, cls, message) for check, cases in WRONG.items() for cls, message in cases]
+)
+def test_wrong_agents(check, cls, message):
+    result = check_agent(build(cls), make_env(), updates=8)[check]
+    assert not result.passed
+    assert message in result.message
 
 
-class DropsArguments(TinyAgent):
-    def __init__(self, env, **kwargs):
-        super().__init__(env)
+@pytest.mark.parametrize(
+    ("cls", "kwargs"),
+    [
+        (MoreLayers, {}),
+        (changed(entry("value", lambda x: x.squeeze(-1)), "training"), {}),
+        (TinyAgent, {"clip_range": 0.1}),
+        (TinyAgent, {"clip_mode": "init_scaled", "clip_range": 1.0}),
+        (TinyAgent, {"num_envs": 2}),
+        (Fast, {"clip_range": 0.1}),
+        (Fast, {"clip_mode": "init_scaled", "clip_range": 1.0, "num_envs": 7}),
+    ],
+)
+def test_right_agents(cls, kwargs):
+    report = check_agent(build(cls, **kwargs), make_env(), updates=3)
+    assert report.ok, str(report)
 
 
-class TakesNoArguments(TinyAgent):
-    def __init__(self, env):
-        super().__init__(env)
-
-
-class DropsInterval(TinyAgent):
-    def extract_mixin_params(self, kwargs):
-        return super().extract_mixin_params(kwargs) | {"analyze_weights_interval": 300}
-
-
-class NeedsMore(TinyAgent):
-    def __init__(self, env, shape, **kwargs):
-        super().__init__(env, **kwargs)
-
-
-class NeedsPolicy(TinyAgent):
-    def __init__(self, env, policy, input_size, hidden_size, num_layers, **kwargs):
-        super().__init__(env, policy, input_size, hidden_size, num_layers, **kwargs)
-
-
-class TestConfiguration:
-    @staticmethod
-    def check(agent):
-        return check_agent(agent, make_env(), updates=1)["configuration"]
-
-    def test_init_mixin_not_called(self):
-        result = self.check(build(ForgetsInit))
-        assert not result.passed
-        assert "clip_range" in result.message
-        assert "call self.init_mixin(**mixin_params)" in result.message
-
-    def test_arguments_not_passed_on(self):
-        result = self.check(build(DropsArguments))
-        assert not result.passed
-        assert "DropsArguments(env, clip_range=0.375, analyze_weights_interval=17) was given" in result.message
-        assert "clip_range=0.375 and the agent has clip_range 0" in result.message
-        assert "extract_mixin_params" in result.message
-
-    def test_arguments_not_taken(self):
-        result = self.check(build(TakesNoArguments))
-        assert not result.passed
-        assert "unexpected keyword argument" in result.message
-        assert "take **kwargs" in result.message
-
-    def test_one_argument_lost_in_extract_mixin_params(self):
-        result = self.check(build(DropsInterval))
-        assert not result.passed
-        assert "analyze_weights_interval=17 and the agent has analyze_weights_interval 300" in result.message
-        assert "clip_range=0.375" not in result.message.splitlines()[0]
-
+class TestDetails:
     @pytest.mark.parametrize(
         ("name", "value", "expected"),
         [
-            ("clip_range", "0.1", "clip_range is '0.1' (str), expected a number >= 0"),
-            ("clip_range", -1.0, "clip_range is -1.0 (float), expected a number >= 0"),
-            ("clip_range", float("nan"), "clip_range is nan (float), expected a number >= 0"),
-            ("analyze_weights_interval", 2.5, "analyze_weights_interval is 2.5 (float), expected an integer >= 0"),
-            ("initial_weights", None, "initial_weights is a NoneType, expected a dict"),
+            ("clip_range", "0.1", "clip_range: got '0.1' (str), expected a number >= 0"),
+            ("clip_range", NAN, "clip_range: got nan, expected a number >= 0"),
+            ("analyze_weights_interval", 2.5, "analyze_weights_interval: got 2.5 (float), expected an integer >= 0"),
         ],
     )
-    def test_wrong_type(self, name, value, expected):
+    def test_configuration_of_a_wrong_type(self, name, value, expected):
         agent = build()
         setattr(agent, name, value)
-        result = self.check(agent)
-        assert not result.passed
-        assert expected in result.message
+        assert expected in check_agent(agent, make_env(), updates=1)["configuration"].message
 
     def test_no_mixin(self):
-        agent = nn.Linear(2, 2)
-        result = self.check(agent)
-        assert not result.passed
-        assert "class Linear(PyTorchAgentMixin, LSTMWrapper)" in result.message
-
-    def test_a_constructor_with_other_arguments_is_a_warning(self):
-        agent = NeedsMore(make_env(), (3, 4))
-        result = self.check(agent)
-        assert result.passed
-        assert "__init__ was not checked" in result.warnings[0]
-        assert "'shape'" in result.warnings[0]
-
-    def test_a_constructor_that_needs_the_policy_is_tried(self):
-        result = self.check(NeedsPolicy(make_env(), TinyPolicy(7), HIDDEN, HIDDEN, 1))
-        assert result.passed, result.message
-        assert not result.warnings
-
-
-class ClipsNothing(TinyAgent):
-    def clip_weights(self):
-        pass
-
-
-class ClipsWeightsOnly(TinyAgent):
-    def clip_weights(self):
-        if self.clip_range > 0:
-            for module in self.modules():
-                if isinstance(module, nn.Linear):
-                    module.weight.data.clamp_(-self.clip_range, self.clip_range)
-
-
-class ClipsEverything(TinyAgent):
-    def clip_weights(self):
-        if self.clip_range > 0:
-            for parameter in self.parameters():
-                parameter.data.clamp_(-self.clip_range, self.clip_range)
-
-
-class ClipsAtZero(TinyAgent):
-    def clip_weights(self):
-        if self.clip_range == 0:
-            self.policy.actor.weight.data.clamp_(-0.01, 0.01)
-        super().clip_weights()
-
-
-class ClipsTooFar(TinyAgent):
-    def clip_weights(self):
-        super().clip_weights()
-        self.policy.actor.weight.data.mul_(0.5 if self.clip_range > 0 else 1)
-
-
-class ReplacesParameters(TinyAgent):
-    def clip_weights(self):
-        super().clip_weights()
-        self.policy.actor.weight = nn.Parameter(self.policy.actor.weight.detach().clone())
-
-
-class MoreLayers(TinyAgent):
-    def __init__(self, env, **kwargs):
-        super().__init__(env, **kwargs)
-        self.extra = nn.ModuleDict(
-            {
-                "conv1": nn.Conv1d(2, 3, 2),
-                "conv2": nn.Conv2d(2, 3, 2, bias=False),
-                "transposed": nn.ConvTranspose2d(2, 3, 2),
-                "norm": nn.BatchNorm1d(4),
-                "embedding": nn.Embedding(7, HIDDEN),
-            }
-        )
-        self.extra["embedding"].weight = self.policy.actor.weight
-        nn.utils.parametrizations.weight_norm(self.policy.encoder)
-        self.init_mixin()
-
-
-class TestClipping:
-    @staticmethod
-    def check(agent):
-        return check_agent(agent, make_env(), updates=1)["weight clipping"]
-
-    def test_the_summary_counts_the_tensors(self):
-        assert "6 tensors" in self.check(build()).message
-
-    @pytest.mark.parametrize(
-        ("cls", "culprit", "problem"),
-        [
-            (ClipsNothing, "'policy.encoder.weight'", "outside [-0.375, 0.375]"),
-            (ClipsWeightsOnly, "'policy.actor.bias'", "outside [-0.375, 0.375]"),
-            (ClipsEverything, "'lstm.weight_ih_l0'", "only weight and bias of Linear, Conv1d and Conv2d"),
-            (ClipsAtZero, "'policy.actor.weight'", "with clip_range 0"),
-            (ClipsTooFar, "'policy.actor.weight'", "other values than before clamped"),
-            (ReplacesParameters, "'policy.actor.weight'", "was replaced"),
-        ],
-    )
-    def test_wrong_clip_weights(self, cls, culprit, problem):
-        result = self.check(build(cls))
-        assert not result.passed
-        assert any(culprit in line and problem in line for line in result.message.splitlines()), result.message
+        message = check_agent(nn.Linear(2, 2), make_env())["configuration"].message
+        assert "class Linear(PyTorchAgentMixin, LSTMWrapper)" in message
 
     def test_only_the_culprit_is_named(self):
-        message = self.check(build(ClipsWeightsOnly)).message
-        assert "bias" in message
+        wrong = methods(clip_weights=clip("encoder.weight", "actor.weight", "head.weight"))
+        message = check_agent(build(wrong), make_env(), updates=1)["weight clipping"].message
         assert "weight'" not in message
         assert "lstm" not in message
 
-    def test_other_layers_tied_and_parametrized_weights(self):
-        result = self.check(build(MoreLayers))
-        assert result.passed, result.message
-
-    def test_the_other_clip_mode(self):
-        result = self.check(build(clip_mode="init_scaled"))
-        assert result.passed, result.message
-        assert "3 tensors are clipped (mode init_scaled)" in result.message
-
-    def test_nothing_to_clip_is_a_warning(self):
-        agent = build()
-        agent.policy = nn.Module()
-        result = self.check(agent)
-        assert "nothing to clip" in result.warnings[0]
-
-
-class ForgetsFields(TinyAgent):
-    def set_tensordict_fields(self, td, observations):
-        return observations.shape[0], observations.shape[1] if observations.dim() == 4 else 1
-
-
-class Changed(TinyAgent):
-    """Puts something else into its results: `change(agent, result)`, in one of the two modes or both."""
-
-    modes = ("inference", "training")
-
-    def change(self, out):
-        raise NotImplementedError
-
-    def forward(self, td, state=None, action=None):
-        out = super().forward(td, state, action)
-        mode = "inference" if action is None else "training"
-        return self.change(out) if mode in self.modes else out
-
-
-def changed(change, *modes):
-    """Class of a TinyAgent whose result `change` alters."""
-    return type("Wrong", (Changed,), {"change": staticmethod(change), "modes": modes or Changed.modes})
-
-
-def entry(key, function):
-    def change(out):
-        out[key] = function(out[key])
-        return out
-
-    return change
-
-
-def without(key):
-    return lambda out: out.exclude(key, inplace=True)
-
-
-class RaisesInForward(TinyAgent):
-    def forward(self, td, state=None, action=None):
-        raise ZeroDivisionError("no such luck")
-
-
-class OtherTensorDict(TinyAgent):
-    def forward(self, td, state=None, action=None):
-        return super().forward(td.clone(), state, action)
-
-
-class TestFields:
-    @staticmethod
-    def check(cls):
-        return check_agent(build(cls), make_env(), updates=1)["TensorDict fields"]
-
-    def test_fields_forgotten(self):
-        result = self.check(ForgetsFields)
-        assert not result.passed
-        for mode in ("inference", "training"):
-            for key in ("bptt", "batch"):
-                assert f"{mode}: td['{key}'] is missing" in result.message
-        assert "call self.set_tensordict_fields(td," in result.message
-
-    @pytest.mark.parametrize("mode", ["inference", "training"])
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (entry("bptt", lambda x: x + 1), "td['bptt'] holds"),
-            (entry("batch", lambda x: x * 0), "td['batch'] holds [0], expected"),
-            (entry("batch", lambda x: x.int()), "td['batch'] is torch.int32"),
-            (entry("full_log_probs", lambda x: x + 0.1), "do not sum to 1, 1.105"),
-            (entry("full_log_probs", lambda x: x[..., :-1]), "td['full_log_probs'] is torch.float32"),
-            (entry("act_log_prob", lambda x: x - 0.5), "expected full_log_probs at the"),
-            (entry("act_log_prob", lambda x: x * float("nan")), "td['act_log_prob'] holds NaN"),
-            (without("act_log_prob"), "td['act_log_prob'] is missing, expected floating point"),
-            (lambda out: (out, None), "forward() returned tuple, expected a TensorDict"),
-        ],
-    )
-    def test_wrong_in_either_mode(self, change, message, mode):
-        result = self.check(changed(change, mode))
-        assert not result.passed
-        assert all(line.startswith(mode) for line in result.message.splitlines()), result.message
-        assert message in result.message
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (entry("actions", lambda x: x.long()), "td['actions'] is torch.int64 [5, 2], expected torch.int32 [5, 2]"),
-            (entry("actions", lambda x: x + 2), "td['actions'] holds a pair that ActionSpace(noop: 0..0"),
-            (entry("actions", lambda x: x - 9), "td['actions'] holds a pair that ActionSpace(noop: 0..0"),
-            (entry("values", lambda x: x[:, None]), "td['values'] is torch.float32 [5, 1], expected"),
-            (without("values"), "td['values'] is missing"),
-        ],
-    )
-    def test_wrong_in_inference(self, change, message):
-        result = self.check(changed(change, "inference"))
-        assert not result.passed
-        assert message in result.message
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (entry("entropy", lambda x: -x), "td['entropy'][0, 0] is -"),
-            (without("entropy"), "td['entropy'] is missing"),
-            (entry("value", lambda x: x.expand(3, 4, 2)), "td['value'] is torch.float32 [3, 4, 2], expected"),
-            (lambda out: out.reshape(-1), "batch size [12], expected [B, T] = [3, 4]"),
-        ],
-    )
-    def test_wrong_in_training(self, change, message):
-        result = self.check(changed(change, "training"))
-        assert not result.passed
-        assert message in result.message
-
-    def test_swapped_sizes(self):
-        def swap(out):
-            out["bptt"], out["batch"] = out["batch"].clone(), out["bptt"].clone()
-            return out
-
-        message = self.check(changed(swap, "training")).message
-        assert "td['bptt'] holds [3], expected 4 everywhere" in message
-        assert "td['batch'] holds [4], expected 3 everywhere" in message
-
-    def test_a_value_of_two_dimensions_is_taken(self):
-        result = self.check(changed(entry("value", lambda x: x.squeeze(-1)), "training"))
-        assert result.passed, result.message
-
     def test_masked_logits_are_taken(self):
-        class Masks(TinyAgent):
-            def handle_inference_mode(self, td, logits_list, value):
-                return super().handle_inference_mode(td, self.masked(logits_list), value)
+        report = check_agent(build(Masks), make_env(), updates=1)
+        assert report["TensorDict fields"].passed
+        assert report["recurrent replay"].passed
 
-            def handle_training_mode(self, td, action, logits_list, value):
-                return super().handle_training_mode(td, action, self.masked(logits_list), value)
-
-            @staticmethod
-            def masked(logits):
-                return logits.index_fill(-1, torch.tensor([2]), float("-inf"))
-
-        result = self.check(Masks)
-        assert result.passed, result.message
-
-    def test_an_exception_is_a_failure_in_both_modes(self):
-        report = check_agent(build(RaisesInForward), make_env(), updates=1)
-        failed = {check.name: check.message for check in report.failures}
-        assert failed.keys() == {"TensorDict fields", "training stability"}
-        for label in ("inference", "training"):
-            assert (
-                f"{label}: the agent raised ZeroDivisionError: no such luck (in forward," in failed["TensorDict fields"]
-            )
+    def test_an_exception_fails_every_check_that_calls_the_agent(self):
+        report = check_agent(build(methods(forward=raise_error)), make_env(), updates=1)
+        failed = {check.name for check in report.failures}
+        assert failed == {"TensorDict fields", "recurrent replay", "training stability"}
 
     def test_another_tensordict_is_a_warning(self):
-        result = self.check(OtherTensorDict)
+        other = methods(
+            forward=lambda self, td, state=None, action=None: TinyAgent.forward(self, td.clone(), state, action)
+        )
+        result = check_agent(build(other), make_env(), updates=1)["TensorDict fields"]
         assert result.passed
         assert "another TensorDict" in result.warnings[0]
 
-
-class WrongFormula(TinyAgent):
-    def _convert_action_to_logit_index(self, flattened_action):
-        kind, param = flattened_action.long().unbind(-1)
-        return self.cum_action_max_params[kind] + param
-
-
-class OffByOne(TinyAgent):
-    def _convert_action_to_logit_index(self, flattened_action):
-        return (super()._convert_action_to_logit_index(flattened_action) + 1) % 7
-
-
-class WrongShape(TinyAgent):
-    def _convert_action_to_logit_index(self, flattened_action):
-        return super()._convert_action_to_logit_index(flattened_action)[:, None]
-
-
-class NeedsInt64(TinyAgent):
-    def _convert_action_to_logit_index(self, flattened_action):
-        if flattened_action.dtype != torch.int64:
-            raise TypeError("int64 only")
-        return super()._convert_action_to_logit_index(flattened_action)
-
-
-class SwapsPairs(TinyAgent):
-    def _convert_logit_index_to_action(self, action_logit_index):
-        return super()._convert_logit_index_to_action(action_logit_index).flip(-1)
-
-
-class FlattensPairs(TinyAgent):
-    def _convert_logit_index_to_action(self, action_logit_index):
-        return super()._convert_logit_index_to_action(action_logit_index).flatten()
-
-
-class TestConversion:
-    @staticmethod
-    def check(agent, env=None):
-        return check_agent(agent, env or make_env(), updates=1)["action conversion"]
-
-    def test_the_formula_without_the_type_is_told(self):
-        result = self.check(build(WrongFormula))
-        assert not result.passed
-        assert "type 1, parameter 0 (move_0) became index 0, expected 1 + 0 + 0 = 1" in result.message
-        assert "action_type is left out" in result.message
-        assert "action_type + cum_action_max_params[action_type] + action_param" in result.message
-
-    def test_another_wrong_formula(self):
-        result = self.check(build(OffByOne))
-        assert not result.passed
-        assert "type 0, parameter 0 (noop_0) became index 1, expected 0 + 0 + 0 = 0" in result.message
-        assert "left out" not in result.message
-        assert "the formula is action_type + cum_action_max_params[action_type] + action_param" in result.message
-
-    def test_wrong_shape(self):
-        assert "gave shape [7, 1], expected [7]" in self.check(build(WrongShape)).message
-
-    def test_every_integer_dtype_is_tried(self):
-        result = self.check(build(NeedsInt64))
-        assert not result.passed
-        assert "TypeError: int64 only" in result.message
-
-    def test_swapped_pairs(self):
-        result = self.check(build(SwapsPairs))
-        assert not result.passed
-        assert "logit index 1 (move_0) became the pair (0, 1), expected (1, 0)" in result.message
-        assert "self.action_index_tensor[index]" in result.message
-
-    def test_pairs_of_a_wrong_shape(self):
-        assert "gave [14] for 7 indices, expected [7, 2]" in self.check(build(FlattensPairs)).message
-
-    def test_tables_of_another_environment(self):
-        agent = build()
-        result = self.check(agent, make_env(max_action_args=[0, 2, 2]))
-        assert not result.passed
-        assert "cum_action_max_params is [0, 0, 3, 4]" in result.message
-        assert "needs [0, 0, 2, 4]" in result.message
-        assert "initialize_to_environment" in result.message
-
-    def test_a_wrong_table(self):
-        agent = build()
-        agent.action_index_tensor = agent.action_index_tensor.flip(0)
-        result = self.check(agent)
-        assert not result.passed
-        assert result.message.startswith("action_index_tensor is [[2, 1]")
-
-
-class NanLoss(TinyAgent):
-    def forward(self, td, state=None, action=None):
-        out = super().forward(td, state, action)
-        if action is not None:
-            out["value"] = out["value"] + torch.log(-out["value"].abs() - 1)
-        return out
-
-
-class NanGradient(TinyAgent):
-    def forward(self, td, state=None, action=None):
-        out = super().forward(td, state, action)
-        if action is not None:
-            # Finite value, but the square root's slope at 0 is infinite, and 0 x infinity is NaN.
-            out["value"] = out["value"] + torch.sqrt(self.policy.value_head.bias * 0)
-        return out
-
-
-class NanWeights(TinyAgent):
-    def clip_weights(self):
-        super().clip_weights()
-        if self.training and self.clip_range == 0:
-            self.policy.value_head.weight.data[0, 2] = float("nan")
-
-
-class BlowsUp(TinyAgent):
-    def clip_weights(self):
-        self.policy.actor.weight.data.mul_(1e12)
-
-
-class Unused(TinyAgent):
-    def __init__(self, env, **kwargs):
-        super().__init__(env, **kwargs)
-        self.spare = nn.Linear(2, 2)
-        self.frozen = nn.Linear(2, 2).requires_grad_(False)
-
-
-class Detached(TinyAgent):
-    def forward(self, td, state=None, action=None):
-        return super().forward(td, state, action).detach()
-
-
-class TestStability:
-    @staticmethod
-    def check(cls, updates=4):
-        return check_agent(build(cls), make_env(), updates=updates)["training stability"]
-
-    def test_loss(self):
-        result = self.check(NanLoss)
-        assert not result.passed
-        assert result.message.startswith("update 1: the loss holds NaN or infinities (1 of 1 values)")
-
-    def test_gradient(self):
-        result = self.check(NanGradient)
-        assert not result.passed
-        assert result.message.startswith("update 1: the gradient of 'policy.value_head.bias' holds NaN")
-
-    def test_weights(self):
-        result = self.check(NanWeights)
-        assert not result.passed
-        assert "update 1: after the optimizer step 'policy.value_head.weight' holds NaN" in result.message
-        assert "(1 of 8 values)" in result.message
+    @pytest.mark.parametrize("name", ["cum_action_max_params", "action_index_tensor"])
+    def test_tables_of_another_environment(self, name):
+        result = check_agent(build(), make_env(max_action_args=[0, 2, 2]), updates=1)["action conversion"]
+        assert f"{name} is [" in result.message
+        assert "ActionSpace(noop: 0..0, move: 0..2, turn: 0..2; 7 actions) needs" in result.message
 
     def test_later_updates_are_looked_at(self):
-        assert self.check(BlowsUp, updates=1).passed
-        result = self.check(BlowsUp, updates=8)
-        assert not result.passed
-        assert int(result.message.removeprefix("update ").partition(":")[0]) > 1
+        cls = methods(clip_weights=lambda self: self.policy.actor.weight.data.mul_(1e12))
+        message = check_agent(build(cls), make_env(), updates=8)["training stability"].message
+        assert int(message.removeprefix("update ").partition(":")[0]) > 1
+        assert check_agent(build(cls), make_env(), updates=1)["training stability"].passed
 
     def test_unused_parameters_are_warnings(self):
-        result = self.check(Unused)
-        assert result.passed
+        result = check_agent(build(Unused), make_env(), updates=7)["training stability"]
+        assert "7 updates" in result.message
         assert [warning.partition(" ")[0] for warning in result.warnings] == ["'spare.bias'", "'spare.weight'"]
-
-    def test_no_graph(self):
-        result = self.check(Detached)
-        assert not result.passed
-        assert "does not require grad" in result.message
-
-    def test_missing_output(self):
-        result = self.check(changed(without("value"), "training"))
-        assert not result.passed
-        assert "no value in the result of training" in result.message
 
     def test_nothing_to_train(self):
         report = check_agent(build().requires_grad_(False), make_env())
         assert "no trainable parameter" in report["training stability"].message
 
-    def test_the_number_of_updates_is_taken(self):
-        assert "7 updates" in self.check(TinyAgent, updates=7).message
+
+class NoMemory(TinyAgent):
+    def run_lstm(self, td, hidden, B, TT, training=None):
+        return hidden
+
+
+class DropsItsState(TinyAgent):
+    def _store_lstm_state(self, lstm_h, lstm_c, env_id):
+        pass
+
+
+class NoGetMemory(TinyAgent):
+    get_memory = None
+
+
+def changed_input(change, modes, base=TinyAgent):
+    """Class of an agent that changes its input in the given modes."""
+
+    class Wrong(base):
+        def forward(self, td, state=None, action=None):
+            mode = "inference" if action is None else "training"
+            return super().forward(change(td.copy()) if mode in modes else td, state, action)
+
+    return Wrong
+
+
+def shifted(steps):
+    return lambda td: td.update({key: td[key].roll(steps, 1) for key in ("dones", "truncateds")})
+
+
+def hold_back(agent, td):
+    """Give each step of a rollout the flags of the step before."""
+    flags = td["dones"] | td["truncateds"]
+    td["dones"], td["truncateds"] = getattr(agent, "flags", torch.zeros_like(flags)), torch.zeros_like(flags)
+    agent.flags = flags
+
+
+class LateInRollout(TinyAgent):
+    def forward(self, td, state=None, action=None):
+        if action is None:
+            hold_back(self, td)
+        return super().forward(td, state, action)
+
+
+def without_flags(td):
+    return td.exclude("dones", "truncateds")
+
+
+def without_state(td):
+    return td.exclude("lstm_h", "lstm_c")
+
+
+def zeros_without_dones(td):
+    return td.exclude("lstm_h", "lstm_c", "dones")
+
+
+def other_state(td):
+    return td.update({"lstm_h": td["lstm_h"] * 2})
+
+
+def reset_everywhere(td):
+    return td.update({"dones": torch.ones_like(td["dones"])})
+
+
+def no_reset_at_the_start(td):
+    step = torch.arange(td["dones"].shape[1])
+    return td.update({key: td[key] & (step > 0) for key in ("dones", "truncateds")})
+
+
+BOTH, TRAINING = ("inference", "training"), ("training",)
+
+
+class TestReplay:
+    @staticmethod
+    def check(cls):
+        return check_agent(build(cls), make_env(), updates=1)["recurrent replay"]
+
+    @pytest.mark.parametrize(
+        ("cls", "cause"),
+        [
+            (NoMemory, "carries no state: the results of a step do not depend on earlier steps"),
+            (DropsItsState, "the rollout drops its state"),
+            (NoGetMemory, "get_memory() gives no state to store with a segment"),
+            (LateInRollout, "the rollout resets one step late at dones"),
+            (changed_input(without_flags, BOTH), "the rollout ignores dones"),
+            (changed_input(without_flags, TRAINING), "training ignores dones and ignores truncateds:"),
+            (changed_input(lambda td: td.exclude("dones"), TRAINING), "training ignores dones:"),
+            (changed_input(lambda td: td.exclude("truncateds"), TRAINING), "training ignores truncateds:"),
+            (changed_input(without_state, TRAINING), "training starts segments from zeros:"),
+            (changed_input(zeros_without_dones, TRAINING), "training starts segments from zeros and ignores dones:"),
+            (changed_input(shifted(1), TRAINING), "training resets one step late at dones and resets one step late at"),
+            (changed_input(shifted(-1), TRAINING), "training resets one step early at dones and resets one step early"),
+            (changed_input(reset_everywhere, TRAINING), "training drops its state between the steps of a segment:"),
+            (changed_input(no_reset_at_the_start, TRAINING), "training does not reset the stored state of a segment"),
+            (changed_input(other_state, TRAINING), "training differs from the rollout, and neither by its flags nor"),
+        ],
+    )
+    def test_a_wrong_agent_is_named(self, cls, cause):
+        result = self.check(cls)
+        assert not result.passed
+        assert result.message.startswith(cause), result.message
+
+    @on_every_backend
+    @pytest.mark.parametrize(
+        ("change", "cause"),
+        [
+            (without_flags, "training ignores dones and ignores truncateds: the importance ratio"),
+            (without_state, "training starts segments from zeros: the importance ratio"),
+            (shifted(1), "training resets one step late at dones and resets one step late at truncateds: the"),
+        ],
+    )
+    def test_fast_in_three_wrong_ways(self, backend, change, cause):
+        with use_backend(backend):
+            assert self.check(changed_input(change, TRAINING, Fast)).message.startswith(cause)
+
+    @on_every_backend
+    @pytest.mark.parametrize("num_envs", [None, 2, 9])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_fast_passes(self, backend, num_envs, dtype):
+        with use_backend(backend):
+            result = check_agent(build(Fast, num_envs=num_envs).to(dtype), make_env(), updates=1)["recurrent replay"]
+        assert result.passed, result.message
+
+    @on_every_backend
+    def test_the_readme_like_agent_passes(self, backend):
+        with use_backend(backend):
+            report = check_agent(build(), make_env(), updates=2)
+        assert report.ok, str(report)
+
+    def test_heads_of_zeros_hide_nothing(self):
+        for cls, passed in ((TinyAgent, True), (changed_input(without_state, TRAINING), False)):
+            agent = build(cls)
+            nn.init.zeros_(agent.policy.actor.weight)
+            assert check_agent(agent, make_env(), updates=1)["recurrent replay"].passed == passed
+
+
+class VectorAgent(TinyAgent):
+    """Reads float vectors [N, 4] and a task number [N]; the rank of an observation comes from the environment."""
+
+    def __init__(self, env, **kwargs):
+        super().__init__(env, **kwargs)
+        self.policy.encoder = nn.Linear(5, HIDDEN)
+
+    def forward(self, td, state=None, action=None):
+        observations = td["env_obs"]
+        assert observations.dtype == torch.float32
+        B, TT = self.set_tensordict_fields(td, observations)
+        both = torch.cat([observations.reshape(B * TT, 4), td["task"].reshape(B * TT, 1).float()], dim=-1)
+        hidden = self.run_lstm(td, torch.tanh(self.policy.encoder(both)), B, TT)
+        logits, value = self.policy.decode_actions(hidden, B * TT)
+        if action is None:
+            return self.handle_inference_mode(td, logits, value)
+        return self.handle_training_mode(td, action, logits, value)
+
+
+class TestOtherObservations:
+    env = make_env(single_observation_space=SimpleNamespace(shape=(4,)))
+
+    @staticmethod
+    def samples(rows=7):
+        generator = torch.Generator().manual_seed(0)
+        entries = {"env_obs": torch.randn(rows, 4, generator=generator), "task": torch.arange(rows)}
+        # State and results of an earlier step.
+        entries |= {
+            "values": torch.zeros(rows),
+            "lstm_h": torch.ones(rows, 3),
+            "training_env_id_start": entries["task"],
+        }
+        return TensorDict(entries, batch_size=[rows])
+
+    @on_every_backend
+    def test_vectors_come_from_the_sample(self, backend):
+        samples = self.samples()
+        before = samples.clone()
+        with use_backend(backend):
+            report = check_agent(build(VectorAgent, self.env), self.env, updates=2, sample_input=samples)
+        assert report.ok, str(report)
+        assert set(samples.keys()) == set(before.keys())
+        assert bool((samples == before).all())
+
+    def test_rows_of_the_sample_are_drawn_whole(self):
+        def rows(td):
+            return torch.cat([td["env_obs"].reshape(-1, 4), td["task"].reshape(-1, 1).float()], dim=-1)
+
+        (cls, calls), samples = recording(VectorAgent), self.samples()
+        assert check_agent(build(cls, self.env), self.env, updates=2, sample_input=samples).ok
+        drawn = {tuple(row) for row in torch.cat([rows(td) for td, _, _ in calls]).tolist()}
+        assert drawn == {tuple(row) for row in rows(samples).tolist()}
+
+    def test_a_wrong_agent_is_named(self):
+        wrong = build(changed_input(without_state, TRAINING, VectorAgent), self.env)
+        result = check_agent(wrong, self.env, updates=1, sample_input=self.samples())["recurrent replay"]
+        assert result.message.startswith("training starts segments from zeros:")
+
+    @pytest.mark.parametrize(
+        ("sample", "error", "message"),
+        [
+            (torch.zeros(3, 4), TypeError, "sample_input: got a float32 tensor .* expected a TensorDict"),
+            (TensorDict({}, batch_size=[3, 4]), ValueError, r"sample_input: got batch size \[3, 4\], expected"),
+            (TensorDict({}, batch_size=[1]), ValueError, r"sample_input: got batch size \[1\], .* at least 2 rows"),
+        ],
+    )
+    def test_wrong_samples(self, sample, error, message):
+        with pytest.raises(error, match=message):
+            check_agent(build(), make_env(), sample_input=sample)
+
+    @on_every_backend
+    @pytest.mark.parametrize("batch_size", [(6,), (2, 3), (2,)])
+    def test_compare_agents_takes_vectors(self, backend, batch_size):
+        generator = torch.Generator().manual_seed(0)
+        shape = (2, 3) if batch_size == (2,) else batch_size
+        entries = {"env_obs": torch.randn(*shape, 4, generator=generator), "task": torch.arange(6).reshape(shape)}
+        td = TensorDict(entries, batch_size=batch_size)
+        old = build(VectorAgent, self.env)
+        with use_backend(backend):
+            compare_agents(old, copy.deepcopy(old), td)
+            new = build(changed_input(lambda td: td.update({"task": td["task"] * 2}), TRAINING, VectorAgent), self.env)
+            assert difference(old, new, td).stage == "training"
 
 
 def twins(cls=TinyAgent, old_cls=TinyAgent, **kwargs):
@@ -823,42 +815,24 @@ class TestComparison:
 
     def test_hosts_can_be_compared(self):
         env = make_env()
-        old, new = (MettaAgent(env, build(cls)) for cls in (TinyAgent, WrongFormula))
+        old, new = (
+            MettaAgent(env, build(cls)) for cls in (TinyAgent, methods(_convert_action_to_logit_index=wrong_formula))
+        )
         compare_agents(old, copy.deepcopy(old), training_td())
         error = difference(old, new)
         assert (error.stage, error.key) == ("training", "act_log_prob")
 
-    def test_an_agent_is_equal_to_its_copy(self):
-        agent = build()
-        compare_agents(agent, copy.deepcopy(agent), inference_td())
-
-    @pytest.mark.parametrize("shape", [(3, 5, 2), (15, 2)])
-    def test_actions_may_be_given(self, shape):
-        seen = []
-
-        class Looks(TinyAgent):
-            def forward(self, td, state=None, action=None):
-                seen.append(action)
-                return super().forward(td, state, action)
-
-        old, new = twins(Looks)
-        action = old.action_index_tensor[torch.arange(15) % 7].reshape(shape).long()
-        compare_agents(old, new, training_td(), action)
-        assert seen[:2] == [None, None]
-        assert torch.equal(seen[2], action)
-
-    def test_made_up_actions_are_legal_and_varied(self):
-        seen = []
-
-        class Looks(TinyAgent):
-            def forward(self, td, state=None, action=None):
-                seen.append(action)
-                return super().forward(td, state, action)
-
-        old, new = twins(Looks)
-        compare_agents(old, new, training_td(rows=20))
-        legal = {tuple(pair) for pair in old.action_index_tensor.tolist()}
-        assert {tuple(pair) for pair in seen[2].flatten(0, 1).tolist()} == legal
+    @pytest.mark.parametrize("shape", [(3, 5, 2), (15, 2), None])
+    def test_actions_are_the_given_ones_or_legal_and_varied(self, shape):
+        cls, calls = recording()
+        old, new = twins(cls)
+        legal = old.action_index_tensor
+        action = shape and legal[torch.arange(15) % 7].reshape(shape).long()
+        compare_agents(old, new, training_td(rows=3 if shape else 20), action)
+        used = [action for _, action, _ in calls if action is not None]
+        assert len(used) == 1
+        assert {tuple(pair) for pair in used[0].reshape(-1, 2).tolist()} == {tuple(pair) for pair in legal.tolist()}
+        assert shape is None or torch.equal(used[0], action)
 
     def test_an_old_agent_without_a_table_gives_its_drawn_actions(self):
         class OwnTable(TinyAgent):
@@ -887,12 +861,6 @@ class TestComparison:
         torch.testing.assert_close([snapshot(old), snapshot(new)], before, rtol=0, atol=0)
         assert set(td.keys()) == set(td_before.keys())
         assert bool((td == td_before).all())
-
-    def test_nothing_changes_when_they_differ(self):
-        old, new = twins(changed(entry("values", lambda x: x + 1), "inference"))
-        before = [snapshot(old), snapshot(new)]
-        difference(old, new)
-        torch.testing.assert_close([snapshot(old), snapshot(new)], before, rtol=0, atol=0)
 
     @pytest.mark.parametrize("make_td", [inference_td, training_td])
     def test_an_agent_that_writes_into_its_input_does_not_reach_the_original(self, make_td):
@@ -923,16 +891,72 @@ class TestComparison:
         compare_agents(*twins(changed(more)), training_td())
 
 
-class TestDifferences:
-    def test_key_missing(self):
-        old, new = twins(old_cls=Unused)
-        error = difference(old, new)
-        assert (error.stage, error.key) == ("weights", "frozen.bias")
-        assert "'frozen.bias' is in the old agent's state dict only" in str(error)
+class DrawsMore(TinyAgent):
+    def handle_inference_mode(self, td, logits_list, value):
+        torch.rand(1)
+        return super().handle_inference_mode(td, logits_list, value)
 
-    def test_key_added(self):
-        error = difference(*twins(Unused))
-        assert "'frozen.bias' is in the new agent's state dict only" in str(error)
+
+class OtherLogits(TinyAgent):
+    def handle_inference_mode(self, td, logits_list, value):
+        return super().handle_inference_mode(td, logits_list * 3, value)
+
+
+def in_policy(**functions):
+    """Class of an agent whose policy has other methods."""
+
+    class Wrong(TinyAgent):
+        def __init__(self, env, **kwargs):
+            super().__init__(env, **kwargs)
+            self.policy.__class__ = type("WrongPolicy", (TinyPolicy,), functions)
+
+    return Wrong
+
+
+def encode_detached(self, observations):
+    return TinyPolicy.encode_observations(self, observations).detach()
+
+
+def half_the_gradient(self, hidden, rows):
+    logits, value = TinyPolicy.decode_actions(self, hidden, rows)
+    return logits, value / 2 + value.detach() / 2
+
+
+INFERENCE, TOO_MUCH = "inference step 1", torch.tensor([0.0, 0.0, 0.5])
+DIFFERENCES = [
+    (Unused, "weights", "frozen.bias", "'frozen.bias' is in the new agent's state dict only"),
+    (changed(entry("values", lambda x: x + TOO_MUCH), "inference"), INFERENCE, "values", "difference 0.5 at index [2]"),
+    (changed(without("bptt"), "inference"), INFERENCE, "bptt", "old torch.int64 [3], new none"),
+    (changed(entry("actions", lambda x: x.long()), "inference"), INFERENCE, "actions", "new torch.int64 [3, 2]"),
+    (OtherLogits, INFERENCE, "full_log_probs", "largest difference"),
+    (methods(forward=raise_error), INFERENCE, None, "the new agent raised ZeroDivisionError: no such luck"),
+    (changed(lambda out: (out, None)), INFERENCE, None, "the new agent returned tuple"),
+    (DropsItsState, "inference step 2", "full_log_probs", "largest difference"),
+    (changed(entry("entropy", lambda x: x * 2), "training"), "training", "entropy", "largest difference"),
+    (changed(entry("batch", lambda x: x + 1), "training"), "training", "batch", "(rtol 0, atol 0)"),
+    (in_policy(encode_observations=encode_detached), "gradients", "policy.encoder.weight", "new none"),
+    (in_policy(decode_actions=half_the_gradient), "gradients", "policy.encoder.weight", "largest difference"),
+    (methods(clip_weights=lambda self: None), "clipping", "policy.encoder.weight", "largest difference"),
+    (methods(clip_weights=None), "clipping", None, "the new agent has no clip_weights()"),
+]
+
+
+class TestDifferences:
+    @pytest.mark.parametrize(("cls", "stage", "key", "message"), DIFFERENCES)
+    def test_the_first_difference_is_named(self, cls, stage, key, message):
+        old, new = twins(cls)
+        before = [snapshot(old), snapshot(new)]
+        error = difference(old, new, training_td() if stage != "inference step 2" else inference_td())
+        assert (error.stage, error.key) == (stage, key)
+        assert message in str(error)
+        torch.testing.assert_close([snapshot(old), snapshot(new)], before, rtol=0, atol=0)
+
+    def test_one_random_number_more(self):
+        error = difference(*twins(DrawsMore), td=inference_td(rows=64))
+        assert (error.stage, error.key) == (INFERENCE, "act_log_prob")
+
+    def test_a_key_of_the_old_agent_alone(self):
+        assert "'frozen.bias' is in the old agent's state dict only" in str(difference(*twins(old_cls=Unused)))
 
     def test_shape_and_dtype_of_a_weight(self):
         old, new = twins()
@@ -968,105 +992,10 @@ class TestDifferences:
         assert error.index == (4,)
         assert f"new {bad}" in str(error)
 
-    def test_inference_output(self):
-        old, new = twins(changed(entry("values", lambda x: x + torch.tensor([0.0, 0.0, 0.5])), "inference"))
-        error = difference(old, new)
-        assert (error.stage, error.key, error.index) == ("inference step 1", "values", (2,))
-        assert "largest difference 0.5" in str(error)
-
-    def test_inference_field_missing(self):
-        error = difference(*twins(changed(without("bptt"), "inference")))
-        assert (error.stage, error.key) == ("inference step 1", "bptt")
-        assert "old torch.int64 [3], new none" in str(error)
-
-    def test_inference_dtype(self):
-        error = difference(*twins(changed(entry("actions", lambda x: x.long()), "inference")))
-        assert (error.stage, error.key) == ("inference step 1", "actions")
-        assert "old torch.int32 [3, 2], new torch.int64 [3, 2]" in str(error)
-
-    def test_logits_are_named_before_what_follows_from_them(self):
-        class OtherLogits(TinyAgent):
-            def handle_inference_mode(self, td, logits_list, value):
-                return super().handle_inference_mode(td, logits_list * 3, value)
-
-        assert difference(*twins(OtherLogits)).key == "full_log_probs"
-
-    def test_memory_that_is_not_stored(self):
-        class Forgets(TinyAgent):
-            def _store_lstm_state(self, lstm_h, lstm_c, env_id):
-                pass
-
-        error = difference(*twins(Forgets), td=inference_td())
-        assert error.stage == "inference step 2"
-
-    def test_one_random_number_more(self):
-        class DrawsMore(TinyAgent):
-            def handle_inference_mode(self, td, logits_list, value):
-                torch.rand(1)
-                return super().handle_inference_mode(td, logits_list, value)
-
-        error = difference(*twins(DrawsMore), td=inference_td(rows=64))
-        assert (error.stage, error.key) == ("inference step 1", "act_log_prob")
-
-    def test_training_output(self):
-        error = difference(*twins(changed(entry("entropy", lambda x: x * 2), "training")))
-        assert (error.stage, error.key) == ("training", "entropy")
-        assert len(error.index) == 2
-
     def test_tolerance(self):
         old, new = twins(changed(entry("values", lambda x: x + 1e-3), "inference"))
         compare_agents(old, new, training_td(), atol=2e-3)
         assert "rtol 0, atol 0.0005" in str(difference(old, new, rtol=0, atol=5e-4))
-
-    def test_a_gap_within_the_tolerance_is_not_the_largest_difference(self):
-        old_values, new_values = torch.tensor([1000.0, 0.0, 0.0]), torch.tensor([1000.005, 0.0, 0.001])
-        old = changed(entry("values", lambda x: old_values), "inference")
-        new = changed(entry("values", lambda x: new_values), "inference")
-        error = difference(*twins(new, old_cls=old))
-        assert error.index == (2,)
-        assert "1 of 3 entries differ" in str(error)
-
-    def test_integers_know_no_tolerance(self):
-        error = difference(*twins(changed(entry("batch", lambda x: x + 1), "training")), rtol=1.0, atol=9.0)
-        assert (error.stage, error.key) == ("training", "batch")
-
-    def test_gradient_missing(self):
-        class Stops(TinyPolicy):
-            def encode_observations(self, observations):
-                return super().encode_observations(observations).detach()
-
-        old, new = twins()
-        new.policy.__class__ = Stops
-        error = difference(old, new)
-        assert (error.stage, error.key) == ("gradients", "policy.encoder.weight")
-        assert "old torch.float32 [8, 18], new none" in str(error)
-
-    def test_gradient_scaled(self):
-        class Scales(TinyPolicy):
-            def decode_actions(self, hidden, rows):
-                logits, value = super().decode_actions(hidden, rows)
-                # The same value with half the gradient.
-                return logits, value / 2 + value.detach() / 2
-
-        old, new = twins()
-        new.policy.__class__ = Scales
-        error = difference(old, new)
-        assert error.stage == "gradients"
-        assert "largest difference" in str(error)
-
-    @pytest.mark.parametrize("kwargs", [{}, {"clip_range": 0.1}])
-    def test_clipping(self, kwargs):
-        error = difference(*twins(ClipsNothing, **kwargs))
-        assert error.stage == "clipping"
-        assert error.key == "policy.encoder.weight"
-
-    def test_biases_that_are_not_clipped(self):
-        old, new = twins(ClipsWeightsOnly)
-        with torch.no_grad():
-            old.policy.value_head.bias.fill_(3.0), new.policy.value_head.bias.fill_(3.0)
-        error = difference(old, new)
-        assert (error.stage, error.key) == ("clipping", "policy.value_head.bias")
-        assert "old 1.5, new 3" in str(error)
 
     def test_clip_range(self):
         old, new = twins()
@@ -1075,24 +1004,10 @@ class TestDifferences:
         assert error.stage == "clipping"
         assert "clip_range: old 0, new 0.1" in str(error)
 
-    def test_no_clip_weights(self):
-        old, new = twins()
-        new.clip_weights = None
-        assert "the new agent has no clip_weights()" in str(difference(old, new))
-
-    def test_an_exception_in_the_new_agent(self):
-        error = difference(*twins(RaisesInForward))
-        assert error.stage == "inference step 1"
-        assert "the new agent raised ZeroDivisionError: no such luck" in str(error)
-        assert isinstance(error.__cause__, ZeroDivisionError)
-
     def test_an_exception_in_the_old_agent_is_its_own(self):
         with pytest.raises(ZeroDivisionError) as caught:
-            compare_agents(*twins(old_cls=RaisesInForward), training_td())
+            compare_agents(*twins(old_cls=methods(forward=raise_error)), training_td())
         assert "raised by the old agent in inference step 1" in caught.value.__notes__[0]
-
-    def test_no_tensordict(self):
-        assert "the new agent returned tuple" in str(difference(*twins(changed(lambda out: (out, None)))))
 
     @pytest.mark.parametrize(
         ("changes", "error", "message"),
@@ -1100,10 +1015,13 @@ class TestDifferences:
             ({"old": None}, TypeError, "old: got NoneType, expected a torch.nn.Module"),
             ({"new": "agent"}, TypeError, "new: got str, expected a torch.nn.Module"),
             ({"td": {}}, TypeError, "td: got dict, expected a TensorDict"),
-            ({"td": TensorDict({}, batch_size=[3])}, ValueError, r"td\['env_obs'\]: got no such entry"),
-            ({"td": TensorDict({"env_obs": torch.zeros(3, 2)}, batch_size=[3])}, ValueError, r"got \[3, 2\]"),
-            ({"action": [[0, 0]]}, TypeError, r"action: got list, expected an integer tensor \[3, 5, 2\] or \[15, 2\]"),
-            ({"action": torch.zeros(15, 2)}, TypeError, "action: got torch.float32"),
+            ({"td": TensorDict({}, batch_size=[3])}, ValueError, r"td\['env_obs'\]: got None"),
+            ({"td": TensorDict({"env_obs": torch.zeros(3)}, batch_size=[])}, ValueError, r"td: got batch size \[\]"),
+            ({"rename": "actor"}, TypeError, r"rename: got 'actor' \(str\), expected a dict of prefixes"),
+            ({"rename": {"actr": "actor"}}, ValueError, r"rename: got \['actr'\], expected prefixes of the old"),
+            ({"rename": lambda key: "same"}, ValueError, "expected a different new name for each key"),
+            ({"action": [[0, 0]]}, TypeError, r"action: got a list .* integer tensor \[3, 5, 2\] or \[15, 2\]"),
+            ({"action": torch.zeros(15, 2)}, TypeError, "action: got a float32 tensor"),
             ({"action": torch.zeros(3, 2, dtype=torch.int64)}, ValueError, r"action: got shape \[3, 2\]"),
             ({"rtol": -1}, ValueError, "rtol: got -1, expected a number >= 0"),
             ({"atol": float("nan")}, ValueError, "atol: got nan, expected a number >= 0"),
@@ -1115,15 +1033,65 @@ class TestDifferences:
         with pytest.raises(error, match=message):
             compare_agents(**arguments)
 
-
-class TestFast:
-    @pytest.mark.parametrize("kwargs", [{}, {"clip_range": 0.1}, {"clip_range": 1.0, "clip_mode": "init_scaled"}])
-    def test_passes_all_checks(self, kwargs):
-        report = check_agent(build(Fast, **kwargs), make_env(), updates=3)
-        assert report.ok, str(report)
-
     def test_a_change_in_fast_is_found(self):
         old, new = build(Fast), build(Fast)
         compare_agents(old, new, inference_td())
         new.policy.value_head.bias.data += 0.5
         assert difference(old, new, td=inference_td()).key == "policy.value_head.bias"
+
+
+class TestMigration:
+    @staticmethod
+    def agents(cls=migration.NewAgent):
+        torch.manual_seed(0)
+        old, new = migration.OldAgent(clip_range=0.1), cls(clip_range=0.1)
+        new.load_state_dict({k if k.startswith("lstm.") else f"policy.{k}": v for k, v in old.state_dict().items()})
+        new.activate_actions(["noop", "move", "press"], [0, 3, 3])
+        old.action_index_tensor, old.cum_action_max_params = new.action_index_tensor, new.cum_action_max_params
+        observations = torch.randint(256, (4, 6, migration.TOKENS, 3), dtype=torch.uint8)
+        return old, new, TensorDict({"env_obs": observations}, batch_size=[4, 6])
+
+    @on_every_backend
+    @pytest.mark.parametrize(
+        "rename",
+        [
+            MOVED,
+            {f"{old}.": f"{new}." for old, new in MOVED.items()},
+            {"": "policy", "lstm": "lstm"},
+            lambda key: key if key.startswith("lstm.") else f"policy.{key}",
+        ],
+        ids=["names", "dots", "longest", "function"],
+    )
+    def test_a_plain_agent_and_its_migration_are_the_same(self, backend, rename):
+        with use_backend(backend):
+            old, new, td = self.agents()
+            compare_agents(old, new, td, rename=rename)
+            compare_agents(old, new, td[:, 0], rename=rename)
+
+    def test_moved_parameters_are_named_where_they_are_now(self):
+        old, new, td = self.agents()
+        error = difference(old, new, td)
+        assert (error.stage, error.key) == ("weights", "actor.bias")
+        with torch.no_grad():
+            new.policy.critic.weight[0, 3] += 1
+        error = difference(old, new, td, rename=MOVED)
+        assert (error.stage, error.key, error.index) == ("weights", "policy.critic.weight", (0, 3))
+
+    def test_gradients_are_compared_under_the_new_names(self):
+        class Stops(migration.NewAgent):
+            def handle_training_mode(self, td, action, logits_list, value):
+                return super().handle_training_mode(td, action, logits_list, value.detach())
+
+        error = difference(*self.agents(Stops), rename=MOVED)
+        assert (error.stage, error.key) == ("gradients", "policy.encoder.weight")
+
+    @pytest.mark.parametrize("backend", [NATIVE])
+    def test_a_difference_on_the_current_backend_alone_is_found(self, backend):
+        class OnlyEager(migration.NewAgent):
+            def handle_inference_mode(self, td, logits_list, value):
+                off = 0 if current_backend("cpu") == "eager" else 1
+                return super().handle_inference_mode(td, logits_list, value + off)
+
+        with use_backend(backend):
+            error = difference(*self.agents(OnlyEager), rename=MOVED)
+        assert (error.stage, error.key) == ("inference step 1", "values")

@@ -2,34 +2,44 @@
 
 import copy
 import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from metta_fastagent.ops._checks import is_number
+from metta_fastagent._dispatch import use_backend
+from metta_fastagent._mode import is_training
+from metta_fastagent.mixin import _as_segments as as_segments
+from metta_fastagent.ops._checks import describe, is_number
 from metta_fastagent.testing._shared import (
     LOSS_KEYS,
+    STATE_KEYS,
     clipped_parameters,
     describe_error,
     device_of,
+    inner_agent,
     random_actions,
     seeded,
 )
 
 # Outputs in the order in which a difference explains the later ones; any others follow by name.
 OUTPUT_ORDER = ("full_log_probs", "values", "value", "act_log_prob", "entropy", "actions")
-STATE_KEYS = ("lstm_h", "lstm_c")
+# Outputs that depend on the draw.
+DRAWN = ("actions", "act_log_prob")
+Tolerance = tuple[float, float]
+Rename = Mapping[str, str] | Callable[[str], str] | None
 
 
 class AgentsDifferError(AssertionError):
     """Two agents differ.
 
     Attributes:
-        stage: where: "weights", "inference step 1", "inference step 2", "training", "gradients" or "clipping".
-        key: the entry that differs, None where there is none.
-        index: position of the largest difference in the entry, None where the values were not compared.
+        stage: "weights", "inference step 1", "inference step 2", "training", "gradients" or "clipping".
+        key: the entry that differs, under its new name; None if there is none.
+        index: position of the largest difference in the entry; None if the values were not compared.
     """
 
     def __init__(self, stage: str, key: str | None, problem: str, index: tuple[int, ...] | None = None) -> None:
@@ -45,39 +55,48 @@ def compare_agents(
     *,
     rtol: float = 1e-5,
     atol: float = 1e-6,
+    rename: Rename = None,
 ) -> None:
     """Last step of a migration: raise at the first difference between an agent and its rewritten self.
 
-    Compared in this order: the weights (state dict keys, shapes, dtypes, exact values); two steps of inference from
-    empty memory under one seed; training on the same segments; the gradients of a fixed loss of act_log_prob, entropy
-    and value; clip_range, and the weights after clip_weights() (with a range that bites where clip_range is 0).
-    Whatever the old agent writes, the new one must; it may write more. Both agents, `td` and the random numbers stay as
-    they were.
+    Compared in this order: the weights (names, shapes, dtypes, exact values); two steps of inference from empty memory
+    under one seed; training on the same segments; the gradients of a fixed loss of act_log_prob, entropy and value;
+    clip_range, and the weights after clip_weights() (with a range that bites if clip_range is 0). The new agent must
+    write every entry that the old one writes. Both agents, `td` and the random numbers stay as they were.
+
+    Inference runs on the eager backend, on which both agents draw the same actions, and once more on the current one
+    without comparing what depends on the draw, because kernels draw with other random numbers than torch.multinomial.
 
     Args:
         old, new: the agents, their action tables set; on any devices.
-        td: "env_obs" [N, M, 3] for inference or [B, T, M, 3] for training, and what else the agents read. The other
-            mode's input is made of it: the first step of each segment, or segments of length 1.
+        td: "env_obs" of any dtype and shape, and the other entries that the agents read. Batch size [N] for rollout
+            rows, [B, T] for segments; [B] with observations [B, T, ...] is taken for segments if the new agent's
+            `obs_shape` (or 4 dimensions without one) says so. The other mode's input is made of it: the first and last
+            step of each segment, or segments of length 1.
         action: integer [B, T, 2] or [B * T, 2]; None takes random legal ones from the old agent's table, or what the
-            old agent drew in inference where it has no table.
-        rtol, atol: a computed value differs where |old - new| > atol + rtol |new|; integers must be equal.
+            old agent drew in inference if it has no table.
+        rtol, atol: a computed value differs if |old - new| > atol + rtol |new|; integers must be equal.
+        rename: the new names of moved parameters and buffers: a dict from prefixes of the old state dict's keys to
+            prefixes of the new one's (the longest one counts; "" is every key's), or a function from old to new key.
 
     Raises:
-        AgentsDifferError: they differ; the message has the stage, the entry, the largest difference and where it is.
+        AgentsDifferError: they differ; the message has the stage, the entry, the largest difference and its place.
         TypeError, ValueError: an argument does not fit.
     """
-    _check_comparison(old, new, td, action, rtol, atol)
+    training = _check_comparison(old, new, td, action, rtol, atol)
+    names = _new_names(old, rename)
     tolerance = (float(rtol), float(atol))
-    _compare_weights("weights", old, new, (0.0, 0.0))
-    inference_td, training_td = _both_modes(td)
-    drawn = _compare_inference(old, new, inference_td, tolerance)
+    _compare_weights("weights", old, new, names, (0.0, 0.0))
+    steps, segments = _both_modes(td, training)
+    drawn = _compare_inference(old, new, steps, tolerance)
     if action is None:
-        action = _actions_for(old, training_td, drawn)
-    _compare_training(old, new, training_td, action, tolerance)
-    _compare_clipping(old, new, tolerance)
+        action = _actions_for(old, segments, drawn)
+    _compare_training(old, new, segments, action, names, tolerance)
+    _compare_clipping(old, new, names, tolerance)
 
 
-def _check_comparison(old: object, new: object, td: object, action: object, rtol: object, atol: object) -> None:
+def _check_comparison(old: Any, new: Any, td: Any, action: Any, rtol: Any, atol: Any) -> bool:
+    """Whether `td` holds segments, after checking the arguments."""
     for name, agent in (("old", old), ("new", new)):
         if not isinstance(agent, nn.Module):
             raise TypeError(f"{name}: got {type(agent).__name__}, expected a torch.nn.Module")
@@ -86,38 +105,59 @@ def _check_comparison(old: object, new: object, td: object, action: object, rtol
             raise ValueError(f"{name}: got {value!r}, expected a number >= 0")
     if not isinstance(td, TensorDictBase):
         raise TypeError(f"td: got {type(td).__name__}, expected a TensorDict")
+    if td.batch_dims not in (1, 2):
+        raise ValueError(f"td: got batch size {list(td.batch_size)}, expected [N] or [B, T]")
     observations = td.get("env_obs", None)
-    if not isinstance(observations, Tensor) or observations.dim() not in (3, 4):
-        found = list(observations.shape) if isinstance(observations, Tensor) else "no such entry"
-        raise ValueError(f"td['env_obs']: got {found}, expected [N, M, 3] or [B, T, M, 3]")
-    if action is None:
-        return
-    rows = tuple(observations.shape[:-2])
-    expected = f"an integer tensor {[*rows, 2]} or {[math.prod(rows), 2]}"
-    if not isinstance(action, Tensor) or action.is_floating_point() or action.is_complex():
-        raise TypeError(f"action: got {getattr(action, 'dtype', type(action).__name__)}, expected {expected}")
-    if tuple(action.shape) not in ((*rows, 2), (math.prod(rows), 2)):
-        raise ValueError(f"action: got shape {list(action.shape)}, expected {expected}")
+    if not isinstance(observations, Tensor):
+        raise ValueError(f"td['env_obs']: got {describe(observations)}, expected a tensor [N, ...] or [B, T, ...]")
+    training = td.batch_dims == 2 or is_training(observations, getattr(inner_agent(new), "obs_shape", None))
+    if action is not None:
+        rows = tuple(observations.shape[:2]) if training else (observations.shape[0], 1)
+        shapes = ((*rows, 2), (math.prod(rows), 2))
+        expected = f"an integer tensor {list(shapes[0])} or {list(shapes[1])}"
+        if not isinstance(action, Tensor) or action.is_floating_point() or action.is_complex():
+            raise TypeError(f"action: got {describe(action)}, expected {expected}")
+        if tuple(action.shape) not in shapes:
+            raise ValueError(f"action: got shape {list(action.shape)}, expected {expected}")
+    return training
 
 
-def _both_modes(td: TensorDictBase) -> tuple[TensorDictBase, TensorDictBase]:
-    """Inputs [N] for inference and [B, T] or [B] for training, made of the one that was given."""
-    if td["env_obs"].dim() == 3:
-        return td.exclude(*STATE_KEYS), td.unsqueeze(1)
+def _new_names(old: nn.Module, rename: Rename) -> dict[str, str]:
+    """The new name of each entry of the old agent's state dict."""
+    keys = list(old.state_dict())
+    if rename is None or callable(rename):
+        names = {key: rename(key) if rename else key for key in keys}
+    elif isinstance(rename, Mapping):
+        prefixes = {prefix.rstrip("."): target.rstrip(".") for prefix, target in rename.items()}
+        fitting = {key: [p for p in prefixes if not p or f"{key}.".startswith(f"{p}.")] for key in keys}
+        unused = prefixes.keys() - {prefix for found in fitting.values() for prefix in found}
+        if unused:
+            raise ValueError(f"rename: got {sorted(unused)}, expected prefixes of the old agent's keys {keys}")
+        names = {key: key for key in keys}
+        for key, found in fitting.items():
+            if found:
+                prefix = max(found, key=len)
+                rest = key[len(prefix) :].lstrip(".")
+                names[key] = ".".join(filter(None, (prefixes[prefix], rest)))
+    else:
+        raise TypeError(f"rename: got {describe(rename)}, expected a dict of prefixes or a function")
+    if len(set(names.values())) < len(keys):
+        raise ValueError(f"rename: got {names}, expected a different new name for each key")
+    return names
+
+
+def _both_modes(td: TensorDictBase, training: bool) -> tuple[list[TensorDictBase], TensorDictBase]:
+    """Two inputs [N] for inference and one [B, T] or [B] for training, made of the one that was given."""
     # A segment's stored state has no place in inference, which keeps its own memory.
     stripped = td.exclude(*STATE_KEYS)
-    if td.batch_dims == 2:
-        return stripped[:, 0], td
-    steps = td["env_obs"].shape[1]
-    first = stripped.clone(recurse=False)
-    for key, value in stripped.items():
-        if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == steps:
-            first[key] = value[:, 0]
-    return first, td
+    if not training:
+        return [stripped, stripped], td.unsqueeze(1)
+    stripped = as_segments(stripped, (td["env_obs"].shape[0], td["env_obs"].shape[1]))
+    return [stripped[:, 0], stripped[:, -1]], td
 
 
-def _actions_for(old: Any, td: TensorDictBase, drawn: Tensor | None) -> Tensor:
-    rows = td["env_obs"].shape[:2]
+def _actions_for(old: Any, segments: TensorDictBase, drawn: Tensor | None) -> Tensor:
+    rows = segments["env_obs"].shape[:2]
     if getattr(old, "action_index_tensor", None) is not None:
         with seeded(0):
             return random_actions(old.action_index_tensor, rows)
@@ -159,21 +199,23 @@ def _run_both(
 
 
 def _compare_inference(
-    old: nn.Module, new: nn.Module, td: TensorDictBase, tolerance: tuple[float, float]
+    old: nn.Module, new: nn.Module, steps: list[TensorDictBase], tolerance: Tolerance
 ) -> Tensor | None:
     """Two steps, because the second one reads the memory that the first one stored; returns the old agent's actions."""
-    copies = _copies(old, new)
     drawn = None
-    for step in (1, 2):
-        stage = f"inference step {step}"
-        results = _run_both(stage, *copies, td, None)
-        _compare_entries(stage, *results, tolerance)
-        drawn = results[0].get("actions", None)
+    for eager in (True, False):
+        copies, ignored = _copies(old, new), () if eager else DRAWN
+        with use_backend("eager") if eager else nullcontext():
+            for number, td in enumerate(steps, start=1):
+                stage = f"inference step {number}"
+                results = _run_both(stage, *copies, td, None)
+                _compare_entries(stage, *results, tolerance, ignored)
+                drawn = results[0].get("actions", None)
     return drawn
 
 
 def _compare_training(
-    old: nn.Module, new: nn.Module, td: TensorDictBase, action: Tensor, tolerance: tuple[float, float]
+    old: nn.Module, new: nn.Module, td: TensorDictBase, action: Tensor, names: dict[str, str], tolerance: Tolerance
 ) -> None:
     copies = _copies(old, new)
     for agent in copies:
@@ -185,24 +227,24 @@ def _compare_training(
         loss = _fixed_loss(result)
         if loss.requires_grad:
             loss.backward()
-    gradients = [{name: parameter.grad for name, parameter in agent.named_parameters()} for agent in copies]
-    for name, gradient in gradients[0].items():
-        _compare_tensors("gradients", name, gradient, gradients[1][name], tolerance)
+    olds, news = (dict(agent.named_parameters(remove_duplicate=False)) for agent in copies)
+    for name, parameter in olds.items():
+        _compare_tensors("gradients", names[name], parameter.grad, news[names[name]].grad, tolerance)
 
 
 def _fixed_loss(out: TensorDictBase) -> Tensor:
     """A sum of the differentiable outputs with fixed random weights, so that no two of their entries cancel."""
-    generator = torch.Generator().manual_seed(0)
-    loss = torch.zeros(())
+    generator = torch.Generator("cpu").manual_seed(0)
+    loss = torch.zeros((), device="cpu")
     for key in LOSS_KEYS:
         value = out.get(key, None)
         if isinstance(value, Tensor):
-            weight = torch.randn(value.numel(), generator=generator).to(value.device)
+            weight = torch.randn(value.numel(), generator=generator, device="cpu").to(value)
             loss = loss.to(value.device) + (value.flatten() * weight).mean()
     return loss
 
 
-def _compare_clipping(old: nn.Module, new: nn.Module, tolerance: tuple[float, float]) -> None:
+def _compare_clipping(old: nn.Module, new: nn.Module, names: dict[str, str], tolerance: Tolerance) -> None:
     copies = _copies(old, new)
     able = [callable(getattr(agent, "clip_weights", None)) for agent in copies]
     if not able[0]:
@@ -217,7 +259,7 @@ def _compare_clipping(old: nn.Module, new: nn.Module, tolerance: tuple[float, fl
         if ranges[0] == 0:
             agent.clip_range = biting
         agent.clip_weights()
-    _compare_weights("clipping", *copies, tolerance)
+    _compare_weights("clipping", *copies, names, tolerance)
 
 
 def _biting_range(agent: nn.Module) -> float:
@@ -226,25 +268,27 @@ def _biting_range(agent: nn.Module) -> float:
     return 0.5 * max(largest, default=1.0) or 0.5
 
 
-def _compare_weights(stage: str, old: nn.Module, new: nn.Module, tolerance: tuple[float, float]) -> None:
-    olds, news = old.state_dict(), new.state_dict()
+def _compare_weights(stage: str, old: nn.Module, new: nn.Module, names: dict[str, str], tolerance: Tolerance) -> None:
+    olds, news = {names[key]: value for key, value in old.state_dict().items()}, new.state_dict()
     for key in sorted(olds.keys() ^ news.keys()):
-        where = "old" if key in olds else "new"
-        raise AgentsDifferError(stage, key, f"is in the {where} agent's state dict only")
+        side = "old" if key in olds else "new"
+        raise AgentsDifferError(stage, key, f"is in the {side} agent's state dict only")
     for key, value in olds.items():
         if isinstance(value, Tensor):
             _compare_tensors(stage, key, value, news[key], tolerance)
 
 
-def _compare_entries(stage: str, old: TensorDictBase, new: TensorDictBase, tolerance: tuple[float, float]) -> None:
-    keys = [key for key, value in old.items() if isinstance(value, Tensor)]
+def _compare_entries(
+    stage: str, old: TensorDictBase, new: TensorDictBase, tolerance: Tolerance, ignored: tuple[str, ...] = ()
+) -> None:
+    keys = [key for key, value in old.items() if isinstance(value, Tensor) and key not in ignored]
     order = {key: position for position, key in enumerate(OUTPUT_ORDER)}
     for key in sorted(keys, key=lambda key: (order.get(key, len(order)), key)):
         _compare_tensors(stage, key, old[key], new.get(key, None), tolerance)
 
 
-def _compare_tensors(stage: str, key: str, old: Any, new: Any, tolerance: tuple[float, float]) -> None:
-    """Raise where two tensors differ in presence, shape, dtype or by more than the tolerance."""
+def _compare_tensors(stage: str, key: str, old: Any, new: Any, tolerance: Tolerance) -> None:
+    """Raise if two tensors differ in presence, shape, dtype or by more than the tolerance."""
     found = [f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else "none" for value in (old, new)]
     if found[0] != found[1]:
         raise AgentsDifferError(stage, key, f"differs in kind: old {found[0]}, new {found[1]}")
@@ -258,9 +302,8 @@ def _compare_tensors(stage: str, key: str, old: Any, new: Any, tolerance: tuple[
         return
     # NaN or infinity on one side only counts as the largest difference there is.
     distance = (old - new).abs().double().nan_to_num(math.inf, math.inf).where(off, -1.0)
-    largest = int(distance.argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(largest), old.shape))
+    index = tuple(int(i) for i in torch.unravel_index(distance.argmax(), old.shape))
     values = f"old {old[index].item():.9g}, new {new[index].item():.9g}"
     count = f"{int(off.sum())} of {off.numel()} entries differ (rtol {rtol:g}, atol {atol:g})"
-    gap = f"{distance.flatten()[largest].item():.3g} at index {list(index)}"
+    gap = f"{distance[index].item():.3g} at index {list(index)}"
     raise AgentsDifferError(stage, key, f"differs: largest difference {gap}: {values}; {count}", index)
