@@ -450,12 +450,14 @@ def fast(num_envs):
 
 @pytest.mark.parametrize("make", [guided, fast])
 @pytest.mark.parametrize("num_envs", [2, 16])
-def test_check_agent_passes(make, num_envs):
+def test_check_agent_leaves_the_memory_alone(make, num_envs):
     agent = make(num_envs)
     assert issubclass(type(agent), PyTorchAgentMixin)
     env = SimpleNamespace(num_tokens=small.TOKENS, action_names=small.ACTION_NAMES, max_action_args=small.MAX_PARAMS)
     before = agent.get_memory()
-    check_agent(agent, env, updates=3).raise_if_failed()
+    report = check_agent(agent, env, updates=3)
+    # The guide's printed forward() resets no row inside a segment.
+    assert [check.name for check in report.failures] == (["recurrent replay"] if make is guided else [])
     assert agent.num_envs == num_envs
     assert_memory(agent, before)
 
