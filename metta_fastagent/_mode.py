@@ -9,7 +9,7 @@ from metta_fastagent.ops._checks import describe
 
 
 class Fields(NamedTuple):
-    """What `set_tensordict_fields` decided for a TensorDict, which is recognised by its `bptt` entry."""
+    """The decision of `set_tensordict_fields` for a TensorDict, which is recognised by its `bptt` entry."""
 
     bptt: Tensor
     rows: int

@@ -194,6 +194,7 @@ def _run(command: Sequence[str]) -> None:
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode != 0:
-        lines = [line.strip() for line in (done.stdout + done.stderr).decode(errors="replace").splitlines() if line.strip()]
+        printed = (done.stdout + done.stderr).decode(errors="replace")
+        lines = [line.strip() for line in printed.splitlines() if line.strip()]
         first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message")
         raise BuildError("\n".join([f"{command[0]} failed with status {done.returncode}: {first}", *lines]))

@@ -1,4 +1,4 @@
-"""What several test modules share: small agents, TensorDicts, and the guide's formulas as the reference."""
+"""Shared by several test modules: small agents, TensorDicts, and the guide's formulas as the reference."""
 
 from types import SimpleNamespace
 

@@ -30,7 +30,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 class Setting:
-    """What a case may use; remembers every TensorDict and agent it handed out, as they were."""
+    """The objects of a case; remembers every TensorDict and agent it handed out, as they were."""
 
     def __init__(self):
         self.watched = []

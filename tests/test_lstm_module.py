@@ -1,4 +1,4 @@
-"""A segment with resets computes what the LSTM module computes, whatever that module is or carries."""
+"""A segment with resets computes what the LSTM module computes: of any class, with hooks and reparametrised weights."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""What the mixin keeps, and does not add, in state dicts, copies, pickles and moves."""
+"""State of the mixin in state dicts, copies, pickles and moves: kept, and nothing added."""
 
 import copy
 import io

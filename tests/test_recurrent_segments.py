@@ -14,7 +14,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, on_gpu])]
 
 @pytest.fixture(autouse=True)
 def float32_in_cudnn(monkeypatch):
-    """cuDNN's LSTM rounds to TF32 unless told otherwise; segments with resets do not."""
+    """cuDNN's LSTM rounds to TF32 by default; segments with resets do not."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 

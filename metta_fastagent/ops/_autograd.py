@@ -12,8 +12,8 @@ from metta_fastagent._dispatch import requested, use_backend
 def in_plain_pytorch() -> bool:
     """Whether a call may use PyTorch's own operators only.
 
-    That is under a transform of torch.func (grad, vmap, jvp, ...), and in torch.export (not strict) with backend "eager",
-    so that converters meet no operator of this package.
+    That is under a transform of torch.func (grad, vmap, ...), and in torch.export (not strict) with backend "eager", so
+    that converters meet no operator of this package.
     """
     if torch.compiler.is_dynamo_compiling():
         return False

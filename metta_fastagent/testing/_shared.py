@@ -1,4 +1,4 @@
-"""What the checks share: their results, the agent under test, and random numbers that leave no trace."""
+"""Shared by the checks: their results, the agent under test, and random numbers that leave no trace."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""What only a CUDA device shows: CUDA graphs, no host synchronisation, launch counts, a context that survives."""
+"""Properties that need a CUDA device: CUDA graphs, no host synchronisation, launch counts, a context that survives."""
 
 import copy
 from types import SimpleNamespace

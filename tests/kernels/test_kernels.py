@@ -129,7 +129,7 @@ def test_indices_to_pairs(device):
 
 
 @pytest.mark.parametrize(
-    ("bad", "told"),
+    ("bad", "reported"),
     [
         ([3, 0], "action type 3, parameter 0, expected a type 0 to 2"),
         ([-1, 2], "action type -1, parameter 2, expected a type 0 to 2"),
@@ -137,7 +137,7 @@ def test_indices_to_pairs(device):
         ([2, -5], "parameter -5 for action type 2, expected 0 to 3"),
     ],
 )
-def test_a_bad_pair_is_told_and_harms_nothing(device, bad, told):
+def test_a_bad_pair_is_reported_and_harms_nothing(device, bad, reported):
     table = torch.tensor(CUM, device=device)
     pairs = torch.tensor([[0, 0], [1, 1], bad, [2, 2]], device=device)
     logits = make_logits(4, 9, device).requires_grad_()
@@ -148,7 +148,7 @@ def test_a_bad_pair_is_told_and_harms_nothing(device, bad, told):
     assert gradient[[0, 1, 3]].abs().sum() > 0
     with pytest.raises(ValueError, match=r"evaluate_actions: actions\[2\]") as error:
         ops.raise_if_reported(table, synchronize=True)
-    assert told in str(error.value)
+    assert reported in str(error.value)
     ops.raise_if_reported(table, synchronize=True)
     assert ops.action_to_logit_index(pairs, table).tolist() == [0, 2, -1, 7]
     with pytest.raises(ValueError, match=r"action_to_logit_index: actions\[2\]"):

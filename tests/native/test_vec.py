@@ -77,7 +77,7 @@ def test_log_within_two_ulp(functions, dtype):
     assert ulps(functions(x)["log"], np.log(x.astype(np.longdouble)), dtype).max() < 2
 
 
-# What an LSTM's gates see, from where the functions are straight lines to where they are flat.
+# The range of an LSTM's gates, from where the functions are linear to where they are flat.
 def both_signs(dtype):
     random = np.random.default_rng(3)
     magnitudes = np.concatenate(

@@ -1,4 +1,4 @@
-"""What the tests of the operations share: one table of tolerances, compilation, and the form of an error message."""
+"""Shared by the tests of the operations: one table of tolerances, compilation, and the form of an error message."""
 
 import re
 

@@ -141,7 +141,7 @@ def test_outputs_without_gradient():
 def test_gradcheck(mask):
     logits, index = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     logits = (masked(logits) if mask else logits).requires_grad_()
-    # The difference of two infinite log-probabilities is no number, so these are left out where logits are masked.
+    # The difference of two infinite log-probabilities is NaN, so these are left out where logits are masked.
     outputs = slice(0, 2 if mask else 3)
     assert torch.autograd.gradcheck(lambda x: evaluate_actions(x, index)[outputs], logits)
 

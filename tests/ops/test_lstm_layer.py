@@ -73,7 +73,7 @@ def check(inputs, resets, function=lstm_layer, subset=(0, 1, 2)):
 
 
 def test_hand_computed_values():
-    # Open gates add 0.5 to the cell at each step; the reset begins anew.
+    # Open gates add 0.5 to the cell at each step; the reset starts from zero.
     projected = torch.tensor([40.0, 40.0, 0.5493061443340549, 40.0], dtype=torch.float64).expand(3, 1, 4)
     h, c = torch.full((1, 1), 9.0, dtype=torch.float64), torch.full((1, 1), 1.0, dtype=torch.float64)
     output, last_h, last_c = lstm_layer(

@@ -165,7 +165,7 @@ def test_a_row_without_a_distribution_is_refused(row, generator, refuses):
 def test_gradcheck(mask):
     logits = torch.randn(4, 5, dtype=torch.float64)
     logits[:, 1] = -torch.inf if mask else 0.0
-    # The difference of two infinite log-probabilities is no number, so these are left out where logits are masked.
+    # The difference of two infinite log-probabilities is NaN, so these are left out where logits are masked.
     outputs = slice(1, 3 if mask else 4)
 
     def sample(x):

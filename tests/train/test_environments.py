@@ -136,7 +136,7 @@ class TestMemoryObservations:
             assert (step.observations[:, -9:] == 255).all()
 
     def test_after_the_cue_it_has_left_no_trace(self):
-        # Whatever was done while the cue was shown: same cells and later actions, same observations, for all four cues.
+        # For every action while the cue is shown: same cells and later actions, same observations, for all four cues.
         generator = torch.Generator().manual_seed(0)
         env = placed(agent=[0] * 4, board=[15] * 4, cue=[0, 1, 2, 3], time=[0] * 4, delay=2, room_size=4)
         while_cue_is_shown = torch.tensor([(MOVE, SOUTH), (MOVE, EAST), (NOOP, 0), (PRESS, 1)])
