@@ -28,10 +28,10 @@ def is_training(observations: Tensor, obs_shape: Sequence[int] | None, training:
     Raises:
         ValueError: the number of dimensions fits neither.
     """
-    if training is None and obs_shape is None:
-        # Tokens [B, T, M, 3]; other observations need `obs_shape` or `training`.
-        return observations.dim() == 4
     if training is None:
+        if obs_shape is None:
+            # Tokens [B, T, M, 3]; other observations need `obs_shape` or `training`.
+            return observations.dim() == 4
         rank = len(obs_shape)
         if observations.dim() not in (rank + 1, rank + 2):
             raise ValueError(

@@ -27,8 +27,9 @@ MemoryRows = int | DeviceRows
 
 def whole_number(env_id: Any, name: str = "td['training_env_id_start']") -> int:
     """`env_id` as an int; a ValueError if it is not a whole number."""
-    number = env_id.item() if isinstance(env_id, Tensor) and env_id.numel() == 1 else env_id
-    if not isinstance(number, Real) or not math.isfinite(number) or int(number) != number:
+    number: Any = env_id.item() if isinstance(env_id, Tensor) and env_id.numel() == 1 else env_id
+    real = isinstance(number, Real)
+    if not real or not math.isfinite(number) or int(number) != number:
         raise ValueError(f"{name}: got {describe(env_id)}, expected an integer")
     return int(number)
 

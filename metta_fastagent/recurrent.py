@@ -183,6 +183,7 @@ class LSTMWrapper(nn.Module):
         Raises:
             ValueError: a tensor of several elements.
         """
+        key: Any = env_id
         if isinstance(env_id, Tensor):
             if env_id.numel() != 1:
                 raise ValueError(f"env_id: got {describe(env_id)}, expected an integer or a tensor of one element")
@@ -191,12 +192,12 @@ class LSTMWrapper(nn.Module):
                     rows = torch.arange(self.num_envs, device=memory[0].device)
                     memory[0].masked_fill_((rows == env_id.view(())).view(1, -1, 1), 0)
                 return
-            env_id = env_id.item()
+            key = env_id.item()
         for memory in (self.lstm_h, self.lstm_c):
             if self.num_envs is None:
-                memory.pop(env_id, None)
-            elif env_id in range(self.num_envs):
-                memory[0][:, int(env_id)].zero_()
+                memory.pop(key, None)
+            elif key in range(self.num_envs):
+                memory[0][:, int(key)].zero_()
 
     def on_new_training_run(self) -> None:
         """Hook of Metta's trainer: forget the state of every environment."""
@@ -504,7 +505,7 @@ def _step_by_step(
 
 
 def _lstm_with_resets(
-    lstm: nn.Module, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
+    lstm: Any, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`lstm(sequence, (h, c))` with the state of row b zeroed before step t where resets[t, b]; None resets nothing.
 

@@ -41,7 +41,9 @@ class Report:
 
     def take(self) -> int:
         """The reported code, 0 for none; it is cleared."""
-        code = 0 if self.view is None else int(self.view[0])
+        if self.view is None:
+            return 0
+        code = int(self.view[0])
         if code:
             self.view[0] = 0
         return code

@@ -466,8 +466,8 @@ def _formula(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     legal = (index >= 0) & (index < logits.shape[1])
     known = index.clamp(0, logits.shape[1] - 1).unsqueeze(1)
     log_prob = torch.where(legal, full_log_probs.gather(1, known).squeeze(1), torch.nan)
-    results = log_prob, entropy_of(full_log_probs), full_log_probs
-    return tuple(result.to(logits.dtype) for result in results)
+    entropy = entropy_of(full_log_probs)
+    return log_prob.to(logits.dtype), entropy.to(logits.dtype), full_log_probs.to(logits.dtype)
 
 
 def float32_under_autocast(logits: Tensor) -> Tensor:

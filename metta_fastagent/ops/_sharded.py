@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Any) -> bool:
     """Whether this is a DTensor."""
     # A DTensor exists only after this module was imported, which takes a while.
     module = sys.modules.get("torch.distributed.tensor")
@@ -19,13 +19,13 @@ def local_shard(name: str, tensor: Any) -> Tensor:
     Raises:
         ValueError: the parts are summands (placement Partial), which an element-wise operation cannot treat one by one.
     """
-    if not isinstance(tensor, Tensor) or not is_sharded(tensor):
+    if not is_sharded(tensor):
         return tensor
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(f"{name}: got a DTensor with placements {tensor.placements}, expected Shard or Replicate")
     return tensor._local_tensor
 
 
-def full(tensor: Tensor) -> Tensor:
+def full(tensor: Any) -> Tensor:
     """The whole of a DTensor, gathered by all of its ranks; other tensors as they are. Differentiable."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
