@@ -27,11 +27,11 @@ MemoryRows = int | DeviceRows
 
 def whole_number(env_id: Any, name: str = "td['training_env_id_start']") -> int:
     """`env_id` as an int; a ValueError if it is not a whole number."""
-    number: Any = env_id.item() if isinstance(env_id, Tensor) and env_id.numel() == 1 else env_id
-    real = isinstance(number, Real)
-    if not real or not math.isfinite(number) or int(number) != number:
+    number = env_id.item() if isinstance(env_id, Tensor) and env_id.numel() == 1 else env_id
+    whole = float(number) if isinstance(number, Real) else math.nan
+    if not whole.is_integer():
         raise ValueError(f"{name}: got {describe(env_id)}, expected an integer")
-    return int(number)
+    return int(whole)
 
 
 def _checked_start(env_id: Any, rows: int, num_envs: int) -> int:
