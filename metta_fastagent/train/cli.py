@@ -135,6 +135,8 @@ class Request(NamedTuple):
 def prepare(options: dict[str, Any]) -> tuple[Trainer, Path, Log | None]:
     """Check the request and build the trainer, its folder and its log. Only rank 0 has a log."""
     config, folder, resume, state = ranks.run_on_all_ranks(lambda: read_request(options))
+    # Subnormal numbers slow the saturated gates of a trained LSTM; torch's threads inherit the mode if it is set first.
+    torch.set_flush_denormal(True)
     if config.threads:
         torch.set_num_threads(config.threads)
     trainer = Trainer(config)

@@ -45,6 +45,7 @@ def configuration(zero_segment_state: bool, seed: int, steps: int) -> TrainConfi
         steps=steps,
         num_envs=NUM_ENVS,
         segment_length=SEGMENT_LENGTH,
+        epochs=2,
         # Both leave the plateau of pressing any switch sooner than the defaults do; so does a time limit that counts.
         lr=1.5e-3,
         ent_coef=0.005,
@@ -54,7 +55,8 @@ def configuration(zero_segment_state: bool, seed: int, steps: int) -> TrainConfi
 
 
 def train(config: TrainConfig) -> Run:
-    """Train on the task and evaluate. Sets torch's number of threads."""
+    """Train on the task and evaluate. Flushes subnormal numbers and sets torch's number of threads."""
+    torch.set_flush_denormal(True)
     torch.set_num_threads(config.threads)
     trainer, rows = Trainer(config, **TASK), []
     progress = report.make_progress(config.steps, 0, quiet=False)

@@ -35,11 +35,12 @@ def lines_of(path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs the command in an empty folder; restores the number of threads."""
+    """Runs the command in an empty folder; restores threads and the mode of subnormal numbers."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     yield lambda *arguments: cli.main([str(argument) for argument in arguments])
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
 
 
 def test_a_run_leaves_its_files_and_a_summary(run, tmp_path, capsys):
@@ -61,6 +62,15 @@ def test_a_run_leaves_its_files_and_a_summary(run, tmp_path, capsys):
         assert text in out, text
     assert f"learning curve    {folder.relative_to(tmp_path)}/learning_curve.png" in out
     assert "resume" in out and "--resume runs/memory-seed3/checkpoint.pt --steps 384" in out
+
+
+def test_subnormal_numbers_are_flushed(run):
+    def product() -> float:
+        return (torch.tensor([1000], dtype=torch.int32).view(torch.float32) * 1).item()
+
+    assert product() != 0
+    assert run(*SMALL, "--quiet", "--steps", UPDATE_STEPS) == 0
+    assert product() == 0
 
 
 def test_a_resumed_run_continues_the_log_and_equals_the_whole_run(run, tmp_path):

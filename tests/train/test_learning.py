@@ -9,7 +9,8 @@ from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.evaluate import evaluate
 from metta_fastagent.train.trainer import Trainer
 
-SEEDS = (1, 2, 3)
+# Among them the seeds that were hardest to learn.
+SEEDS = (1, 2, 9)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -34,7 +35,7 @@ def test_the_cue_of_a_small_room_is_remembered():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_memory_task_is_learned(seed):
-    assert score(seed=seed) >= 0.7
+    assert score(seed=seed) >= 0.95
 
 
 @pytest.mark.slow
