@@ -495,6 +495,11 @@ def test_distributed_agent_with_batch_norm_works_on_the_cpu(one_process_group):
     ]
 
 
+def test_distributed_agent_passes_options_on(one_process_group):
+    agent = DistributedMettaAgent(tiny_host(), "cpu", find_unused_parameters=True, gradient_as_bucket_view=True)
+    assert agent.find_unused_parameters and agent.gradient_as_bucket_view
+
+
 WORKER = """
     import sys, torch
     from datetime import timedelta

@@ -124,3 +124,20 @@ def test_the_argument_overrides_the_rank():
     td = TensorDict({}, batch_size=[2])
     assert agent.set_tensordict_fields(td, torch.zeros(2, 3, 5), training=False) == (2, 1)
     assert agent.set_tensordict_fields(td, torch.zeros(2, 3, 5), training=True) == (2, 3)
+
+
+@pytest.mark.parametrize("flags", [True, False])
+def test_functional_call_differentiates_segments(flags):
+    agent = make_agent((5,))
+    segments, actions, _ = roll_out(agent, (5,))
+    segments = segments if flags else segments.exclude("dones")
+    weights = {name: param.detach() for name, param in agent.named_parameters()}
+
+    def loss(params):
+        out = torch.func.functional_call(agent, params, (segments.copy(),), {"action": actions})
+        return out["act_log_prob"].sum() + out["entropy"].sum() + out["value"].sum()
+
+    found = torch.func.grad(loss)(weights)
+    expected = torch.autograd.grad(loss(dict(agent.named_parameters())), list(agent.parameters()))
+    for (name, one), other in zip(found.items(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
