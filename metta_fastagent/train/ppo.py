@@ -19,8 +19,8 @@ from metta_fastagent.train.timer import PhaseTimer
 # averaged over minibatches by `update`, in this order
 STATISTICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "l2_init_loss", "grad_norm")
 KL = STATISTICS.index("approx_kl")
-# Not smaller: once nearly all returns are equal, their noise would be scaled up and a rare failure be a huge step.
-ADVANTAGE_EPSILON = 0.1
+# keeps normalized advantages finite if all advantages of a minibatch are equal
+ADVANTAGE_EPSILON = 1e-8
 
 
 class PpoLoss(NamedTuple):
@@ -73,7 +73,7 @@ def generalized_advantages(
 
 
 def normalized(advantages: Tensor) -> Tensor:
-    """(A - mean) / (deviation + ADVANTAGE_EPSILON) of A, float [minibatches, b, T]; per minibatch, over all ranks."""
+    """`advantages`, float [minibatches, b, T], scaled to mean 0 and deviation 1 per minibatch, over all ranks."""
     mean, variance = ranks.moments(advantages, dim=(1, 2))
     return (advantages - mean) / (variance.sqrt() + ADVANTAGE_EPSILON)
 
