@@ -29,7 +29,7 @@ def score(options: dict[str, int] | None = None, **changes) -> float:
 
 def test_the_cue_of_a_small_room_is_remembered():
     # without memory the mean return is at most 1/4, which is a score below 0.15
-    assert score(SMALL_ROOM, steps=50_000) >= 0.4
+    assert score(SMALL_ROOM, steps=70_000) >= 0.4
 
 
 @pytest.mark.slow
