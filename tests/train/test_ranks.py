@@ -46,7 +46,14 @@ def rollout():
 
 # 20 passes over one minibatch are 20 optimizer steps; many weights start above the bound
 WHOLE = config(
-    num_envs=16, segment_length=8, minibatches=1, epochs=20, clip_range=0.05, l2_init_coef=0.01, vf_clip_coef=0.2
+    num_envs=16,
+    segment_length=8,
+    minibatches=1,
+    epochs=20,
+    lr=1e-3,
+    clip_range=0.05,
+    l2_init_coef=0.01,
+    vf_clip_coef=0.2,
 )
 
 
