@@ -4,8 +4,7 @@ A plain int is the first row, and the rows are a narrow view. A tensor on the me
 captured graph sees its value at each replay: rows are gathered and scattered by index.
 """
 
-import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -25,13 +24,15 @@ class DeviceRows(NamedTuple):
 MemoryRows = int | DeviceRows
 
 
-def whole_number(env_id: Any, name: str = "td['training_env_id_start']") -> int:
+def whole_number(env_id: Any) -> int:
     """`env_id` as an int; a ValueError if it is not a whole number."""
     number = env_id.item() if isinstance(env_id, Tensor) and env_id.numel() == 1 else env_id
-    whole = float(number) if isinstance(number, Real) else math.nan
-    if not whole.is_integer():
-        raise ValueError(f"{name}: got {describe(env_id)}, expected an integer")
-    return int(whole)
+    # Not through float, which rounds large integers.
+    if isinstance(number, Integral):
+        return int(number)
+    if not isinstance(number, Real) or not float(number).is_integer():
+        raise ValueError(f"td['training_env_id_start']: got {describe(env_id)}, expected an integer")
+    return int(float(number))
 
 
 def _checked_start(env_id: Any, rows: int, num_envs: int) -> int:

@@ -482,3 +482,13 @@ def test_a_bad_id_leaves_the_tensordict_of_fast_unchanged(env_id):
         agent(td)
     assert set(td.keys()) == {"env_obs", "training_env_id_start"}
     assert_memory(agent, before)
+
+
+def test_large_ids_have_memories_of_their_own():
+    agent = make_agent(num_envs=None)
+    for env_id in (2**60, 2**60 + 1):
+        td = TensorDict({}, batch_size=[2])
+        td.set_non_tensor("training_env_id_start", env_id)
+        with torch.no_grad():
+            agent.run_lstm(td, torch.randn(2, INPUT), 2, 1)
+    assert sorted(agent.lstm_h) == [2**60, 2**60 + 1]
