@@ -64,7 +64,10 @@ def register(
     native: Callable | None = None,
     tags: tuple[torch.Tag, ...] = (torch.Tag.pt2_compliant_tag,),
 ) -> Callable:
-    """Define the operator `metta_fastagent::<schema>` and return its overload.
+    """Define the operator `metta_fastagent::<schema>` and return a function that calls it.
+
+    The function bypasses PyTorch's dispatcher if nothing there has to see the call: an operator written in Python costs
+    as much as eight written in C++.
 
     Args:
         schema: name, arguments and results.
@@ -83,7 +86,27 @@ def register(
         LIBRARY.impl(name, _choosing_on_cpu(cuda, native, eager), "CPU")
     torch.library.register_fake(f"metta_fastagent::{name}", fake, lib=LIBRARY)
     _operations[name] = _Kernels(cuda is not None, native is not None)
-    return getattr(torch.ops.metta_fastagent, name).default
+    overload = getattr(torch.ops.metta_fastagent, name).default
+    run = _choosing(cuda, native, eager)
+
+    def call(*args: Any) -> Any:
+        return overload(*args) if needs_operator(*args) else run(*args)
+
+    return call
+
+
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None), int, float, torch.dtype})
+
+
+def needs_operator(*args: Any) -> bool:
+    """Whether a compiler, a tracer, a mode, a transform or a tensor subclass has to see these arguments' operator."""
+    return (
+        torch.compiler.is_compiling()
+        or not _PLAIN_TYPES.issuperset(map(type, args))
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    )
 
 
 def _choosing(cuda: Callable | None, native: Callable | None, eager: Callable) -> Callable:

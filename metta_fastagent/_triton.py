@@ -3,10 +3,12 @@
 Importing this module touches no device. `works_on` tries Triton once, at the first call on a CUDA device.
 """
 
+import functools
 import importlib
+import operator
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +28,14 @@ except Exception as error:
     import_error = error
 
 
-def jit(function: Callable) -> Any:
-    """`triton.jit`; without Triton the function itself, which is then never launched."""
-    return function if triton is None else triton.jit(function)
+def jit(function: Callable | None = None, *, varying: Sequence[str] = ()) -> Any:
+    """`triton.jit`; without Triton the function itself, which is then never launched.
+
+    `varying` names the integers, such as a batch size, for whose values nothing is compiled again.
+    """
+    if function is None:
+        return functools.partial(jit, varying=varying)
+    return function if triton is None else triton.jit(function, do_not_specialize=list(varying))
 
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
@@ -66,6 +73,58 @@ def _failure(device: torch.device) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+_addresses_of, _dtype_of = Tensor.data_ptr, operator.attrgetter("dtype")
+# (kernel, compiled kernel) by the kernel's id, device, dtypes and constants. None: this Triton has another interface.
+_kept: dict[tuple, tuple[Any, Any]] | None = {}
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float] = (),
+    num_warps: int = 4,
+    num_stages: int | None = None,
+    **constants: Any,
+) -> None:
+    """Launch `kernel(*tensors, *numbers, **constants)` with this many programs on the tensors' device.
+
+    `kernel[grid]` finds the compiled kernel for its arguments at every call, which takes several times as long as the
+    launch itself. Here it is looked up by what it depends on if all tensors start on 16-byte addresses. `constants` are
+    in the order of the kernel's parameters; warps and stages follow from them and the dtypes.
+    """
+    device = tensors[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, programs, tensors, numbers, num_warps, num_stages, **constants)
+    addresses = list(map(_addresses_of, tensors))
+    aligned = functools.reduce(operator.or_, addresses) % 16 == 0
+    # By identity: a kernel's own hash is that of its source.
+    key = (id(kernel), device, *map(_dtype_of, tensors), *constants.values())
+    kept = _kept.get(key) if _kept and aligned and max(numbers, default=0) < 2**31 else None
+    if kept is None or not _launch_kept(kept[1], programs, [*addresses, *numbers, *constants.values()]):
+        options = {"num_warps": num_warps} if num_stages is None else {"num_warps": num_warps, "num_stages": num_stages}
+        compiled = kernel[(programs,)](*tensors, *numbers, **constants, **options)
+        if aligned and _kept is not None and hasattr(compiled, "packed_metadata"):
+            _kept[key] = kernel, compiled
+
+
+def _launch_kept(compiled: Any, programs: int, args: list) -> bool:
+    """Launch; False, and nothing launched, if a profiler watches launches or if Triton's interface is another one."""
+    global _kept
+    try:
+        if triton.knobs.runtime.launch_enter_hook.calls:
+            return False
+        active = triton.runtime.driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        # Launch metadata and two hooks are for profilers. Addresses stand for tensors, of pinned memory too.
+        compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+    except (TypeError, AttributeError):
+        _kept = None
+        return False
+    return True
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metta_fastagent._dispatch import register
-from metta_fastagent._triton import cdiv, device_guard, jit, tl
+from metta_fastagent._triton import cdiv, jit, launch, tl
 from metta_fastagent.ops import _bad_action
 from metta_fastagent.ops._autograd import checks_values, in_plain_pytorch
 from metta_fastagent.ops._bad_action import report_index, report_pair
@@ -44,7 +44,7 @@ def pair_to_index(actions, table, row, live, num_types, stride_row, stride_pair)
     return tl.where(legal, kind + first + param, -1), kind, param, legal
 
 
-@jit
+@jit(varying=("N", "num_types", "stride_row", "stride_pair"))
 def _action_to_logit_index_kernel(
     actions,  # [N, 2] any integer dtype, strides stride_row and stride_pair
     table,  # [T + 1] int64
@@ -64,7 +64,7 @@ def _action_to_logit_index_kernel(
     tl.store(index + row, result, mask=live)
 
 
-@jit
+@jit(varying=("N", "A"))
 def _logit_index_to_action_kernel(
     index,  # [N] any integer dtype
     table,  # [A, 2]
@@ -87,23 +87,18 @@ def _logit_index_to_action_kernel(
 
 
 def _action_to_logit_index_cuda(actions: Tensor, cum_action_max_params: Tensor) -> Tensor:
-    pairs = actions.reshape(-1, 2)
+    pairs = actions if actions.dim() == 2 else actions.reshape(-1, 2)
     rows = pairs.shape[0]
-    index = torch.empty(actions.shape[:-1], dtype=torch.int64, device=actions.device)
+    index = actions.new_empty(actions.shape[:-1], dtype=torch.int64)
     if rows > 0:
-        with device_guard(actions):
-            _action_to_logit_index_kernel[(cdiv(rows, BLOCK),)](
-                pairs,
-                cum_action_max_params,
-                index,
-                _bad_action.word(actions.device),
-                rows,
-                cum_action_max_params.numel() - 1,
-                pairs.stride(0),
-                pairs.stride(1),
-                OPERATION=_bad_action.CONVERT_PAIR,
-                BLOCK=BLOCK,
-            )
+        launch(
+            _action_to_logit_index_kernel,
+            cdiv(rows, BLOCK),
+            (pairs, cum_action_max_params.contiguous(), index, _bad_action.word(actions.device)),
+            (rows, cum_action_max_params.numel() - 1, pairs.stride(0), pairs.stride(1)),
+            OPERATION=_bad_action.CONVERT_PAIR,
+            BLOCK=BLOCK,
+        )
     return index
 
 
@@ -112,17 +107,14 @@ def _logit_index_to_action_cuda(index: Tensor, action_index_tensor: Tensor) -> T
     pairs = torch.empty((*index.shape, 2), dtype=action_index_tensor.dtype, device=index.device)
     rows = index.numel()
     if rows > 0:
-        with device_guard(index):
-            _logit_index_to_action_kernel[(cdiv(rows, BLOCK),)](
-                index,
-                action_index_tensor.contiguous(),
-                pairs,
-                _bad_action.word(index.device),
-                rows,
-                action_index_tensor.shape[0],
-                OPERATION=_bad_action.CONVERT_INDEX,
-                BLOCK=BLOCK,
-            )
+        launch(
+            _logit_index_to_action_kernel,
+            cdiv(rows, BLOCK),
+            (index, action_index_tensor.contiguous(), pairs, _bad_action.word(index.device)),
+            (rows, action_index_tensor.shape[0]),
+            OPERATION=_bad_action.CONVERT_INDEX,
+            BLOCK=BLOCK,
+        )
     return pairs
 
 

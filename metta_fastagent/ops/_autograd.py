@@ -32,6 +32,11 @@ def needs_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def records_graph(*tensors: Tensor) -> bool:
+    """Whether autograd has to know of an operation on these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def chosen_backend() -> str:
     """The requested backend, for `run_backward`."""
     return "auto" if torch.compiler.is_compiling() else requested()

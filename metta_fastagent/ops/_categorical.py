@@ -10,9 +10,12 @@ that
 
 # pyright: reportInvalidTypeForm=false
 
+from collections.abc import Sequence
 from typing import Any
 
-from metta_fastagent._triton import cdiv, jit, next_power_of_2, tl
+from torch import Tensor
+
+from metta_fastagent._triton import cdiv, jit, launch, next_power_of_2, tl
 
 # Above this the columns of one row no longer fit a thread's registers without spilling (96 at 64, 168 at 128 of 255,
 # and instructions per row grow past the tile's from about there on).
@@ -31,14 +34,23 @@ def tile_shape(num_actions: int) -> tuple[int, int, int]:
     return max(1, TILE_ELEMENTS // columns), columns, 8 if columns > TILE_ELEMENTS else 4
 
 
-def choose_kernel(
-    rows: int, num_actions: int, columns_kernel: Any, tile_kernel: Any
-) -> tuple[tuple[int], Any, dict[str, int]]:
-    """Grid, kernel and the arguments of its layout for logits [rows, num_actions]."""
+def launch_rows(
+    columns_kernel: Any,
+    tile_kernel: Any,
+    rows: int,
+    num_actions: int,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[int],
+    **constants: Any,
+) -> None:
+    """Launch the kernel of the layout for logits [rows, num_actions]; its own constants follow the given ones."""
     if num_actions <= MAX_COLUMNS:
-        return (cdiv(rows, ROWS_PER_PROGRAM),), columns_kernel, {"ROWS": ROWS_PER_PROGRAM, "num_warps": 4}
-    tile_rows, columns, warps = tile_shape(num_actions)
-    return (cdiv(rows, tile_rows),), tile_kernel, {"ROWS": tile_rows, "BLOCK_A": columns, "num_warps": warps}
+        constants["ROWS"] = ROWS_PER_PROGRAM
+        launch(columns_kernel, cdiv(rows, ROWS_PER_PROGRAM), tensors, numbers, **constants)
+    else:
+        tile_rows, columns, warps = tile_shape(num_actions)
+        constants |= {"ROWS": tile_rows, "BLOCK_A": columns}
+        launch(tile_kernel, cdiv(rows, tile_rows), tensors, numbers, warps, **constants)
 
 
 @jit

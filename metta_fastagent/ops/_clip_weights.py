@@ -11,15 +11,26 @@ forward and backward is legal, as it is with `tensor.data.clamp_`.
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import compress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metta_fastagent._dispatch import register, uses_native
-from metta_fastagent._triton import device_guard, jit, tl
+from metta_fastagent._dispatch import needs_operator, register, uses_native, uses_triton
+from metta_fastagent._triton import compute_type, jit, launch, tl
 from metta_fastagent.ops._checks import require_floating_point, require_number
-from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS, cached, chunk_rows, is_dense, upload
+from metta_fastagent.ops._chunk_table import (
+    CHUNK,
+    CHUNK_WARPS,
+    cached,
+    chunk_rows,
+    is_dense,
+    keep_plan,
+    keep_while_captured,
+    planned,
+    upload,
+)
 from metta_fastagent.ops._sharded import local_shard
 
 # Bytes of the widest load; a chunk that starts on such an address is moved 128 bits at a time.
@@ -61,27 +72,75 @@ def _clip_weights_kernel(
         tl.store(start + offset, clipped.to(example.dtype.element_ty), mask=inside & ((x > bound) | (x < -bound)))
 
 
-def _clip_weights_cuda_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
+class _Plan(NamedTuple):
+    bounds: list[float]
+    launches: "list[_Launch]"
+
+
+class _Launch(NamedTuple):
+    example: int  # position of one of its tensors, which gives the dtype
+    dtype: torch.dtype
+    table: _Table
+    programs: int
+
+
+def _launches(tensors: Sequence[Tensor], bounds: Sequence[float]) -> list[_Launch]:
+    """A launch for each device and dtype among the dense tensors."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for position, tensor in enumerate(tensors):
-        if not is_dense(tensor):
-            clip_weights_eager_([tensor], [bounds[position]])
-        elif tensor.numel() > 0:
+        if tensor.numel() > 0:
             groups.setdefault((tensor.device, tensor.dtype), []).append(position)
+    launches = []
     for (device, dtype), members in groups.items():
         group = [tensors[position] for position in members]
         limits = tuple(_within_range(bounds[position], dtype) for position in members)
         key = ("clip", device, dtype, limits, *[t.data_ptr() for t in group], *[t.numel() for t in group])
         table = cached(key, partial(_make_table, group, limits, device), device)
-        with device_guard(group[0]):
-            _clip_weights_kernel[(table.bounds.numel(),)](
-                group[0],
-                table.chunks,
-                table.bounds,
-                COMPUTE=tl.float64 if dtype == torch.float64 else tl.float32,
-                CHUNK=CHUNK,
-                num_warps=CHUNK_WARPS,
-            )
+        launches.append(_Launch(members[0], dtype, table, table.bounds.numel()))
+    return launches
+
+
+def _run(launches: Sequence[_Launch], tensors: Sequence[Tensor]) -> None:
+    for example, dtype, table, programs in launches:
+        keep_while_captured(table, table.bounds.device)
+        launch(
+            _clip_weights_kernel,
+            programs,
+            (tensors[example], table.chunks, table.bounds),
+            num_warps=CHUNK_WARPS,
+            COMPUTE=compute_type(dtype),
+            CHUNK=CHUNK,
+        )
+
+
+def _fits_kernel(tensor: Tensor) -> bool:
+    return is_dense(tensor) and uses_triton(tensor.device)
+
+
+def _clip_weights_cuda_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
+    fitting = [_fits_kernel(tensor) for tensor in tensors]
+    for tensor, bound, fits in zip(tensors, bounds, fitting, strict=True):
+        if not fits:
+            clip_weights_eager_([tensor], [bound])
+    group = list(compress(tensors, fitting))
+    _run(_launches(group, list(compress(bounds, fitting))), group)
+
+
+def _clip_as_planned_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
+    """Clip by the plan of these tensors; False, and nothing changed, if there is none."""
+    plan = planned("clip_weights_", tensors)
+    if plan is None or plan.bounds != list(bounds) or needs_operator() or not uses_triton(tensors[0].device):
+        return False
+    if any(tensors[each.example].dtype != each.dtype for each in plan.launches):
+        return False
+    _run(plan.launches, tensors)
+    return True
+
+
+def _keep_plan(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
+    """Keep a plan for plain tensors that kernels can all clip."""
+    if _are_plain(tensors, bounds) and all(map(_fits_kernel, tensors)) and not needs_operator():
+        keep_plan("clip_weights_", tensors, _Plan(list(bounds), _launches(tensors, bounds)))
 
 
 def _make_table(tensors: Sequence[Tensor], bounds: Sequence[float], device: torch.device) -> _Table:
@@ -133,6 +192,8 @@ def clip_weights_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
         ValueError: the lists differ in length, or a bound is negative or NaN; nothing was clipped then.
     """
     compiling = torch.compiler.is_compiling()
+    if not compiling and _clip_as_planned_(tensors, bounds):
+        return
     if (
         not compiling
         and _are_plain(tensors, bounds)
@@ -141,11 +202,12 @@ def clip_weights_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
     ):
         return
     _check(tensors, bounds)
-    tensors = [local_shard(f"tensors[{position}]", tensor) for position, tensor in enumerate(tensors)]
+    shards = [local_shard(f"tensors[{position}]", tensor) for position, tensor in enumerate(tensors)]
     if compiling:
-        _clip_weights_([tensor.detach() for tensor in tensors], list(bounds))
+        _clip_weights_([tensor.detach() for tensor in shards], list(bounds))
     else:
-        _clip_weights_([tensor.data for tensor in tensors], list(bounds))
+        _clip_weights_([tensor.data for tensor in shards], list(bounds))
+        _keep_plan(tensors, bounds)
 
 
 def _are_plain(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:

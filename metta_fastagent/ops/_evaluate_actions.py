@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metta_fastagent._dispatch import register
-from metta_fastagent._triton import compute_type, device_guard, jit, tl
+from metta_fastagent._triton import compute_type, jit, tl
 from metta_fastagent.ops import _bad_action
 from metta_fastagent.ops._action_index import action_to_logit_index_eager, check_pairs, pair_to_index
 from metta_fastagent.ops._autograd import (
@@ -27,13 +27,14 @@ from metta_fastagent.ops._autograd import (
     gradients_with_graph,
     in_plain_pytorch,
     needs_graph,
+    records_graph,
     run_backward,
 )
 from metta_fastagent.ops._bad_action import EVALUATE_INDEX, EVALUATE_PAIR, report_index, report_pair
 from metta_fastagent.ops._categorical import (
     MAX_ACTIONS,
-    choose_kernel,
     columns_sums,
+    launch_rows,
     load_columns,
     load_tile,
     tile_sums,
@@ -48,7 +49,6 @@ from metta_fastagent.ops._checks import (
     native_logits,
     require_logits,
     require_same_device,
-    require_tensor,
     under_autocast,
 )
 
@@ -74,7 +74,7 @@ def _load_index(
     return tl.where(legal, index, -1)
 
 
-@jit
+@jit(varying=("N", "num_types", "stride_row", "stride_pair"))
 def _evaluate_actions_fwd_columns_kernel(
     logits,  # [N, A]
     actions,  # [N, 2] pairs or [N] indices, any integer dtype
@@ -109,7 +109,7 @@ def _evaluate_actions_fwd_columns_kernel(
     tl.store(index + row, chosen, mask=live)
 
 
-@jit
+@jit(varying=("N", "num_types", "stride_row", "stride_pair"))
 def _evaluate_actions_fwd_tile_kernel(
     logits,  # [N, A]
     actions,  # [N, 2] pairs or [N] indices, any integer dtype
@@ -146,7 +146,7 @@ def _evaluate_actions_fwd_tile_kernel(
     tl.store(index + row, chosen, mask=live)
 
 
-@jit
+@jit(varying=("N",))
 def _evaluate_actions_bwd_columns_kernel(
     logits,  # [N, A]
     index,  # [N] int64, -1 if out of range
@@ -190,7 +190,7 @@ def _evaluate_actions_bwd_columns_kernel(
         tl.store(grad_logits + row * A + j, tl.where(chosen < 0, 0.0, grad), mask=live)
 
 
-@jit
+@jit(varying=("N",))
 def _evaluate_actions_bwd_tile_kernel(
     logits,  # [N, A]
     index,  # [N] int64, -1 if out of range
@@ -241,28 +241,31 @@ def _evaluate_actions_forward_cuda(
     index = logits.new_empty(rows, dtype=torch.int64)
     pairs = cum_action_max_params is not None
     if rows > 0:
-        grid, kernel, layout = choose_kernel(
-            rows, num_actions, _evaluate_actions_fwd_columns_kernel, _evaluate_actions_fwd_tile_kernel
-        )
-        with device_guard(logits):
-            kernel[grid](
+        launch_rows(
+            _evaluate_actions_fwd_columns_kernel,
+            _evaluate_actions_fwd_tile_kernel,
+            rows,
+            num_actions,
+            (
                 logits,
                 actions,
-                cum_action_max_params if pairs else index,
+                contiguous(cum_action_max_params) if pairs else index,
                 log_prob,
                 entropy,
                 full_log_probs,
                 index,
                 _bad_action.word(logits.device),
+            ),
+            (
                 rows,
                 cum_action_max_params.numel() - 1 if pairs else 0,
                 actions.stride(0),
                 actions.stride(1) if pairs else 0,
-                A=num_actions,
-                PAIRS=pairs,
-                COMPUTE=compute_type(logits.dtype),
-                **layout,
-            )
+            ),
+            A=num_actions,
+            PAIRS=pairs,
+            COMPUTE=compute_type(logits.dtype),
+        )
     return log_prob, entropy, full_log_probs, index
 
 
@@ -279,25 +282,26 @@ def _evaluate_actions_backward_cuda(
     logits = logits.contiguous()
     grad_logits = torch.empty_like(logits)
     if rows > 0:
-        grid, kernel, layout = choose_kernel(
-            rows, num_actions, _evaluate_actions_bwd_columns_kernel, _evaluate_actions_bwd_tile_kernel
-        )
-        with device_guard(logits):
-            kernel[grid](
+        launch_rows(
+            _evaluate_actions_bwd_columns_kernel,
+            _evaluate_actions_bwd_tile_kernel,
+            rows,
+            num_actions,
+            (
                 logits,
                 index,
                 logits if grad_log_prob is None else grad_log_prob.contiguous(),
                 logits if grad_entropy is None else grad_entropy.contiguous(),
                 logits if grad_full_log_probs is None else grad_full_log_probs.contiguous(),
                 grad_logits,
-                rows,
-                A=num_actions,
-                HAS_LOG_PROB=grad_log_prob is not None,
-                HAS_ENTROPY=grad_entropy is not None,
-                HAS_FULL=grad_full_log_probs is not None,
-                COMPUTE=compute_type(logits.dtype),
-                **layout,
-            )
+            ),
+            (rows,),
+            A=num_actions,
+            HAS_LOG_PROB=grad_log_prob is not None,
+            HAS_ENTROPY=grad_entropy is not None,
+            HAS_FULL=grad_full_log_probs is not None,
+            COMPUTE=compute_type(logits.dtype),
+        )
     return grad_logits
 
 
@@ -500,8 +504,7 @@ def evaluate_actions(
         expected_shape = (logits.shape[0], 2)
     else:
         expected_shape = (logits.shape[0],)
-        actions = require_tensor("actions", actions, f"an integer tensor of shape {list(expected_shape)}")
-        if not is_integer(actions.dtype):
+        if not isinstance(actions, Tensor) or not is_integer(actions.dtype):
             raise TypeError(
                 f"actions: got {describe(actions)}, expected an integer tensor of shape {list(expected_shape)}"
             )
@@ -512,4 +515,7 @@ def evaluate_actions(
     require_same_device("actions", actions, "logits", logits)
     if in_plain_pytorch():
         return evaluate_actions_forward_eager(float32_under_autocast(logits), actions, cum_action_max_params)[:3]
-    return _EvaluateActions.apply(float32_under_autocast(logits), actions, cum_action_max_params)
+    logits = float32_under_autocast(logits)
+    if not records_graph(logits):
+        return _evaluate_actions_forward(logits, actions, cum_action_max_params)[:3]
+    return _EvaluateActions.apply(logits, actions, cum_action_max_params)

@@ -8,34 +8,46 @@ Source: Kumar, Marklund and Van Roy, "Maintaining Plasticity in Continual Learni
 
 # pyright: reportInvalidTypeForm=false
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metta_fastagent._dispatch import register
-from metta_fastagent._triton import compute_type, device_guard, jit, next_power_of_2, tl
+from metta_fastagent._dispatch import needs_operator, register, uses_triton
+from metta_fastagent._triton import cdiv, compute_type, jit, launch, next_power_of_2, tl
 from metta_fastagent.ops._autograd import chosen_backend, in_plain_pytorch, needs_graph, run_backward
 from metta_fastagent.ops._checks import NATIVE_DTYPES, compute_dtype, describe, require_floating_point, require_number
-from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS, cached, chunk_rows, is_dense, upload
+from metta_fastagent.ops._chunk_table import (
+    CHUNK,
+    CHUNK_WARPS,
+    cached,
+    capturing,
+    chunk_rows,
+    is_dense,
+    keep_plan,
+    keep_while_captured,
+    planned,
+    upload,
+)
 from metta_fastagent.ops._sharded import full, is_sharded
 
 # Partial sums that the last program adds at a time.
 PARTIALS_BLOCK = 1024
 # Every tensor's part of the flat gradient starts on a 16-byte address.
 FLAT_ALIGNMENT = 16
+_VERSION = operator.attrgetter("_version")
 
 
 class _Table(NamedTuple):
     chunks: Tensor  # [chunks, 4] int64: address of the weight, of its initial value, length, place in the flat gradient
-    partials: Tensor  # [chunks] float64, scratch
-    counter: Tensor  # [1] int32, 0 between launches
-    places: list[int]  # first element of each tensor in the flat gradient
+    dtype: torch.dtype
+    layouts: tuple[list[torch.Size], list[tuple[int, ...]], list[int]]  # shapes, strides, places in the flat gradient
     flat_length: int
 
 
-@jit
+@jit(varying=("num_chunks",))
 def _l2_init_loss_fwd_kernel(
     example,  # any tensor of the dtype that the addresses point to
     chunks,  # [chunks, 4] int64
@@ -100,9 +112,7 @@ def _fits_kernel(params: Sequence[Tensor], initial: Sequence[Tensor]) -> bool:
 
 def _table(params: Sequence[Tensor], initial: Sequence[Tensor]) -> _Table:
     device, dtype = params[0].device, params[0].dtype
-    # The scratch is used by one launch at a time: each stream has its own.
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = ("l2", device, dtype, stream, *[t.data_ptr() for t in (*params, *initial)], *[t.numel() for t in params])
+    key = ("l2", device, dtype, *[t.data_ptr() for t in (*params, *initial)], *[t.numel() for t in params])
     return cached(key, lambda: _make_table(params, initial), device)
 
 
@@ -112,41 +122,74 @@ def _make_table(params: Sequence[Tensor], initial: Sequence[Tensor]) -> _Table:
     places, end = [], 0
     for param in params:
         places.append(end)
-        end += -(-param.numel() // step) * step
+        end += cdiv(param.numel(), step) * step
     chunks = [
         (params[i].data_ptr() + first * size, initial[i].data_ptr() + first * size, length, places[i] + first)
         for i, first, length in chunk_rows(params)
     ]
-    return _Table(
-        upload(chunks, torch.int64, device),
-        torch.empty(len(chunks), dtype=torch.float64, device=device),
-        torch.zeros(1, dtype=torch.int32, device=device),
-        places,
-        end,
+    layouts = [param.shape for param in params], [param.stride() for param in params], places
+    return _Table(upload(chunks, torch.int64, device), params[0].dtype, layouts, end)
+
+
+# Partial sums and counter of each device and stream; launches on one stream follow each other.
+_scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+
+
+def _scratch_for(num_chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Partial sums [>= num_chunks] and a counter that is 0, for one launch on the current stream.
+
+    Under capture they lie in the graph's memory, and the graph sets the counter to 0.
+    """
+    if capturing(device):
+        return _new_scratch(num_chunks, device)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    kept = _scratch.get((device, stream))
+    if kept is None or kept[0].numel() < num_chunks:
+        kept = _scratch[device, stream] = _new_scratch(num_chunks, device)
+    return kept
+
+
+def _new_scratch(num_chunks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    partials = torch.empty(num_chunks, dtype=torch.float64, device=device)
+    return partials, torch.zeros(1, dtype=torch.int32, device=device)
+
+
+def _run_forward(table: _Table, example: Tensor, scale: float) -> Tensor:
+    device, num_chunks = example.device, table.chunks.shape[0]
+    keep_while_captured(table, device)
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    launch(
+        _l2_init_loss_fwd_kernel,
+        num_chunks,
+        (example, table.chunks, *_scratch_for(num_chunks, device), loss),
+        (num_chunks, scale),
+        num_warps=CHUNK_WARPS,
+        COMPUTE=compute_type(table.dtype),
+        CHUNK=CHUNK,
+        PARTIALS_BLOCK=min(PARTIALS_BLOCK, next_power_of_2(num_chunks)),
     )
+    return loss
+
+
+def _run_backward(table: _Table, scale: float, grad: Tensor) -> list[Tensor]:
+    keep_while_captured(table, grad.device)
+    flat = torch.empty(table.flat_length, dtype=table.dtype, device=grad.device)
+    launch(
+        _l2_init_loss_bwd_kernel,
+        table.chunks.shape[0],
+        (flat, table.chunks, grad),
+        (scale,),
+        num_warps=CHUNK_WARPS,
+        COMPUTE=compute_type(table.dtype),
+        CHUNK=CHUNK,
+    )
+    return list(map(flat.as_strided, *table.layouts))
 
 
 def _l2_init_loss_forward_cuda(params: Sequence[Tensor], initial: Sequence[Tensor], scale: float) -> Tensor:
     if not _fits_kernel(params, initial) or not any(param.numel() for param in params):
         return l2_init_loss_forward_eager(params, initial, scale)
-    table = _table(params, initial)
-    loss = torch.empty((), dtype=torch.float32, device=params[0].device)
-    num_chunks = table.partials.numel()
-    with device_guard(params[0]):
-        _l2_init_loss_fwd_kernel[(num_chunks,)](
-            params[0],
-            table.chunks,
-            table.partials,
-            table.counter,
-            loss,
-            num_chunks,
-            scale,
-            COMPUTE=compute_type(params[0].dtype),
-            CHUNK=CHUNK,
-            PARTIALS_BLOCK=min(PARTIALS_BLOCK, next_power_of_2(num_chunks)),
-            num_warps=CHUNK_WARPS,
-        )
-    return loss
+    return _run_forward(_table(params, initial), params[0], scale)
 
 
 def _l2_init_loss_backward_cuda(
@@ -154,21 +197,7 @@ def _l2_init_loss_backward_cuda(
 ) -> list[Tensor]:
     if not _fits_kernel(params, initial) or not any(param.numel() for param in params):
         return l2_init_loss_backward_eager(params, initial, scale, grad)
-    table = _table(params, initial)
-    flat = torch.empty(table.flat_length, dtype=params[0].dtype, device=params[0].device)
-    with device_guard(params[0]):
-        _l2_init_loss_bwd_kernel[(table.partials.numel(),)](
-            flat,
-            table.chunks,
-            grad,
-            scale,
-            COMPUTE=compute_type(params[0].dtype),
-            CHUNK=CHUNK,
-            num_warps=CHUNK_WARPS,
-        )
-    return [
-        flat.as_strided(param.shape, param.stride(), place) for param, place in zip(params, table.places, strict=True)
-    ]
+    return _run_backward(_table(params, initial), scale, grad)
 
 
 def _l2_init_loss_forward_native(params: Sequence[Tensor], initial: Sequence[Tensor], scale: float) -> Tensor:
@@ -238,6 +267,37 @@ class _L2InitLoss(torch.autograd.Function):
         return None, None, *grads, *([None] * ctx.count)
 
 
+class _PlannedL2InitLoss(torch.autograd.Function):
+    """`_L2InitLoss` by a plan. It compares versions itself: 400 saved tensors take longer than the rest."""
+
+    @staticmethod
+    def forward(ctx, table: _Table, initial: Sequence[Tensor], scale: float, *params: Tensor):
+        ctx.table, ctx.scale, ctx.initial, ctx.params = table, scale, initial, params
+        ctx.versions = _versions(params), _versions(initial)
+        return _run_forward(table, params[0], scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.versions != (_versions(ctx.params), _versions(ctx.initial)):
+            raise RuntimeError(
+                "l2_init_loss: a weight or an initial value was modified in place between forward and backward; "
+                "clone it first, or call backward before the change"
+            )
+        if needs_graph():
+            grads = l2_init_loss_backward_eager(ctx.params, ctx.initial, ctx.scale, grad)
+        else:
+            grads = _run_backward(ctx.table, ctx.scale, grad)
+        return None, None, None, *grads
+
+
+def _can_run(table: _Table, params: Sequence[Tensor]) -> bool:
+    return table.dtype == params[0].dtype and not needs_operator() and uses_triton(params[0].device)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(_VERSION, tensors))
+
+
 def l2_init_loss(params: Sequence[Tensor], initial: Sequence[Tensor], scale: float = 1.0) -> Tensor:
     """Scaled sum of squared differences between weights and their initial values.
 
@@ -254,12 +314,16 @@ def l2_init_loss(params: Sequence[Tensor], initial: Sequence[Tensor], scale: flo
         TypeError: a tensor does not hold floating-point numbers, or `scale` is not a number.
         ValueError: the two lists differ in length, or a pair of tensors in shape or device.
     """
+    table = None if torch.compiler.is_compiling() else planned("l2_init_loss", [*params, *initial])
+    if table is not None and type(scale) is float and _can_run(table, params):
+        return _PlannedL2InitLoss.apply(table, initial, scale, *params)
     if len(params) != len(initial):
         raise ValueError(f"initial: got {len(initial)} tensors, expected {len(params)}, one for each of params")
     scale = require_number("scale", scale, "a number")
     for position, (param, start) in enumerate(zip(params, initial, strict=True)):
-        require_floating_point(f"params[{position}]", param)
-        require_floating_point(f"initial[{position}]", start)
+        for name, tensor in (("params", param), ("initial", start)):
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                require_floating_point(f"{name}[{position}]", tensor)
         if param.shape != start.shape or param.device != start.device or param.device != params[0].device:
             raise ValueError(
                 f"initial[{position}]: got {describe(start)} for {describe(param)}; "
@@ -272,4 +336,6 @@ def l2_init_loss(params: Sequence[Tensor], initial: Sequence[Tensor], scale: flo
         return torch.stack(losses).sum()
     if in_plain_pytorch():
         return l2_init_loss_forward_eager(params, initial, scale)
+    if not needs_operator(*params, *initial) and uses_triton(params[0].device) and _fits_kernel(params, initial):
+        keep_plan("l2_init_loss", [*params, *initial], _table(params, initial))
     return _L2InitLoss.apply(scale, len(params), *params, *initial)

@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from metta_fastagent._dispatch import register
-from metta_fastagent._triton import cdiv, device_guard, jit, tl
+from metta_fastagent._triton import cdiv, jit, launch, tl
 from metta_fastagent.ops._autograd import (
     chosen_backend,
     in_plain_pytorch,
     needs_graph,
+    records_graph,
     refuse_second_derivative,
     run_backward,
 )
@@ -105,7 +106,7 @@ def _store_gates(gates, gate_i, gate_f, gate_g, gate_o, mask, H: tl.constexpr):
     tl.store(gates + 3 * H, gate_o.to(dtype), mask=mask)
 
 
-@jit
+@jit(varying=("T", "B", "width"))
 def _lstm_layer_fwd_kernel(
     projected,  # [T, B, 4H]
     weight_hh,  # [4H, H]
@@ -193,7 +194,7 @@ def _state_gradient(
     return grad
 
 
-@jit
+@jit(varying=("T", "B", "width"))
 def _lstm_layer_bwd_kernel(
     weight_hh,  # [4H, H]
     c,  # [B, H]
@@ -281,7 +282,7 @@ def _fits_kernel(weight_hh: Tensor) -> bool:
 
 def _layout(block_k: Mapping[int, int], dtype: torch.dtype, options: Mapping[str, Any] = OPTIONS) -> dict[str, Any]:
     """Blocks, precision, warps and stages of a launch."""
-    return {"BLOCK_B": BLOCK_B, "BLOCK_N": BLOCK_N, "BLOCK_K": block_k[dtype.itemsize], **options}
+    return {**options, "BLOCK_B": BLOCK_B, "BLOCK_N": BLOCK_N, "BLOCK_K": block_k[dtype.itemsize]}
 
 
 def _lstm_layer_forward_cuda(
@@ -294,8 +295,10 @@ def _lstm_layer_forward_cuda(
     output, cells = projected.new_empty(steps, rows, size), projected.new_empty(steps, rows, size)
     gates = torch.empty_like(projected)
     if rows > 0:
-        with device_guard(projected):
-            _lstm_layer_fwd_kernel[(cdiv(rows, BLOCK_B),)](
+        launch(
+            _lstm_layer_fwd_kernel,
+            cdiv(rows, BLOCK_B),
+            (
                 projected,
                 weight_hh.contiguous(),
                 h.contiguous(),
@@ -304,13 +307,12 @@ def _lstm_layer_forward_cuda(
                 output,
                 cells,
                 gates,
-                steps,
-                rows,
-                size,
-                H=size,
-                HAS_RESETS=resets is not None,
-                **_layout(FORWARD_BLOCK_K, projected.dtype),
-            )
+            ),
+            (steps, rows, size),
+            H=size,
+            HAS_RESETS=resets is not None,
+            **_layout(FORWARD_BLOCK_K, projected.dtype),
+        )
     return output, cells, gates
 
 
@@ -331,8 +333,10 @@ def _lstm_layer_backward_cuda(
     grad_projected, grad_h = torch.empty_like(gates), c.new_empty(rows, size)
     grad_c = c.new_empty(rows, size, dtype=torch.float32)
     if rows > 0:
-        with device_guard(gates):
-            _lstm_layer_bwd_kernel[(cdiv(rows, BLOCK_B),)](
+        launch(
+            _lstm_layer_bwd_kernel,
+            cdiv(rows, BLOCK_B),
+            (
                 weight_hh.contiguous(),
                 c.contiguous(),
                 gates if resets is None else resets.contiguous(),
@@ -344,16 +348,15 @@ def _lstm_layer_backward_cuda(
                 grad_projected,
                 grad_h,
                 grad_c,
-                steps,
-                rows,
-                size,
-                H=size,
-                HAS_RESETS=resets is not None,
-                HAS_OUTPUT=grad_output is not None,
-                HAS_LAST_H=grad_last_h is not None,
-                HAS_LAST_C=grad_last_c is not None,
-                **_layout(BACKWARD_BLOCK_K, gates.dtype),
-            )
+            ),
+            (steps, rows, size),
+            H=size,
+            HAS_RESETS=resets is not None,
+            HAS_OUTPUT=grad_output is not None,
+            HAS_LAST_H=grad_last_h is not None,
+            HAS_LAST_C=grad_last_c is not None,
+            **_layout(BACKWARD_BLOCK_K, gates.dtype),
+        )
     return grad_projected, grad_h, grad_c.to(c.dtype)
 
 
@@ -534,6 +537,11 @@ class _LSTMLayer(torch.autograd.Function):
         return grad_projected, grad_weight, grad_h, grad_c
 
 
+def _last_state(output: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The output and copies of its and the cells' last step; of one step's cells nobody else has a view."""
+    return output, output[-1].clone(), cells.squeeze(0) if cells.shape[0] == 1 else cells[-1].clone()
+
+
 def _formula(
     projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -593,6 +601,8 @@ def lstm_layer(
         _require("resets", resets, (steps, rows), torch.bool, projected)
     if in_plain_pytorch():
         return _formula(projected, weight_hh, h, c, resets)
+    if not records_graph(projected, weight_hh, h, c):
+        return _last_state(*_lstm_layer_forward(projected, weight_hh, h, c, resets)[:2])
     return _LSTMLayer.apply(projected, weight_hh, h, c, resets)
 
 
@@ -609,6 +619,8 @@ def _checked_sizes(projected: object) -> tuple[int, int, int]:
 
 
 def _require(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, projected: Tensor) -> None:
+    if isinstance(value, Tensor) and value.dtype == dtype and value.shape == shape and value.device == projected.device:
+        return
     expected = f"a {str(dtype).removeprefix('torch.')} tensor of shape {list(shape)} for projected of shape"
     expected = f"{expected} {list(projected.shape)}"
     tensor = require_tensor(name, value, expected)

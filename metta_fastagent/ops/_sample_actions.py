@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from metta_fastagent._dispatch import backend, register
-from metta_fastagent._triton import compute_type, device_guard, jit, tl
+from metta_fastagent._triton import compute_type, jit, tl
 from metta_fastagent.ops._action_index import check_action_index_tensor, logit_index_to_action_eager
-from metta_fastagent.ops._autograd import checks_values, chosen_backend, in_plain_pytorch
+from metta_fastagent.ops._autograd import checks_values, chosen_backend, in_plain_pytorch, records_graph
 from metta_fastagent.ops._categorical import (
     MAX_ACTIONS,
-    choose_kernel,
     columns_sums,
+    launch_rows,
     load_columns,
     load_tile,
     tile_sums,
@@ -55,7 +55,7 @@ def _store_draw(
             tl.store(pair_out + row * 2 + column, entry.to(tl.int32), mask=live)
 
 
-@jit
+@jit(varying=("N",))
 def _sample_actions_columns_kernel(
     logits,  # [N, A]
     uniform,  # [N] in [0, 1)
@@ -91,7 +91,7 @@ def _sample_actions_columns_kernel(
     _store_draw(index, log_prob, entropy, pair, table, row, live, chosen, selected, log_s - w / s, PAIRS)
 
 
-@jit
+@jit(varying=("N",))
 def _sample_actions_tile_kernel(
     logits,  # [N, A]
     uniform,  # [N] in [0, 1)
@@ -154,9 +154,12 @@ def _draw_cuda(
     pair = logits.new_empty((rows if pairs else 0, 2), dtype=torch.int32)
     if rows == 0:
         return index, log_prob, entropy, full_log_probs, pair
-    grid, kernel, layout = choose_kernel(rows, num_actions, _sample_actions_columns_kernel, _sample_actions_tile_kernel)
-    with device_guard(logits):
-        kernel[grid](
+    launch_rows(
+        _sample_actions_columns_kernel,
+        _sample_actions_tile_kernel,
+        rows,
+        num_actions,
+        (
             logits,
             uniform,
             action_index_tensor.contiguous() if pairs else index,
@@ -165,12 +168,12 @@ def _draw_cuda(
             entropy,
             full_log_probs,
             pair,
-            rows,
-            A=num_actions,
-            PAIRS=pairs,
-            COMPUTE=compute_type(logits.dtype),
-            **layout,
-        )
+        ),
+        (rows,),
+        A=num_actions,
+        PAIRS=pairs,
+        COMPUTE=compute_type(logits.dtype),
+    )
     return index, log_prob, entropy, full_log_probs, pair
 
 
@@ -259,14 +262,17 @@ _sample_actions = register(
 _DRAWS = {"triton": _sample_actions_cuda, "native": _sample_actions_native, "eager": sample_actions_eager}
 
 
+def _draw(logits: Tensor, action_index_tensor: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+    if generator is None:
+        return _sample_actions(logits, action_index_tensor)
+    # A traced graph cannot hold a generator, so this call bypasses the operator.
+    return _DRAWS[backend(logits.device)](logits, action_index_tensor, generator)
+
+
 class _SampleActions(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, action_index_tensor: Tensor | None, generator: torch.Generator | None):
-        if generator is None:
-            outputs = _sample_actions(logits, action_index_tensor)
-        else:
-            # A traced graph cannot hold a generator, so this call bypasses the operator.
-            outputs = _DRAWS[backend(logits.device)](logits, action_index_tensor, generator)
+        outputs = _draw(logits, action_index_tensor, generator)
         index, _, _, _, pair = outputs
         ctx.save_for_backward(logits, index)
         ctx.mark_non_differentiable(index, pair)
@@ -311,6 +317,8 @@ def sample_actions(
     logits = float32_under_autocast(logits)
     if in_plain_pytorch():
         outputs = sample_actions_eager(logits, action_index_tensor, generator)
+    elif not records_graph(logits):
+        outputs = _draw(logits, action_index_tensor, generator)
     else:
         outputs = _SampleActions.apply(logits, action_index_tensor, generator)
     return outputs if action_index_tensor is not None else outputs[:4]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metta_fastagent._dispatch import register
-from metta_fastagent._triton import device_guard, jit, tl
+from metta_fastagent._triton import jit, launch, tl
 from metta_fastagent.ops._autograd import in_plain_pytorch
 from metta_fastagent.ops._checks import compute_dtype, describe, require_same_device, require_tensor
 
@@ -27,7 +27,7 @@ ZERO_BLOCK = 1024
 TOKEN_BLOCK = 32
 
 
-@jit
+@jit(varying=("num_tokens",))
 def _tokens_to_grid_kernel(
     tokens,  # [N, M, 3] uint8
     scale,  # [L]
@@ -72,19 +72,17 @@ def _tokens_to_grid_cuda(
         return tokens_to_grid_eager(tokens, num_features, width, height, scale, dtype)
     grid = torch.empty((rows, num_features, width, height), dtype=dtype, device=tokens.device)
     if rows > 0:
-        with device_guard(tokens):
-            _tokens_to_grid_kernel[(rows,)](
-                tokens.contiguous(),
-                scale.contiguous(),
-                grid,
-                num_tokens,
-                L=num_features,
-                W=width,
-                H=height,
-                ZERO_BLOCK=ZERO_BLOCK,
-                TOKEN_BLOCK=TOKEN_BLOCK,
-                num_warps=4,
-            )
+        launch(
+            _tokens_to_grid_kernel,
+            rows,
+            (tokens.contiguous(), scale.contiguous(), grid),
+            (num_tokens,),
+            L=num_features,
+            W=width,
+            H=height,
+            ZERO_BLOCK=ZERO_BLOCK,
+            TOKEN_BLOCK=TOKEN_BLOCK,
+        )
     return grid
 
 
@@ -171,7 +169,8 @@ def tokens_to_grid(
             raise TypeError(f"{name}: got {describe(size)}, expected an integer 1 to {largest}")
         if not 1 <= size <= largest:
             raise ValueError(f"{name}: got {size}, expected 1 to {largest}")
-    scale = require_tensor("scale", scale, f"a floating-point tensor of shape [{num_features}]")
+    if not isinstance(scale, Tensor):
+        require_tensor("scale", scale, f"a floating-point tensor of shape [{num_features}]")
     if not scale.is_floating_point() or scale.shape != (num_features,):
         raise ValueError(f"scale: got {describe(scale)}, expected a floating-point tensor of shape [{num_features}]")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
