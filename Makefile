@@ -32,7 +32,7 @@ SANITIZED = METTA_FASTAGENT_BACKEND=native ASAN_OPTIONS=detect_leaks=0:halt_on_e
 library = $$($${CXX:-c++} -print-file-name=$(1).so)
 
 # The oldest Triton that compiles the kernels; constraints.txt pins the newest.
-OLDEST_TRITON = 3.6.0
+OLDEST_TRITON = 3.5.1
 OLDEST_TRITON_FOLDER = $(VENV)/triton-$(OLDEST_TRITON)
 
 .PHONY: help setup train test test-slow test-oldest-triton test-versions bench gpu lint sanitize
@@ -75,8 +75,8 @@ test-oldest-triton: setup ## compile the kernels with the oldest supported Trito
 	"$(VENV)/bin/python" -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton.__version__' && \
 	$(RUN) pytest tests/test_kernel_report.py
 
-# Python:PyTorch:what else, comma-separated: those of a GPU machine, and the newest. docs/versions.md has the results.
-VERSIONS = 3.12:2.11.0:triton==3.6.0,numpy==2.5.0 3.13:2.15.0:tensordict
+# Python:PyTorch:what else, comma-separated: the oldest, a GPU machine's, the newest. docs/versions.md has the results.
+VERSIONS = 3.11:2.9.1:tensordict==0.10.0 3.12:2.11.0:triton==3.6.0,numpy==2.5.0 3.13:2.15.0:tensordict
 VERSION_TESTS = -m "not slow" --ignore tests/test_setup.py --ignore tests/test_gpu_script.py
 
 test-versions: ## run the tests with the oldest and the newest PyTorch; downloads several gigabytes for each

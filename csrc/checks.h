@@ -13,7 +13,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-// PyTorch 2.11 has only the older macro; the newer one, from 2.14 on, keeps the error's text.
+// PyTorch 2.10 and 2.11 have only the older macro; the newer one, from 2.14 on, keeps the error's text.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif

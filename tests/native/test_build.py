@@ -17,6 +17,7 @@ import torch
 from metta_fastagent import __main__ as command_line
 from metta_fastagent import _native
 
+OLDEST_TORCH = _native.OLDEST_TORCH
 PACKAGE = Path(_native.__file__).parent
 SOURCE = """
 #include <torch/csrc/stable/library.h>
@@ -46,6 +47,8 @@ def environment(tmp_path, monkeypatch):
     (sources / "shared.h").write_text("// nothing\n")
     monkeypatch.setattr(_native, "SOURCES", sources)
     monkeypatch.setattr(_native, "_outcome", None)
+    # A fake compiler needs no particular PyTorch.
+    monkeypatch.setattr(_native, "OLDEST_TORCH", "2.0")
     monkeypatch.setenv(_native.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv(_native.SANITIZE_VARIABLE, raising=False)
@@ -80,6 +83,16 @@ def test_loading_compiles_and_writes_nothing(fake_compiler, monkeypatch, tmp_pat
     assert not _native.cache_folder().exists() and calls() == []
     monkeypatch.setattr(_native, "SOURCES", tmp_path / "nowhere")
     assert_not_loaded("no C++ sources in", "nowhere")
+
+
+def test_older_pytorch(fake_compiler, monkeypatch):
+    calls = fake_compiler()
+    monkeypatch.setattr(_native, "OLDEST_TORCH", "99.0")
+    reason = f"got PyTorch {torch.__version__}, expected 99.0 or newer"
+    with pytest.raises(_native.CannotBuildError, match=re.escape(reason)):
+        _native.build()
+    assert_not_loaded(reason)
+    assert calls() == []
 
 
 def test_missing_compiler(monkeypatch, tmp_path):
@@ -195,6 +208,7 @@ def test_command_gives_the_reason_in_one_line(body, status, fake_compiler, monke
     assert re.fullmatch("metta_fastagent: native CPU operators not .*\n", output.err)
 
 
+@pytest.mark.skipif(torch.__version__ < OLDEST_TORCH, reason=f"operators need PyTorch {OLDEST_TORCH} or newer")
 @pytest.mark.skipif(not any(map(shutil.which, _native.COMPILERS)), reason="no C++ compiler")
 def test_concurrent_builds_and_a_process_that_loads(tmp_path):
     (tmp_path / "metta_fastagent").symlink_to(PACKAGE)

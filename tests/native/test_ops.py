@@ -625,14 +625,15 @@ def with_threads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(dtype, with_threads):
     # An odd number of rows, many times what one thread takes.
-    logits = torch.randn(6001, 21, dtype=dtype)
-    index = torch.randint(21, (6001,))
+    logits = torch.randn(40_001, 21, dtype=dtype)
+    index = torch.randint(21, (40_001,))
     pairs, table = torch.stack([torch.zeros_like(index), index], dim=1), torch.tensor([0, 20])
-    upstream = [torch.randn(6001, dtype=dtype), torch.randn(6001, dtype=dtype), torch.randn(6001, 21, dtype=dtype)]
+    entries = torch.stack([torch.zeros(21, dtype=torch.long), torch.arange(21)], dim=1)
+    upstream = [torch.randn(shape, dtype=dtype) for shape in (40_001, 40_001, (40_001, 21))]
     params = [torch.randn(count, dtype=dtype) for count in (100_003, 7, 50_001)]
     initial = [torch.zeros_like(param) for param in params]
     tokens = torch.randint(12, (101, 200, 3), dtype=torch.uint8)
-    uniform = torch.rand(6001, dtype=dtype)
+    uniform = torch.rand(40_001, dtype=dtype)
     *lstm, resets = lstm_inputs(5, 2401, 24, dtype, 0.1)
     lstm = [tensor.detach() for tensor in lstm]
     # One entry in each row and column at most: the BLAS's products are then exact, in any order of summation.
@@ -646,6 +647,7 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype, with_threads):
         states = native.lstm_layer_forward(*lstm, resets)
         return [
             *native.evaluate_actions_forward(logits, pairs, table),
+            *native.evaluate_actions_forward(logits, index, None),
             native.evaluate_actions_backward(logits, index, *upstream),
             *_draw_native(logits, None, uniform),
             *clipped,
@@ -653,6 +655,7 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype, with_threads):
             *native.l2_init_loss_backward(params, initial, 0.5, torch.tensor(3.0)),
             native.tokens_to_grid(tokens, 12, 11, 11, torch.rand(12).clamp(0.5, 0.5), dtype),
             native.action_to_logit_index(pairs, table),
+            native.logit_index_to_action(index, entries),
             *states,
             *native.lstm_layer_backward(lstm[1], lstm[3], resets, *states[1:], states[0], lstm[2], lstm[3]),
         ]
