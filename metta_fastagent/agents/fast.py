@@ -219,9 +219,10 @@ class FastPolicy(nn.Module):
         return F.relu(conv(grid))
 
     def _second_convolution(self, images: Tensor) -> Tensor:
-        """cnn2(images), as the linear layer that it is if its kernel covers the whole image."""
+        """cnn2(images); on the CPU, as the linear layer that it is if its kernel covers the whole image."""
         conv = self.cnn2
-        if _is_plain_convolution(conv) and images.shape[1:] == conv.weight.shape[1:]:
+        whole = images.shape[1:] == conv.weight.shape[1:]
+        if whole and images.device.type == "cpu" and _is_plain_convolution(conv):
             # Channels last, as the images are in memory.
             weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
             return F.linear(images.permute(0, 2, 3, 1).flatten(1), weight, conv.bias)

@@ -11,8 +11,9 @@ row of 200 tokens fills a fifteenth at most with 25 features in a window of 11 x
     d bias[o]            = sum over n, i, j: g[n, o, i, j]
     d scale[f]           = -sum over n, o, i, j and tokens: v / scale[f]^2 weight[o, f, x - s i, y - s j] g[n, o, i, j]
 
-The result is in channels-last memory, as the gradient of a dense layer or of another convolution behind it is. Weights
-that are infinite or NaN reach only the outputs that read a token with them; in a dense product they reach every output.
+Weights that are infinite or NaN reach only the outputs that read a token with them; in a dense product, every output.
+
+On CUDA the grid is made, by its Triton kernel, and convolved by cuDNN: docs/internals.md has the estimate.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -65,7 +66,7 @@ def tokens_conv2d_forward_eager(
     relu: bool,
 ) -> Tensor:
     """`tokens_conv2d` in plain PyTorch: the grid, its convolution, and ReLU if asked for."""
-    return _convolve(tokens_to_grid_eager, tokens, weight, bias, scale, width, height, stride, relu)
+    return _channels_last(_convolve(tokens_to_grid_eager, tokens, weight, bias, scale, width, height, stride, relu))
 
 
 def _grid_by_scale(
@@ -87,12 +88,12 @@ def _convolve(
     stride: int,
     relu: bool,
 ) -> Tensor:
+    """Convolution of the grid, in channels-last memory on the CPU, where it takes a third less time."""
     grid = make_grid(tokens, weight.shape[1], width, height, scale, weight.dtype)
-    if grid.device.type == "cpu":
-        # The convolution takes a third less time in this layout on the CPU.
-        grid = _channels_last(grid)
-    sums = F.conv2d(grid, weight, bias, stride)
-    return _channels_last(F.relu(sums) if relu else sums)
+    on_cpu = grid.device.type == "cpu"
+    sums = F.conv2d(_channels_last(grid) if on_cpu else grid, weight, bias, stride)
+    sums = F.relu(sums) if relu else sums
+    return _channels_last(sums) if on_cpu else sums
 
 
 def tokens_conv2d_backward_eager(
@@ -259,10 +260,10 @@ def tokens_conv2d(
         relu: whether negative outputs become 0.
 
     Returns:
-        Tensor [N, O, (width - kernel_x) // stride + 1, (height - kernel_y) // stride + 1] in channels-last memory.
-        Its dtype is that of `weight`; under autocast and in half precision, `conv2d` runs on the grid. Differentiable
-        any number of times with respect to weight, bias and scale. On the CPU the C++ operator's results do not depend
-        on the number of threads.
+        Tensor [N, O, (width - kernel_x) // stride + 1, (height - kernel_y) // stride + 1], in channels-last memory on
+        the CPU. Its dtype is that of `weight`; under autocast and in half precision it is `conv2d`'s. Differentiable
+        any number of times with respect to weight, bias and scale. The C++ operators' results do not depend on the
+        number of threads.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device.
@@ -277,10 +278,10 @@ def tokens_conv2d(
         raise TypeError(f"relu: got {describe(relu)}, expected True or False")
     scale = scale.to(compute_dtype(weight.dtype))
     arguments = (tokens, weight, bias, scale, width, height, stride, relu)
-    plain = in_plain_pytorch()
-    if plain or under_autocast(weight.device) or weight.dtype not in NATIVE_DTYPES:
-        return _convolve(_grid_by_scale if plain or scale.requires_grad else tokens_to_grid, *arguments)
-    return _TokensConv2d.apply(*arguments)
+    plain, device = in_plain_pytorch(), weight.device
+    if not plain and device.type == "cpu" and weight.dtype in NATIVE_DTYPES and not under_autocast(device):
+        return _TokensConv2d.apply(*arguments)
+    return _convolve(_grid_by_scale if plain or scale.requires_grad else tokens_to_grid, *arguments)
 
 
 def _require_weight_and_bias(weight: object, bias: object, tokens: Tensor) -> None:
