@@ -88,7 +88,7 @@ EXPERIMENTS = {
     "grid": Experiment(
         [_tokens_to_grid],
         {"ZERO_BLOCK": (512, 1024, 2048), "TOKEN_BLOCK": (16, 32, 64)},
-        [bench_tokens_to_grid.make_case],
+        [partial(bench_tokens_to_grid.make_case, "tokens_to_grid")],
         TOKENS,
     ),
     "lstm": Experiment([_lstm_layer], {"BLOCK_B": (16, 32), "BLOCK_N": (32, 64, 128)}, LSTMS, SEGMENTS),

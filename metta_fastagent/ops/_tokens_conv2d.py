@@ -224,10 +224,11 @@ class _TokensConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         tokens, weight, bias, scale, output = ctx.saved_tensors
+        width, height, stride = ctx.sizes
         wanted = ctx.needs_input_grad[1:4]
         if needs_graph():
             inputs = [tensor for tensor, needed in zip((weight, bias, scale), wanted, strict=True) if needed]
-            arguments = (tokens, weight, bias, scale, *ctx.sizes, output is not None)
+            arguments = (tokens, weight, bias, scale, width, height, stride, output is not None)
             found = iter(gradients_with_graph(lambda *_: (_convolve(_grid_by_scale, *arguments),), inputs, grads))
             gradients = [next(found) if needed else None for needed in wanted]
         else:
