@@ -234,9 +234,9 @@ class FastPolicy(nn.Module):
         Logit of action a: tanh(actor @ actor_W) . embedding[a] + actor_bias. The projection does not depend on the
         action, so it is computed once for each row.
         """
-        value = self.value_head(torch.tanh(self.critic_1(hidden)))
+        value = self.value_head(ops.tanh(self.critic_1(hidden)))
         actor = F.relu(self.actor_1(hidden))
-        query = torch.tanh(actor @ self.actor_W[0])
+        query = ops.tanh(actor @ self.actor_W[0])
         embeddings = self.action_embeddings.weight[: self.num_active_actions]
         return query @ embeddings.t() + self.actor_bias, value
 
