@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks import categorical
 from benchmarks.harness import Case, Size, choose, parametrized, shapes
@@ -21,18 +20,13 @@ OPERATIONS = ("action_to_logit_index", "logit_index_to_action")
 SHAPES = shapes("rows", quick=[(256,), (4096,)], full=[(1,), (65536,)], gpu=[(1_048_576,)])
 
 
-def pairs_of(index: Tensor, action_index_tensor: Tensor) -> Tensor:
-    """Upstream's look-up."""
-    return action_index_tensor[index]
-
-
 def make_case(operation: str, size: Size, device: torch.device) -> Case:
     inputs = categorical.make_inputs({"rows": size["rows"], "actions": ACTIONS}, device)
     if operation == "action_to_logit_index":
         upstream, package = categorical.upstream_index, ops.action_to_logit_index
         arguments = (inputs.pairs, inputs.cum_action_max_params)
     else:
-        upstream, package = pairs_of, ops.logit_index_to_action
+        upstream, package = (lambda index, table: table[index]), ops.logit_index_to_action
         index = categorical.upstream_index(inputs.pairs, inputs.cum_action_max_params)
         arguments = (index, inputs.action_index_tensor)
 

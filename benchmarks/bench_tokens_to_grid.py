@@ -1,4 +1,4 @@
-"""Scatter of observation tokens into the normalised grid that Fast's encoder reads.
+"""Observation tokens into the normalised grid that Fast's encoder reads, and the first layer of that encoder.
 
 No row holds a cell twice, because the token that wins is undefined in upstream's indexing on CUDA.
 """
@@ -7,16 +7,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.harness import Case, Size, choose, parametrized, shapes
 from metta_fastagent import ops
 
-FEATURES, SIDE, EMPTY = 25, 11, 255
+FEATURES, SIDE, EMPTY, LAYER_STRIDE = 25, 11, 255, 3
 CELLS = FEATURES * SIDE * SIDE
 # Coprime to the number of cells (5^2 11^2), so that no row visits a cell twice.
 STRIDE = 1009
+KINDS = ("tokens_to_grid", "tokens_conv2d forward", "tokens_conv2d forward + backward")
 EMPTY_SHARE = 0.3
 PROVIDERS = ("upstream", "torch.compile", "eager", "native", "triton")
 SHAPES = shapes("rows tokens", quick=[(256, 64)], full=[(1, 200), (64, 200), (1024, 200)], gpu=[(16384, 200)])
@@ -47,20 +50,34 @@ def upstream(tokens: Tensor, scale: Tensor) -> Tensor:
     return grid / scale.view(1, -1, 1, 1)
 
 
-def package(tokens: Tensor, scale: Tensor) -> Tensor:
-    """The package's operation."""
+def formula(tokens: Tensor, scale: Tensor, *layer: Tensor) -> Tensor:
+    """The grid; with weight and bias of a layer, its convolution and ReLU."""
+    grid = upstream(tokens, scale)
+    return F.relu(F.conv2d(grid, *layer, stride=LAYER_STRIDE)) if layer else grid
+
+
+def package(tokens: Tensor, scale: Tensor, *layer: Tensor) -> Tensor:
+    """The same by the package's operations."""
+    if layer:
+        return ops.tokens_conv2d(tokens, *layer, scale=scale, width=SIDE, height=SIDE, stride=LAYER_STRIDE, relu=True)
     return ops.tokens_to_grid(tokens, FEATURES, SIDE, SIDE, scale)
 
 
-def make_case(size: Size, device: torch.device) -> Case:
-    inputs = make_inputs(size, device)
+def make_case(kind: str, size: Size, device: torch.device) -> Case:
+    leaves = [] if kind == "tokens_to_grid" else [*nn.Conv2d(FEATURES, 64, 5).to(device).parameters()]
+    inputs = (*make_inputs(size, device), *leaves)
 
     def call_of(provider: str) -> Callable[[], Any]:
-        return functools.partial(choose(provider, {"upstream": upstream}, package), *inputs)
+        run = functools.partial(choose(provider, {"upstream": formula}, package), *inputs)
+        if not kind.endswith("backward"):
+            return torch.no_grad()(run)
+        return lambda: torch.autograd.grad(run().square().mean(), leaves)
 
-    return Case("tokens_to_grid", call_of, moved_bytes=size["rows"] * (3 * size["tokens"] + 4 * CELLS))
+    floats = 64 * 9 if leaves else CELLS
+    return Case(kind, call_of, moved_bytes=size["rows"] * (3 * size["tokens"] + 4 * floats), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @parametrized(PROVIDERS, SHAPES)
-def test_tokens_to_grid(measure):
-    measure(make_case)
+def test_tokens(measure, kind):
+    measure(functools.partial(make_case, kind))

@@ -5,7 +5,7 @@ float64, which costs time and separates a collapsed dimension from rounding.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,12 +21,8 @@ PROVIDERS = ("upstream", "eager")
 SHAPES = shapes("weights width", quick=[(6, 64)], full=[(6, 128), (24, 128)], gpu=[(24, 512)])
 
 
-def upstream(weights: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Metrics of each weight by itself, every value read by itself."""
-    return [_metrics(name, weight) for name, weight in weights.items()]
-
-
-def _metrics(name: str, weight: Tensor) -> dict[str, Any]:
+def upstream(name: str, weight: Tensor) -> dict[str, Any]:
+    """Metrics of a weight by itself, every value read by itself."""
     values = torch.linalg.svdvals(weight)
     live = values[values > ZERO_SV]
     x = torch.arange(1, live.numel() + 1, device=weight.device, dtype=weight.dtype).log()
@@ -54,7 +50,9 @@ def make_case(size: Size, device: torch.device) -> Case:
     weights = {f"layer{i}": torch.randn(*shape, device=device, generator=generator) for i in range(size["weights"])}
 
     def call_of(provider: str) -> Callable[[], Any]:
-        return lambda: upstream(weights) if provider == "upstream" else analyze_weights(weights, DELTA)
+        return lambda: (
+            [upstream(*w) for w in weights.items()] if provider == "upstream" else analyze_weights(weights, DELTA)
+        )
 
     def compared(records: list[dict[str, Any]]) -> list[list[float]]:
         return [[float(record.get(key, math.nan)) for key in COMPARED] for record in records]

@@ -88,7 +88,7 @@ EXPERIMENTS = {
     "grid": Experiment(
         [_tokens_to_grid],
         {"ZERO_BLOCK": (512, 1024, 2048), "TOKEN_BLOCK": (16, 32, 64)},
-        [bench_tokens_to_grid.make_case],
+        [partial(bench_tokens_to_grid.make_case, "tokens_to_grid")],
         TOKENS,
     ),
     "lstm": Experiment([_lstm_layer], {"BLOCK_B": (16, 32), "BLOCK_N": (32, 64, 128)}, LSTMS, SEGMENTS),
@@ -99,7 +99,7 @@ EXPERIMENTS = {
 def patched(modules: Sequence[Any], constants: Mapping[str, int]) -> Iterator[None]:
     """The package with other constants, and without the tables of chunks made with its own."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(_chunk_table, "_tables", {}))
+        stack.enter_context(mock.patch.multiple(_chunk_table, _tables={}, _plans={}))
         for module, (name, value) in itertools.product(modules, constants.items()):
             if hasattr(module, name):
                 stack.enter_context(mock.patch.object(module, name, value))

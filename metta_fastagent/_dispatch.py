@@ -104,6 +104,7 @@ def needs_operator(*args: Any) -> bool:
         torch.compiler.is_compiling()
         or not _PLAIN_TYPES.issuperset(map(type, args))
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
     )

@@ -76,7 +76,7 @@ def _failure(device: torch.device) -> str | None:
 
 
 _addresses_of, _dtype_of = Tensor.data_ptr, operator.attrgetter("dtype")
-# (kernel, compiled kernel) by the kernel's id, device, dtypes and constants. None: this Triton has another interface.
+# (kernel, compiled kernel) by the kernel's id, device, options, dtypes and constants. None: this Triton has another interface.
 _kept: dict[tuple, tuple[Any, Any]] | None = {}
 
 
@@ -93,7 +93,7 @@ def launch(
 
     `kernel[grid]` finds the compiled kernel for its arguments at every call, which takes several times as long as the
     launch itself. Here it is looked up by what it depends on if all tensors start on 16-byte addresses. `constants` are
-    in the order of the kernel's parameters; warps and stages follow from them and the dtypes.
+    in the order of the kernel's parameters.
     """
     device = tensors[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():
@@ -102,7 +102,7 @@ def launch(
     addresses = list(map(_addresses_of, tensors))
     aligned = functools.reduce(operator.or_, addresses) % 16 == 0
     # By identity: a kernel's own hash is that of its source.
-    key = (id(kernel), device, *map(_dtype_of, tensors), *constants.values())
+    key = (id(kernel), device, num_warps, num_stages, *map(_dtype_of, tensors), *constants.values())
     kept = _kept.get(key) if _kept and aligned and max(numbers, default=0) < 2**31 else None
     if kept is None or not _launch_kept(kept[1], programs, [*addresses, *numbers, *constants.values()]):
         options = {"num_warps": num_warps} if num_stages is None else {"num_warps": num_warps, "num_stages": num_stages}

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 Memory = tuple[dict[int, Tensor], dict[int, Tensor]]
 # Passed from `_manage_lstm_state` to `_store_lstm_state`: a key or a first row, rows on the device, or None.
 MemoryId = int | DeviceRows | None
-# Reasons of `_own_computation` that have been logged.
+# Reasons of `own_computation` that have been logged.
 _reported_reasons: set[str] = set()
 
 
@@ -258,7 +258,7 @@ class LSTMWrapper(nn.Module):
 
     def _is_plain_lstm(self, warn: bool) -> bool:
         """Whether `lstm` computes what nn.LSTM does with its parameters; if not, one message says why."""
-        reason = _own_computation(self.lstm)
+        reason = own_computation(self.lstm, nn.LSTM)
         if reason and warn and reason not in _reported_reasons:
             _reported_reasons.add(reason)
             logger.warning("%s: segments with resets call the LSTM step by step, as %s", type(self).__name__, reason)
@@ -480,13 +480,13 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(tensor.device.type) if cast else tensor.dtype
 
 
-def _own_computation(lstm: nn.Module) -> str:
-    """Why `lstm` may compute something else than nn.LSTM does with its parameters; empty if it does not."""
-    if type(lstm) is not nn.LSTM:
-        return f"it is a {type(lstm).__name__}"
-    if "forward" in lstm.__dict__:
+def own_computation(module: nn.Module, kind: type[nn.Module]) -> str:
+    """Why `module` may compute something else than a `kind` does with its parameters; empty if it does not."""
+    if type(module) is not kind:
+        return f"it is a {type(module).__name__}"
+    if "forward" in module.__dict__:
         return "its forward was replaced"
-    if lstm._forward_hooks or lstm._forward_pre_hooks or lstm._backward_hooks or lstm._backward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks"
     if nn.modules.module._has_any_global_hook():
         return "all modules have hooks"

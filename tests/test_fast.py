@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import nn
 from torch.nn import functional as F
 
-from metta_fastagent import Fast, MettaAgent, use_backend
+from metta_fastagent import Fast, MettaAgent, ops, use_backend
 
 NAMES, MAX_PARAMS = ["noop", "move", "use", "say"], [0, 3, 1, 14]
 ACTIONS = 22
@@ -311,6 +311,114 @@ def test_other_windows(width, height, flat):
 def test_a_window_that_does_not_fit_is_refused(side, size):
     with pytest.raises(ValueError, match=rf"env\.{side}: got .* expected an integer 11 to 16"):
         make_fast(SimpleNamespace(**{side: size}))
+
+
+# The first layers
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class DoubledWeight(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class OwnTensor(torch.Tensor):
+    """A tensor subclass that PyTorch's own operators compute with."""
+
+
+def doubled_forward(conv):
+    plain = conv.forward
+    conv.forward = lambda x: 2 * plain(x)
+
+
+def replaced(policy, name, kind=nn.Conv2d, **changes):
+    conv = getattr(policy, name)
+    sizes = {"in_channels": conv.in_channels, "out_channels": 64, "kernel_size": conv.kernel_size}
+    new = kind(**sizes | {"stride": conv.stride, **changes})
+    setattr(policy, name, new)
+    if new.weight.shape == conv.weight.shape:
+        new.load_state_dict(conv.state_dict(), strict=False)
+
+
+LAYER_CHANGES = {
+    "nothing": lambda policy, name: None,
+    "forward hook": lambda policy, name: getattr(policy, name).register_forward_hook(lambda m, args, out: 2 * out),
+    "forward pre-hook": lambda policy, name: getattr(policy, name).register_forward_pre_hook(
+        lambda m, args: (2 * args[0],)
+    ),
+    "parametrization": lambda policy, name: nn.utils.parametrize.register_parametrization(
+        getattr(policy, name), "weight", DoubledWeight()
+    ),
+    "subclass": lambda policy, name: replaced(policy, name, Doubled),
+    "own forward": lambda policy, name: doubled_forward(getattr(policy, name)),
+    "tensor subclass": lambda policy, name: setattr(
+        getattr(policy, name), "weight", nn.Parameter(getattr(policy, name).weight.detach().as_subclass(OwnTensor))
+    ),
+    "no bias": lambda policy, name: replaced(policy, name, bias=False),
+    "strides of its own": lambda policy, name: replaced(policy, name, stride=(3, 2)),
+    "circular padding": lambda policy, name: replaced(policy, name, padding=1, padding_mode="circular"),
+    "dilation": lambda policy, name: replaced(policy, name, kernel_size={"cnn1": 3, "cnn2": 2}[name], dilation=2),
+    "groups of cnn2": lambda policy, name: replaced(policy, "cnn2", groups=4),
+}
+
+
+@pytest.mark.parametrize("name", ["cnn1", "cnn2"])
+@pytest.mark.parametrize("change", LAYER_CHANGES)
+def test_layers_compute_what_their_modules_do(name, change):
+    agent, env_obs = trained_fast(), observations(5)
+    policy = agent.policy
+    with torch.no_grad():
+        LAYER_CHANGES[change](policy, name)
+        features = policy.cnn2(F.relu(policy.cnn1(grid_of(env_obs, 11, 11) / policy.max_vec))).relu().flatten(1)
+        if features.shape[1] != 64:
+            policy.fc1 = nn.Linear(features.shape[1], 128)
+        expected = policy.encoded_obs(policy.fc1(features).relu()).relu()
+        torch.testing.assert_close(policy.encode_observations(env_obs), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.float64, 1e-11)], ids=str)
+def test_results_of_a_checkpoint_are_those_of_the_dense_layers(dtype, atol, backend):
+    agent, dense, env_obs = trained_fast(dtype), trained_fast(dtype), observations(6, 3, tokens=200)
+    for layer in (dense.policy.cnn1, dense.policy.cnn2):
+        # Any hook makes a layer take its input as a module.
+        layer.register_forward_hook(lambda module, args, out: None)
+    actions, results = action_pairs(agent, 6, 3), []
+    for each in (agent, dense):
+        with use_backend(backend):
+            out = each(TensorDict({"env_obs": env_obs}, batch_size=[6, 3]), action=actions)
+            (out["act_log_prob"].mean() + out["value"].square().mean()).backward()
+        results.append((out["full_log_probs"], out["value"], [param.grad for param in each.parameters()]))
+    (logits, value, grads), (wanted_logits, wanted_value, wanted_grads) = results
+    torch.testing.assert_close(logits, wanted_logits, rtol=0, atol=atol)
+    torch.testing.assert_close(value, wanted_value, rtol=0, atol=atol)
+    for grad, wanted in zip(grads, wanted_grads, strict=True):
+        # Sums of many terms of either sign.
+        torch.testing.assert_close(grad, wanted, rtol=0, atol=10 * atol * max(1.0, wanted.abs().max().item()))
+
+
+def test_a_grid_is_made_only_if_a_layer_needs_it(monkeypatch):
+    made = []
+    grid = ops.tokens_to_grid
+    monkeypatch.setattr(ops, "tokens_to_grid", lambda *args: made.append(args) or grid(*args))
+    agent = trained_fast()
+    outputs(agent, observations(3))
+    assert not made
+    agent.policy.cnn1.register_forward_hook(lambda module, args, out: None)
+    outputs(agent, observations(3))
+    assert len(made) == 1
+
+
+def test_encoder_compiles_into_one_graph():
+    torch._dynamo.reset()
+    policy, env_obs = trained_fast().policy, observations(3)
+    compiled = torch.compile(policy.encode_observations, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(env_obs), policy.encode_observations(env_obs))
+    torch._dynamo.reset()
 
 
 # Forward

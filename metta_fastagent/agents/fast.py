@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from metta_fastagent import ops
 from metta_fastagent.mixin import PyTorchAgentMixin, require_tensordict
 from metta_fastagent.ops._checks import describe, is_number, is_whole
-from metta_fastagent.recurrent import LSTMWrapper, checked_sizes
+from metta_fastagent.recurrent import LSTMWrapper, checked_sizes, own_computation
 
 DEFAULT_NUM_FEATURES = 25
 DEFAULT_WINDOW = 11
@@ -204,14 +204,29 @@ class FastPolicy(nn.Module):
         if self.feature_remap is not None:
             coordinate, feature, value = tokens.unbind(-1)
             tokens = torch.stack((coordinate, self.feature_remap[feature.long()], value), dim=-1)
-        grid = ops.tokens_to_grid(
-            tokens, self.num_features, self.out_width, self.out_height, self.max_vec.view(-1), self.cnn1.weight.dtype
-        )
+        features = F.relu(self._second_convolution(self._first_convolution(tokens))).flatten(1)
+        return F.relu(self.encoded_obs(F.relu(self.fc1(features))))
+
+    def _first_convolution(self, tokens: Tensor) -> Tensor:
+        """relu(cnn1(grid of the tokens)), straight from the tokens if `cnn1` is a plain convolution."""
+        conv, scale, window = self.cnn1, self.max_vec.view(-1), (self.out_width, self.out_height)
+        if _is_plain_convolution(conv) and conv.in_channels == len(scale) and conv.stride[0] == conv.stride[1]:
+            return ops.tokens_conv2d(tokens, conv.weight, conv.bias, scale, *window, conv.stride[0], relu=True)
+        grid = ops.tokens_to_grid(tokens, self.num_features, *window, scale, conv.weight.dtype)
         if grid.device.type == "cpu":
             # These convolutions take a third less time in this layout on the CPU.
             grid = grid.contiguous(memory_format=torch.channels_last)
-        features = F.relu(self.cnn2(F.relu(self.cnn1(grid)))).flatten(1)
-        return F.relu(self.encoded_obs(F.relu(self.fc1(features))))
+        return F.relu(conv(grid))
+
+    def _second_convolution(self, images: Tensor) -> Tensor:
+        """cnn2(images); on the CPU, as the linear layer that it is if its kernel covers the whole image."""
+        conv = self.cnn2
+        whole = images.shape[1:] == conv.weight.shape[1:]
+        if whole and images.device.type == "cpu" and _is_plain_convolution(conv):
+            # Channels last, as the images are in memory.
+            weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+            return F.linear(images.permute(0, 2, 3, 1).flatten(1), weight, conv.bias)
+        return conv(images)
 
     def decode_actions(self, hidden: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         """(logits [batch_size, actions], value [batch_size, 1]) from the LSTM's output [batch_size, hidden_size].
@@ -219,9 +234,9 @@ class FastPolicy(nn.Module):
         Logit of action a: tanh(actor @ actor_W) . embedding[a] + actor_bias. The projection does not depend on the
         action, so it is computed once for each row.
         """
-        value = self.value_head(torch.tanh(self.critic_1(hidden)))
+        value = self.value_head(ops.tanh(self.critic_1(hidden)))
         actor = F.relu(self.actor_1(hidden))
-        query = torch.tanh(actor @ self.actor_W[0])
+        query = ops.tanh(actor @ self.actor_W[0])
         embeddings = self.action_embeddings.weight[: self.num_active_actions]
         return query @ embeddings.t() + self.actor_bias, value
 
@@ -247,6 +262,15 @@ def _normalizations(env: Any) -> dict[int, float]:
         if not is_number(normalization) or not math.isfinite(normalization):
             raise ValueError(f"{name}: got {normalization!r}, expected a finite number")
     return {int(feature_id): float(normalization) for feature_id, normalization in normalizations.items()}
+
+
+def _is_plain_convolution(conv: nn.Module) -> bool:
+    """Whether `conv` is an unpadded Conv2d that computes what its weight and bias say."""
+    return (
+        not own_computation(conv, nn.Conv2d)
+        and type(conv.weight) in (Tensor, nn.Parameter)
+        and (conv.padding, conv.dilation, conv.groups) == ((0, 0), (1, 1), 1)
+    )
 
 
 def _encoded_size(size: int) -> int:

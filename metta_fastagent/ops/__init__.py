@@ -7,6 +7,8 @@ from metta_fastagent.ops._evaluate_actions import evaluate_actions
 from metta_fastagent.ops._l2_init_loss import l2_init_loss
 from metta_fastagent.ops._lstm_layer import lstm_layer
 from metta_fastagent.ops._sample_actions import sample_actions
+from metta_fastagent.ops._tanh import tanh
+from metta_fastagent.ops._tokens_conv2d import tokens_conv2d
 from metta_fastagent.ops._tokens_to_grid import tokens_to_grid
 
 __all__ = [
@@ -18,5 +20,7 @@ __all__ = [
     "lstm_layer",
     "raise_if_reported",
     "sample_actions",
+    "tanh",
+    "tokens_conv2d",
     "tokens_to_grid",
 ]

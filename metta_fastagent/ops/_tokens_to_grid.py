@@ -159,22 +159,39 @@ def tokens_to_grid(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device.
     """
-    tokens = require_tensor("tokens", tokens, "a uint8 tensor of shape [N, M, 3]")
-    if tokens.dtype != torch.uint8:
-        raise TypeError(f"tokens: got {describe(tokens)}, expected a uint8 tensor of shape [N, M, 3]")
-    if tokens.dim() != 3 or tokens.shape[2] != 3:
-        raise ValueError(f"tokens: got {describe(tokens)}, expected a uint8 tensor of shape [N, M, 3]")
+    tokens = require_tokens(tokens)
     for name, size, largest in (("num_features", num_features, 256), ("width", width, 16), ("height", height, 16)):
-        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-            raise TypeError(f"{name}: got {describe(size)}, expected an integer 1 to {largest}")
-        if not 1 <= size <= largest:
-            raise ValueError(f"{name}: got {size}, expected 1 to {largest}")
-    if not isinstance(scale, Tensor):
-        require_tensor("scale", scale, f"a floating-point tensor of shape [{num_features}]")
-    if not scale.is_floating_point() or scale.shape != (num_features,):
-        raise ValueError(f"scale: got {describe(scale)}, expected a floating-point tensor of shape [{num_features}]")
+        require_size(name, size, 1, largest)
+    require_scale(scale, num_features, tokens)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype!r}, expected a floating-point dtype")
-    require_same_device("scale", scale, "tokens", tokens)
     run = tokens_to_grid_eager if in_plain_pytorch() else _tokens_to_grid
     return run(tokens, num_features, width, height, scale, dtype)
+
+
+def require_tokens(tokens: object) -> Tensor:
+    """`tokens` if it is a uint8 tensor [N, M, 3]."""
+    expected = "a uint8 tensor of shape [N, M, 3]"
+    tensor = require_tensor("tokens", tokens, expected)
+    if tensor.dtype != torch.uint8:
+        raise TypeError(f"tokens: got {describe(tensor)}, expected {expected}")
+    if tensor.dim() != 3 or tensor.shape[2] != 3:
+        raise ValueError(f"tokens: got {describe(tensor)}, expected {expected}")
+    return tensor
+
+
+def require_size(name: str, size: object, smallest: int, largest: int) -> None:
+    """`size` must be an integer from `smallest` to `largest`; a symbolic one is."""
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {describe(size)}, expected an integer {smallest} to {largest}")
+    if not smallest <= size <= largest:
+        raise ValueError(f"{name}: got {size}, expected {smallest} to {largest}")
+
+
+def require_scale(scale: object, num_features: int, tokens: Tensor) -> None:
+    """`scale` must be a floating-point tensor [num_features] on the device of `tokens`."""
+    expected = f"a floating-point tensor of shape [{num_features}]"
+    tensor = require_tensor("scale", scale, expected)
+    if not tensor.is_floating_point() or tensor.shape != (num_features,):
+        raise ValueError(f"scale: got {describe(tensor)}, expected {expected}")
+    require_same_device("scale", tensor, "tokens", tokens)

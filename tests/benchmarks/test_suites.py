@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_train_step, harness
+from benchmarks import bench_tokens_to_grid, bench_train_step, harness
 from benchmarks.__main__ import SUITES, main
 from benchmarks.harness import Options, Provider, Shape
 
@@ -26,7 +26,7 @@ TINY = [
     *(("lstm", (MODES[n % 2],), {"segments": 3, "time": 4, "resets": 30 * (n // 2)}) for n in range(4)),
     ("sample", (), {"rows": 5, "actions": 9}),
     *(("tensordict_fields", (), {"rows": 3, "time": time}) for time in (0, 2)),
-    ("tokens_to_grid", (), {"rows": 2, "tokens": 40}),
+    *(("tokens_to_grid", (kind,), {"rows": 2, "tokens": 40}) for kind in bench_tokens_to_grid.KINDS),
     ("weight_metrics", (), {"weights": 2, "width": 12}),
     ("train_step", ("rollout",), {"rows": 4, "time": 0}),
     ("train_step", ("update",), {"rows": 2, "time": 3}),

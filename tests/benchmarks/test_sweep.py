@@ -62,15 +62,22 @@ def test_sizes_that_have_not_begun_in_time_are_counted(capsys):
     assert "sizes not begun within --seconds: 2" in capsys.readouterr().out
 
 
-def test_constants_are_patched_in_every_module_and_restored():
+def test_constants_are_patched_in_every_module_and_restored(monkeypatch):
     before = (_chunk_table.CHUNK, _clip_weights.CHUNK, _chunk_table._tables)
     with sweep.patched(sweep.CHUNK_MODULES, {"CHUNK": 512, "CHUNK_WARPS": 2}):
         assert (_chunk_table.CHUNK, _clip_weights.CHUNK, _clip_weights.CHUNK_WARPS) == (512, 512, 2)
         assert _chunk_table._tables == {}
     with sweep.patched([_categorical], {"MAX_COLUMNS": 0}):
-        assert _categorical.choose_kernel(5, 9, "columns", "tile")[1] == "tile"
-    assert _categorical.choose_kernel(5, 9, "columns", "tile")[1] == "columns"
+        assert _launched_layout(monkeypatch) == "tile"
+    assert _launched_layout(monkeypatch) == "columns"
     assert before == (_chunk_table.CHUNK, _clip_weights.CHUNK, _chunk_table._tables)
+
+
+def _launched_layout(monkeypatch):
+    launched = []
+    monkeypatch.setattr(_categorical, "launch", lambda kernel, *args, **constants: launched.append(kernel))
+    _categorical.launch_rows("columns", "tile", 5, 9, (), ())
+    return launched[0]
 
 
 @pytest.mark.parametrize("name", list(sweep.EXPERIMENTS))

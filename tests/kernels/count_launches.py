@@ -131,7 +131,9 @@ def main(sizes: list[int]) -> None:
         jitted = {name: vars(modules[0])[name] for name, modules in kernels().items()}
 
         def variants() -> dict[str, int]:
-            return {name: sum(len(each[0]) for each in kernel.device_caches.values()) for name, kernel in jitted.items()}
+            return {
+                name: sum(len(each[0]) for each in kernel.device_caches.values()) for name, kernel in jitted.items()
+            }
 
         found, before = {}, variants()
         with use_backend("triton"):

@@ -309,6 +309,26 @@ def test_tokens_to_grid(device, features, width, height, tokens):
     assert torch.equal(grid.cpu(), expected)
 
 
+def test_tokens_conv2d(device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    tokens = torch.randint(0, 12, (5, 40, 3), dtype=torch.uint8)
+    tokens[..., 0] *= 17
+    weight, scale = torch.randn(7, 12, 3, 3, dtype=torch.float64), torch.rand(12, dtype=torch.float64) + 1
+    leaves = [tensor.float().to(device).requires_grad_() for tensor in (weight, scale)]
+    exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+    output = ops.tokens_conv2d(tokens.to(device), leaves[0], None, leaves[1], 11, 11, 2, relu=True)
+    grid = torch.zeros(5, 12, 11, 11, dtype=torch.float64)
+    for row in range(5):
+        for coordinate, feature, value in tokens[row].tolist():
+            if coordinate % 16 < 11:
+                grid[row, feature, coordinate // 16, coordinate % 16] = value
+    expected = torch.nn.functional.conv2d(grid / exact[1].view(1, -1, 1, 1), exact[0], None, 2).relu()
+    close(output.cpu(), expected, torch.float32)
+    gradients = torch.autograd.grad(output.square().mean(), leaves)
+    for got, want in zip(gradients, torch.autograd.grad(expected.square().mean(), exact), strict=True):
+        close(got.cpu(), want, torch.float32)
+
+
 def lstm_reference(projected, weight_hh, h, c, resets):
     """Outputs of one LSTM layer in float64, by nn.LSTMCell's formula one step at a time; autograd goes through it."""
     outputs = []

@@ -24,6 +24,7 @@ TABLE = torch.tensor([0, 1, 3, 3])
 # Steps, rows, hidden size.
 LSTM_SHAPES = [(1, 1, 1), (2, 3, 5), (4, 2, 8), (3, 1, 9), (5, 4, 16), (3, 17, 13), (2, 0, 4)]
 LSTM = (torch.randn(2, 3, 16), torch.randn(16, 4), torch.randn(3, 4), torch.randn(3, 4))
+CONV = (torch.zeros(2, 3, 3, dtype=torch.uint8), torch.randn(7, 5, 5, 5), torch.randn(7), torch.ones(5))
 PAIRS = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1], [1, 2], [2, 0]], dtype=torch.int32)
 
 
@@ -557,6 +558,7 @@ def calls():
     tokens = torch.randint(12, (3, 40, 3), dtype=torch.uint8)
     projected, weight_hh, state = torch.randn(2, 3, 16), torch.randn(16, 4), torch.randn(3, 4)
     cells, gates, resets = torch.randn(2, 3, 4), torch.rand(2, 3, 16), torch.rand(2, 3) < 0.5
+    kernel, sums = torch.randn(7, 12, 5, 5), torch.randn(3, 7, 3, 3)
     return {
         "evaluate_actions_forward": (logits, PAIRS[:5], TABLE),
         "evaluate_actions_backward": (logits, index, torch.randn(5), torch.randn(5), torch.randn(5, 6)),
@@ -565,6 +567,9 @@ def calls():
         "l2_init_loss_forward": (params, initial, 0.5),
         "l2_init_loss_backward": (params, initial, 0.5, torch.tensor(2.0)),
         "tokens_to_grid": (tokens, 12, 11, 11, torch.ones(12), torch.float32),
+        "tokens_conv2d_forward": (tokens, kernel, torch.randn(7), torch.ones(12), 11, 11, 3, True),
+        "tokens_conv2d_backward": (tokens, kernel, torch.ones(12), sums, sums, 11, 11, 3, True),
+        "tanh": (logits,),
         "action_to_logit_index": (PAIRS, TABLE),
         "logit_index_to_action": (index, PAIRS),
         "lstm_layer_forward": (projected, weight_hh, state, state, resets),
@@ -585,12 +590,13 @@ def test_every_operator_has_a_call_here():
 def test_compile_fullgraph():
     torch._dynamo.reset()
 
-    def step(logits, pairs, weights, initial, tokens):
+    def step(logits, pairs, weights, initial, tokens, kernel):
         log_prob, entropy, _ = ops.evaluate_actions(logits, pairs, TABLE)
         drawn = ops.sample_actions(logits, PAIRS)
         loss = log_prob.sum() + entropy.sum() + drawn[1].sum() + ops.l2_init_loss(weights, initial, 0.5)
         index = ops.action_to_logit_index(drawn[4], TABLE)
         grid = ops.tokens_to_grid(tokens, 5, 11, 11, torch.ones(5))
+        loss = loss + ops.tokens_conv2d(tokens, kernel, None, torch.ones(5), 11, 11, 3, relu=True).sum()
         return loss, index, grid, ops.logit_index_to_action(index, PAIRS)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -600,8 +606,9 @@ def test_compile_fullgraph():
         logits = torch.randn(9, 6).requires_grad_()
         weights = [torch.randn(4, 3).requires_grad_()]
         tokens = torch.randint(12, (9, 40, 3), dtype=torch.uint8)
-        loss, *rest = function(logits, PAIRS[torch.arange(9) % 6], weights, [torch.ones(4, 3)], tokens)
-        results.append((loss.detach(), *rest, *torch.autograd.grad(loss, [logits, *weights])))
+        kernel = torch.randn(6, 5, 3, 3).requires_grad_()
+        loss, *rest = function(logits, PAIRS[torch.arange(9) % 6], weights, [torch.ones(4, 3)], tokens, kernel)
+        results.append((loss.detach(), *rest, *torch.autograd.grad(loss, [logits, kernel, *weights])))
     for plain, traced in zip(*results, strict=True):
         torch.testing.assert_close(plain, traced)
     torch._dynamo.reset()
@@ -633,6 +640,10 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype, with_threads):
     params = [torch.randn(count, dtype=dtype) for count in (100_003, 7, 50_001)]
     initial = [torch.zeros_like(param) for param in params]
     tokens = torch.randint(12, (101, 200, 3), dtype=torch.uint8)
+    # Several blocks of rows, each with a gradient of its own.
+    seen, kernel, scale = torch.randint(12, (1025, 30, 3), dtype=torch.uint8), torch.randn(9, 12, 5, 5), torch.rand(12)
+    kernel, scale = kernel.to(dtype), (scale + 0.5).to(dtype)
+    sums = torch.randn(1025, 9, 3, 3, dtype=dtype)
     uniform = torch.rand(40_001, dtype=dtype)
     *lstm, resets = lstm_inputs(5, 2401, 24, dtype, 0.1)
     lstm = [tensor.detach() for tensor in lstm]
@@ -654,6 +665,9 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype, with_threads):
             native.l2_init_loss_forward(params, initial, 0.5),
             *native.l2_init_loss_backward(params, initial, 0.5, torch.tensor(3.0)),
             native.tokens_to_grid(tokens, 12, 11, 11, torch.rand(12).clamp(0.5, 0.5), dtype),
+            native.tokens_conv2d_forward(seen, kernel, None, scale, 11, 11, 3, True),
+            *native.tokens_conv2d_backward(seen, kernel, scale, None, sums, 11, 11, 3, True),
+            native.tanh(logits),
             native.action_to_logit_index(pairs, table),
             native.logit_index_to_action(index, entries),
             *states,
@@ -700,6 +714,16 @@ def test_lstm_layers_agree_over_numbers_of_threads(dtype, with_threads):
         ("l2_init_loss_forward", ([torch.randn(4)], [torch.randn(3)], 1.0)),
         ("tokens_to_grid", (torch.zeros(2, 3, 3, dtype=torch.uint8), 5, 11, 17, torch.ones(5))),
         ("tokens_to_grid", (torch.zeros(2, 3, 3, dtype=torch.uint8), 5, 11, 11, torch.ones(4))),
+        ("tokens_conv2d_forward", (*CONV[:3], torch.ones(4), 11, 11, 3, True)),
+        ("tokens_conv2d_forward", (*CONV, 11, 17, 3, True)),
+        ("tokens_conv2d_forward", (*CONV, 11, 4, 3, True)),
+        ("tokens_conv2d_forward", (*CONV, 11, 11, 0, True)),
+        ("tokens_conv2d_forward", (CONV[0], CONV[1], torch.ones(6), CONV[3], 11, 11, 3, True)),
+        ("tokens_conv2d_forward", (CONV[0], CONV[1][:, :4], *CONV[2:], 11, 11, 3, True)),
+        ("tokens_conv2d_backward", (*CONV[:2], CONV[3], None, torch.ones(2, 3, 3, 6), 11, 11, 3, True)),
+        ("tokens_conv2d_backward", (*CONV[:2], CONV[3], torch.ones(2, 7), torch.ones(2, 3, 3, 7), 11, 11, 3, True)),
+        ("tanh", (torch.randn(4, 6).t(),)),
+        ("tanh", (torch.randn(4).half(),)),
         ("logit_index_to_action", (torch.arange(3), PAIRS.float())),
         ("lstm_layer_forward", (*LSTM[:3], torch.randn(2, 4), None)),
         ("lstm_layer_forward", (*LSTM, torch.zeros(3, 2, dtype=torch.bool))),

@@ -1,0 +1,37 @@
+// The hyperbolic tangent of each element.
+
+#include "checks.h"
+#include "vec.h"
+
+namespace metta_fastagent {
+namespace {
+
+template <class T>
+void tanh_elements(const T* x, T* out, int64_t count) {
+  constexpr int64_t W = Lanes<T>::W;
+  parallel(count, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += W) {
+      const int64_t live = std::min(W, end - i);
+      store_live<T>(out + i, tanh<T>(load_live(x + i, live)), live);
+    }
+  });
+}
+
+Tensor tanh_of(const Tensor& x) {
+  const ScalarType dtype = require_floating_point(x, "x");
+  require_dense(x, "x", dtype);
+  const Tensor out = torch::stable::empty_like(x);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    tanh_elements<T>(data_of<T>(x), mutable_data_of<T>(out), x.numel());
+  };
+  dtype == ScalarType::Float ? run(float{}) : run(double{});
+  return out;
+}
+
+}  // namespace
+}  // namespace metta_fastagent
+
+STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) { m.def("tanh(Tensor x) -> Tensor"); }
+
+STABLE_TORCH_LIBRARY_IMPL(metta_fastagent_native, CPU, m) { m.impl("tanh", TORCH_BOX(&metta_fastagent::tanh_of)); }
