@@ -76,7 +76,7 @@ def _failure(device: torch.device) -> str | None:
 
 
 _addresses_of, _dtype_of = Tensor.data_ptr, operator.attrgetter("dtype")
-# (kernel, compiled kernel) by the kernel's id, device, options, dtypes and constants. None: this Triton has another interface.
+# (kernel, compiled kernel) by the kernel's id, device, options, dtypes and constants. None: Triton's interface differs.
 _kept: dict[tuple, tuple[Any, Any]] | None = {}
 
 
