@@ -249,7 +249,7 @@ def _evaluate_actions_forward_cuda(
             (
                 logits,
                 actions,
-                contiguous(cum_action_max_params) if pairs else index,
+                index if cum_action_max_params is None else cum_action_max_params.contiguous(),
                 log_prob,
                 entropy,
                 full_log_probs,
@@ -258,7 +258,7 @@ def _evaluate_actions_forward_cuda(
             ),
             (
                 rows,
-                cum_action_max_params.numel() - 1 if pairs else 0,
+                0 if cum_action_max_params is None else cum_action_max_params.numel() - 1,
                 actions.stride(0),
                 actions.stride(1) if pairs else 0,
             ),
