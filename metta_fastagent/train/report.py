@@ -71,13 +71,15 @@ def make_progress(total_steps: int, done: int, quiet: bool) -> Progress:
     return ProgressBar(total_steps, done) if sys.stdout.isatty() else ProgressLines(total_steps)
 
 
-def require_packages(quiet: bool = False) -> None:
-    """Raise an ImportError that names the extra if a package of the plot or of the progress bar cannot be imported."""
-    for name in ("matplotlib", "rich") if sys.stdout.isatty() and not quiet else ("matplotlib",):
+def require_packages(quiet: bool = False, tensorboard: bool = False) -> None:
+    """Raise an ImportError that names the extra if a package of the plot, the progress bar or the log is missing."""
+    used = {"matplotlib": True, "rich": sys.stdout.isatty() and not quiet, "tensorboard": tensorboard}
+    for name in (name for name in used if used[name]):
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ImportError(f"{name}: {error}; pip install 'metta-fastagent[train]'") from None
+            extra = "tensorboard" if name == "tensorboard" else "train"
+            raise ImportError(f"{name}: {error}; pip install 'metta-fastagent[{extra}]'") from None
 
 
 def _status(row: Row) -> str:
@@ -94,10 +96,24 @@ def time_split(row: Row) -> str:
 class Log:
     """The run's log.csv, with a row per update, and its weight_metrics.jsonl.
 
-    A resumed run keeps the rows of the files in `source` up to update `after`.
+    A resumed run keeps the rows of the files in `source` up to update `after`, which is `steps` steps. With
+    `tensorboard`, the same numbers and those of `add_scalar` go to event files in the folder tensorboard.
     """
 
-    def __init__(self, folder: Path, columns: Sequence[str], source: Path | None = None, after: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        columns: Sequence[str],
+        source: Path | None = None,
+        after: int = 0,
+        tensorboard: bool = False,
+        steps: int = 0,
+    ) -> None:
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(folder / "tensorboard", purge_step=steps + 1 if after else None)
         self._columns = tuple(columns)
         self._csv, self._metrics = folder / "log.csv", folder / "weight_metrics.jsonl"
         rows = read_log(source / "log.csv", columns) if source else []
@@ -115,6 +131,15 @@ class Log:
         self.rows.append(dict(row))
         with open(self._csv, "a", newline="") as file:
             csv.writer(file).writerow(self._cells(row))
+        for name, value in row.items():
+            if not math.isnan(value):
+                self.add_scalar(name, value, int(row["steps"]))
+
+    def add_scalar(self, name: str, value: float, steps: int) -> None:
+        if self._writer is not None:
+            self._writer.add_scalar(name, value, steps)
+            # a reader sees each update, and a killed run loses none
+            self._writer.flush()
 
     def add_weight_metrics(self, update: int, metrics: list[dict[str, Any]]) -> None:
         with open(self._metrics, "a") as file:

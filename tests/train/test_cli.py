@@ -18,7 +18,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from metta_fastagent.train import cli, compare_states, report
+from examples import compare_states
+from metta_fastagent.train import cli, report
 from metta_fastagent.train.checkpoint import load_checkpoint
 from metta_fastagent.train.config import DEFAULTS, TrainConfig
 from metta_fastagent.train.evaluate import Evaluation, mean_and_lower_bound
@@ -416,7 +417,12 @@ def test_no_checkpoint_after_an_action_out_of_range(run, tmp_path, monkeypatch):
     def report(*args, **kwargs):
         raise ValueError("actions[3]: got parameter 7")
 
-    monkeypatch.setattr("metta_fastagent.ops.raise_if_reported", report)
+    def updates_with_a_report(made):
+        monkeypatch.setattr("metta_fastagent.ops.raise_if_reported", report)
+        run_updates(made)
+
+    run_updates = cli.run_updates
+    monkeypatch.setattr(cli, "run_updates", updates_with_a_report)
     with pytest.raises(ValueError, match="parameter 7"):
         run(*SMALL, "--quiet", "--steps", UPDATE_STEPS, "--out", "run")
     assert not (tmp_path / "run" / "checkpoint.pt").exists()

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from metta_fastagent.train.config import require_device
-from metta_fastagent.train.environments import Step, check_actions, check_int, check_legal, check_seed, legal_pairs
+from metta_fastagent.train.environments import Step, check_int, check_seed
 
 WINDOW = 11
 CENTRE = WINDOW // 2
@@ -102,7 +102,6 @@ class MettagridEnvironment:
         self.feature_normalizations = {spec.id: float(spec.normalization) for spec in specs}
         self.action_names = list(ACTION_NAMES)
         self.max_action_args = [len(names) - 1 for names in SIMULATOR_ACTIONS]
-        self._max_action_args = torch.tensor(self.max_action_args)
         self._ore_feature = self.features["inv:ore"]["id"]
 
         # The simulators read and write slices of these tensors through numpy views.
@@ -129,16 +128,9 @@ class MettagridEnvironment:
         return self._copy(self._observations)
 
     def step(self, actions: Tensor) -> Step:
-        """Apply (type, parameter) pairs, any integer dtype `[num_envs, 2]`, and replace simulators that have ended.
-
-        Raises TypeError or ValueError, which names `actions`, before any simulator steps.
-        """
+        """Apply (type, parameter) pairs, any integer dtype `[num_envs, 2]`, and replace simulators that have ended."""
         self._check_open()
-        pairs = check_actions(actions, self.num_envs, self.device).cpu().long()
-        action_types, action_params = pairs.unbind(1)
-        legal = legal_pairs(action_types, action_params, self._max_action_args)
-        check_legal(legal, pairs, self.action_names, self.max_action_args)
-
+        action_types, action_params = actions.cpu().long().unbind(1)
         self._simulator_actions.copy_(self._action_ids[action_types, action_params])
         for simulation in self._simulations:
             simulation.step()
@@ -171,14 +163,6 @@ class MettagridEnvironment:
         seen = is_mine.any(dim=1)
         action_types = torch.where(seen, MOVE, NOOP)
         return torch.stack((action_types, torch.where(seen, action_params, 0)), dim=1).int().to(self.device)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Always raises NotImplementedError: the simulator's state cannot be saved."""
-        raise NotImplementedError("the mettagrid simulator's state cannot be saved")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Always raises NotImplementedError: the simulator's state cannot be restored."""
-        raise NotImplementedError("the mettagrid simulator's state cannot be restored; use reset()")
 
     def close(self) -> None:
         """Close all simulators. Later calls of `step` and `reset` raise RuntimeError."""
@@ -264,8 +248,8 @@ def _game_config(
 
 
 def _action_table(action_ids: dict[str, int]) -> Tensor:
-    """int64 `[types, largest parameter + 1]`: the simulator's action id of each legal pair, else -1."""
-    table = torch.full((len(SIMULATOR_ACTIONS), max(map(len, SIMULATOR_ACTIONS))), -1)
+    """int64 `[types, largest parameter + 1]`: the simulator's action id of each legal pair, that of noop for others."""
+    table = torch.full((len(SIMULATOR_ACTIONS), max(map(len, SIMULATOR_ACTIONS))), action_ids["noop"])
     for action_type, names in enumerate(SIMULATOR_ACTIONS):
         for parameter, simulator_name in enumerate(names):
             table[action_type, parameter] = action_ids[simulator_name]
