@@ -190,15 +190,6 @@ def _default(name: str) -> str:
     return f"default: {own}" + "".join(f", {value} for {env}" for env, value in values.items() if value != own)
 
 
-class Request(NamedTuple):
-    """The checked options: what to train, the folder of the run, and the checkpoint to resume from."""
-
-    config: TrainConfig
-    folder: Path
-    resume: Path | None
-    state: dict[str, Any] | None
-
-
 class Run(NamedTuple):
     """A run: its trainer, folder, log (rank 0 only), the environment of its evaluations, and the final evaluation."""
 
@@ -225,7 +216,7 @@ def prepare(
     make_agent: Any = None,
 ) -> Run:
     """Check the request and build the trainer, its folder and its log. `given` has fields of TrainConfig."""
-    config, folder, resume, state = ranks.run_on_all_ranks(lambda: read_request(given, out, resume, quiet, tensorboard))
+    config, folder, state = ranks.run_on_all_ranks(lambda: read_request(given, out, resume, quiet, tensorboard))
     # Subnormal numbers slow the saturated gates of a trained LSTM; torch's threads inherit the mode if it is set first.
     torch.set_flush_denormal(True)
     if config.threads:
@@ -240,7 +231,7 @@ def prepare(
     def open_log() -> Log | None:
         if not ranks.is_first():
             return None
-        _make_writable(folder)
+        _make_folder(folder)
         source = resume and resume.parent
         if source and (source / BEST).exists() and not (folder / BEST).exists():
             shutil.copy(source / BEST, folder / BEST)
@@ -251,8 +242,8 @@ def prepare(
 
 def read_request(
     given: dict[str, Any], out: Path | None, resume: Path | None, quiet: bool, tensorboard: bool
-) -> Request:
-    """Check the options as far as possible without a trainer."""
+) -> tuple[TrainConfig, Path, dict[str, Any] | None]:
+    """The configuration, the folder and the state to resume from, checked as far as possible without a trainer."""
     require_packages(quiet, tensorboard)
     state = None if resume is None else load_checkpoint(resume)
     config = TrainConfig.for_environment(**given) if state is None else resumed_config(state["config"], given)
@@ -262,7 +253,7 @@ def read_request(
     if (folder / CHECKPOINT).exists() and not (resume and folder.samefile(resume.parent)):
         hint = f"to continue that run, pass --resume {folder / CHECKPOINT}"
         raise UsageError(f"--out: got {folder}, which has a checkpoint, expected a folder without one; {hint}")
-    return Request(config, folder, resume, state)
+    return config, folder, state
 
 
 def _note_differences(trainer: Trainer, saved_backend: str) -> None:
@@ -291,12 +282,9 @@ def _unused_folder(folder: Path) -> Path:
     return candidate
 
 
-def _make_writable(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
         raise UsageError(f"--out: got {folder} ({error.strerror or error}), expected a writable folder") from None
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from metta_fastagent.train.environments import Environment, Step, VectorEnvironment
-from metta_fastagent.train.environments.mettagrid import MettagridEnvironment
 
 pytest.importorskip("mettagrid", reason="the simulator is an extra: pip install metta-fastagent[mettagrid]")
+
+from metta_fastagent.train.environments.mettagrid import MettagridEnvironment
 
 NOOP, MOVE = 0, 1
 LEGAL_PAIRS = torch.tensor([(NOOP, 0), (MOVE, 0), (MOVE, 1), (MOVE, 2), (MOVE, 3)])

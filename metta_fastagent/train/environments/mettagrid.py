@@ -23,7 +23,6 @@ the window are always empty. Features, their ids and normalizations are the simu
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +30,15 @@ from torch import Tensor
 
 from metta_fastagent.train.config import require_device
 from metta_fastagent.train.environments import Step, check_int, check_seed
+
+try:
+    from mettagrid.builder import building
+    from mettagrid.config import handler_config, mettagrid_config, reward_config
+    from mettagrid.map_builder.random_map import RandomMapBuilder
+    from mettagrid.simulator import Simulation
+    from mettagrid.simulator.simulator import Buffers
+except ImportError as error:
+    raise ImportError(f"mettagrid: {error}; pip install 'metta-fastagent[mettagrid]'") from None
 
 WINDOW = 11
 CENTRE = WINDOW // 2
@@ -45,7 +53,6 @@ SIMULATOR_ACTIONS = (("noop",), ("move_north", "move_south", "move_west", "move_
 NOOP, MOVE = 0, 1
 NORTH, SOUTH, WEST, EAST = 0, 1, 2, 3
 
-INSTALL_HINT = "mettagrid is not installed: pip install 'metta-fastagent[mettagrid]'"
 # Simulators take seeds as C++ ints, maps as numpy ints; 31 bits fit both.
 SEED_BITS = 31
 
@@ -63,7 +70,6 @@ class MettagridEnvironment:
         max_steps: steps per episode.
         num_tokens: M, tokens per observation.
 
-    Raises ImportError if the package `mettagrid` is missing.
     """
 
     name = "mettagrid"
@@ -94,9 +100,7 @@ class MettagridEnvironment:
         seed = check_seed(seed)
         self.device = require_device("device", device)
 
-        api = _simulator_api()
-        self._api = api
-        self._config = _game_config(api, num_agents, map_size, num_mines, max_steps, num_tokens)
+        self._config = _game_config(num_agents, map_size, num_mines, max_steps, num_tokens)
         specs = self._config.game.id_map().features()
         self.features = {spec.name: {"id": spec.id, "normalization": float(spec.normalization)} for spec in specs}
         self.feature_normalizations = {spec.id: float(spec.normalization) for spec in specs}
@@ -179,7 +183,7 @@ class MettagridEnvironment:
 
     def _buffers_of(self, rows: slice) -> Any:
         size = rows.stop - rows.start
-        return self._api.Buffers(
+        return Buffers(
             observations=self._observations[rows].numpy(),
             terminals=self._terminals[rows].numpy(),
             truncations=self._truncations[rows].numpy(),
@@ -191,60 +195,36 @@ class MettagridEnvironment:
 
     def _new_simulation(self, buffers: Any) -> Any:
         self._config.game.map_builder.seed = self._seeds.getrandbits(SEED_BITS)
-        return self._api.Simulation(self._config, seed=self._seeds.getrandbits(SEED_BITS), buffers=buffers)
+        return Simulation(self._config, seed=self._seeds.getrandbits(SEED_BITS), buffers=buffers)
 
 
-def _simulator_api() -> SimpleNamespace:
-    """The parts of the package `mettagrid` that are used here. Raises ImportError if it is missing."""
-    try:
-        import mettagrid  # noqa: F401
-    except ImportError as error:
-        raise ImportError(INSTALL_HINT) from error
-    from mettagrid.builder import building
-    from mettagrid.config import handler_config, mettagrid_config, reward_config
-    from mettagrid.map_builder.random_map import RandomMapBuilder
-    from mettagrid.simulator import Simulation
-    from mettagrid.simulator.simulator import Buffers
-
-    return SimpleNamespace(
-        Buffers=Buffers,
-        RandomMapBuilder=RandomMapBuilder,
-        Simulation=Simulation,
-        config=mettagrid_config,
-        handlers=handler_config,
-        rewards=reward_config,
-        wall=building.wall,
-    )
-
-
-def _game_config(
-    api: SimpleNamespace, num_agents: int, map_size: int, num_mines: int, max_steps: int, num_tokens: int
-) -> Any:
+def _game_config(num_agents: int, map_size: int, num_mines: int, max_steps: int, num_tokens: int) -> Any:
     """The simulator's MettaGridConfig of the game described at the top."""
-    config = api.config
-    take_all = api.handlers.Handler(
-        mutations=[api.handlers.withdraw({"ore": ORE_PER_MINE}, remove_when_empty=True)],
+    take_all = handler_config.Handler(
+        mutations=[handler_config.withdraw({"ore": ORE_PER_MINE}, remove_when_empty=True)],
     )
-    mine = config.GridObjectConfig(
+    mine = mettagrid_config.GridObjectConfig(
         name="mine",
-        inventory=config.InventoryConfig(initial={"ore": ORE_PER_MINE}),
+        inventory=mettagrid_config.InventoryConfig(initial={"ore": ORE_PER_MINE}),
         on_use_handler=take_all,
     )
-    game = config.GameConfig(
+    game = mettagrid_config.GameConfig(
         num_agents=num_agents,
         max_steps=max_steps,
         episode_truncates=True,
         resource_names=["ore"],
-        objects={"wall": api.wall, "mine": mine},
-        obs=config.ObsConfig(width=WINDOW, height=WINDOW, num_tokens=num_tokens),
-        actions=config.ActionsConfig(change_vibe=config.ChangeVibeActionConfig(enabled=False)),
-        agent=config.AgentConfig(rewards={"ore": api.rewards.inventoryReward("ore", weight=1 / ORE_PER_MINE)}),
+        objects={"wall": building.wall, "mine": mine},
+        obs=mettagrid_config.ObsConfig(width=WINDOW, height=WINDOW, num_tokens=num_tokens),
+        actions=mettagrid_config.ActionsConfig(change_vibe=mettagrid_config.ChangeVibeActionConfig(enabled=False)),
+        agent=mettagrid_config.AgentConfig(
+            rewards={"ore": reward_config.inventoryReward("ore", weight=1 / ORE_PER_MINE)}
+        ),
         protocol_details_obs=False,
-        map_builder=api.RandomMapBuilder.Config(
+        map_builder=RandomMapBuilder.Config(
             agents=num_agents, width=map_size, height=map_size, border_width=1, objects={"mine": num_mines}, seed=0
         ),
     )
-    return config.MettaGridConfig(game=game)
+    return mettagrid_config.MettaGridConfig(game=game)
 
 
 def _action_table(action_ids: dict[str, int]) -> Tensor:
