@@ -65,16 +65,13 @@ def train(config: TrainConfig) -> Run:
     torch.set_num_threads(config.threads)
     make_env = partial(MemoryEnvironment, **TASK)
     trainer, rows = Trainer(config, make_env), []
-    progress = report.make_progress(config.steps, 0, quiet=False)
+    progress = report.Progress(config.steps)
 
     def after_update(row: report.Row) -> None:
         rows.append(row)
         progress.update(row)
 
-    try:
-        trainer.run(after_update)
-    finally:
-        progress.close()
+    trainer.run(after_update)
     return Run(rows, evaluate(trainer.agent, make_environment(make_env, ROWS, trainer.device), config))
 
 

@@ -72,16 +72,15 @@ def _check_outputs(agent: MettaAgent, env: Environment) -> None:
     try:
         with torch.no_grad():
             out = agent(td, action=torch.zeros(rows, 1, 2, dtype=torch.int32, device=env.device))
-        shapes = [list(out["act_log_prob"].shape), list(out["entropy"].shape), out["value"].numel()]
+        sizes = {name: out[name].numel() for name in ("act_log_prob", "entropy", "value")}
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(
             f"agent: {kind} failed on {describe(td['env_obs'])} with an action ({first_line(error)}), expected the "
             "TensorDict that handle_training_mode returns"
         ) from error
     agent.train()
-    if shapes != [[rows, 1], [rows, 1], rows]:
-        got = f"act_log_prob {shapes[0]}, entropy {shapes[1]} and {shapes[2]} values"
-        raise ValueError(f"agent: got {got} from {kind} for segments [{rows}, 1], expected one of each per step")
+    if set(sizes.values()) != {rows}:
+        raise ValueError(f"agent: got {sizes} elements from {kind} for {rows} steps, expected one each per step")
 
 
 def one_step_segments(observations: Tensor, memory: tuple[Tensor, Tensor], starts: dict[str, Tensor]) -> TensorDict:

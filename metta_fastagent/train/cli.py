@@ -23,7 +23,7 @@ from metta_fastagent.train.checkpoint import load_checkpoint, save_checkpoint
 from metta_fastagent.train.config import DEFAULTS, TrainConfig
 from metta_fastagent.train.environments import Environment, ProtocolError, make_environment
 from metta_fastagent.train.evaluate import ROWS, Evaluation, evaluate, load_agent, play_worlds
-from metta_fastagent.train.report import Log, draw_learning_curve, make_progress, require_packages, summary, time_split
+from metta_fastagent.train.report import Log, Progress, draw_learning_curve, require_packages, summary, time_split
 from metta_fastagent.train.timer import PHASES
 from metta_fastagent.train.trainer import COLUMNS, Trainer, TrainingDiverged
 
@@ -93,19 +93,13 @@ def train(
     quiet: bool = True,
     tensorboard: bool = False,
 ) -> "Run":
-    """Train as the command does, with the same files and the same summary.
+    """Train as the command does, with the same files, summary and errors.
 
     Args:
         config: the hyperparameters; `env` and `agent` become the names of the two functions, if given.
         make_env: `make_env(num_envs, device)` gives a VectorEnvironment or a gymnasium.vector.VectorEnv.
         make_agent: `make_agent(env)` gives the agent, see `agents.make_agent`.
         out, resume, quiet, tensorboard: as the command's options.
-
-    Returns:
-        Run: the trainer with the trained agent, the folder and the evaluation.
-
-    Raises:
-        TypeError, ValueError, TrainingDiverged, OSError: as the command prints them.
     """
     names = {"env": make_env, "agent": make_agent}
     config = replace(config, **{name: _path_of(made) for name, made in names.items() if made is not None})
@@ -216,7 +210,7 @@ def prepare(
     make_agent: Any = None,
 ) -> Run:
     """Check the request and build the trainer, its folder and its log. `given` has fields of TrainConfig."""
-    config, folder, state = ranks.run_on_all_ranks(lambda: read_request(given, out, resume, quiet, tensorboard))
+    config, folder, state = ranks.run_on_all_ranks(lambda: read_request(given, out, resume, tensorboard))
     # Subnormal numbers slow the saturated gates of a trained LSTM; torch's threads inherit the mode if it is set first.
     torch.set_flush_denormal(True)
     if config.threads:
@@ -241,10 +235,10 @@ def prepare(
 
 
 def read_request(
-    given: dict[str, Any], out: Path | None, resume: Path | None, quiet: bool, tensorboard: bool
+    given: dict[str, Any], out: Path | None, resume: Path | None, tensorboard: bool
 ) -> tuple[TrainConfig, Path, dict[str, Any] | None]:
     """The configuration, the folder and the state to resume from, checked as far as possible without a trainer."""
-    require_packages(quiet, tensorboard)
+    require_packages(tensorboard)
     state = None if resume is None else load_checkpoint(resume)
     config = TrainConfig.for_environment(**given) if state is None else resumed_config(state["config"], given)
     name = re.sub(r"\W+", "-", config.env)
@@ -323,7 +317,7 @@ def run_updates(run: Run) -> None:
     trainer, folder, log = run.trainer, run.folder, run.log
     config = trainer.config
     total_steps = trainer.last_update * config.steps_per_update(ranks.world_size())
-    progress = make_progress(total_steps, trainer.steps, run.quiet or log is None)
+    progress = Progress(total_steps, run.quiet or log is None)
 
     def due(interval: int) -> bool:
         return bool(interval) and (trainer.updates == trainer.last_update or trainer.updates % interval == 0)
@@ -343,14 +337,11 @@ def run_updates(run: Run) -> None:
         if stop:
             raise KeyboardInterrupt
 
-    try:
-        if trainer.updates and not ranks.all_gather((folder / CHECKPOINT).exists())[0]:
-            # resumed into another folder
-            save(trainer, folder / CHECKPOINT)
-        with deferred_interrupt() as interrupted:
-            trainer.run(after_update)
-    finally:
-        progress.close()
+    if trainer.updates and not ranks.all_gather((folder / CHECKPOINT).exists())[0]:
+        # resumed into another folder
+        save(trainer, folder / CHECKPOINT)
+    with deferred_interrupt() as interrupted:
+        trainer.run(after_update)
 
 
 def keep_best(run: Run) -> None:

@@ -78,10 +78,6 @@ def random_policy(env: Environment, generator: torch.Generator) -> Policy:
     return act
 
 
-def scripted_policy(env: Environment) -> Policy:
-    return lambda observations, dones, truncateds: env.scripted_actions()
-
-
 def learned_policy(agent: Any, reset_state_every_step: bool = False, greedy: bool = False) -> Policy:
     """Samples from the agent, or with `greedy` takes its likeliest action; every call advances its rollout memory."""
 
@@ -136,16 +132,12 @@ def play_worlds(
             policies = {
                 "random": random_policy(env, torch.Generator(env.device).manual_seed(seed)),
                 "learned": learned_policy(player, config.reset_state_every_step, greedy),
-                "scripted": scripted_policy(env),
+                "scripted": lambda *observed: env.scripted_actions(),
             }
-            for name in names:
+            for name in names if hasattr(env, "scripted_actions") else set(names) - {"scripted"}:
                 # the same worlds for an environment that draws from torch's generator
                 torch.manual_seed(seed)
-                try:
-                    returns[name].append(play(env, policies[name], seed, limit))
-                except NotImplementedError:
-                    if name != "scripted":
-                        raise
+                returns[name].append(play(env, policies[name], seed, limit))
     return returns
 
 

@@ -48,15 +48,9 @@ def generalized_advantages(
     delta[t] = rewards[t] + gamma * (bootstrap_values[t] if ends[t] else values[t + 1]) - values[t]
     advantage[t] = delta[t] + gamma * lam * (0 if ends[t] else advantage[t + 1])
 
-    Args:
-        rewards: float [B, T], reward of step t.
-        values: float [B, T], value of the observation before step t.
-        ends: bool [B, T], True where step t ends an episode, by termination or truncation.
-        next_value: float [B], value of the observation after the last step; used if that step does not end an episode.
-        bootstrap_values: float [B, T], used where `ends` is True: 0 for a termination, the value of the episode's final
-            observation for a truncation.
-        gamma: discount per step.
-        lam: decay of the estimator.
+    All are [B, T], except for the values [B] after the last step, `next_value`. `values[t]` is that of the observation
+    before step t; `ends[t]` says that step t ended an episode, by termination or truncation. `bootstrap_values` are 0
+    for terminations and the value of the episode's final observation for truncations.
 
     Returns:
         float [B, T]. The targets of the value function are these plus `values`.

@@ -47,9 +47,8 @@ class Trainer:
         env: this rank's vector environment.
         agent: MettaAgent around the agent.
         learner: the module that computes the loss: `agent`, or with several ranks DistributedDataParallel around it.
-        updates: updates so far.
+        updates, last_update: updates so far and in the whole run.
         steps: environment steps so far, over all rows and ranks.
-        last_update: updates in the whole run.
         best_return: highest evaluated return so far; -inf before an evaluation.
         seconds, cpu_seconds: wall and process CPU time of all updates, those before a resume included.
 
@@ -274,17 +273,11 @@ class Trainer:
         rollout = ("observations", "dones", "truncateds", "episode_returns")
         state = {
             "memory": self.agent.get_memory(),
-            "environment": self._environment_state(),
+            "environment": self.env.state_dict(),
             "rollout": {name: getattr(self, name) for name in rollout},
             "random": _random_state(self.device),
         }
         return _on_cpu(state)
-
-    def _environment_state(self) -> dict[str, Any] | None:
-        try:
-            return self.env.state_dict()
-        except NotImplementedError:
-            return None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned; an environment that could not be saved starts new episodes.

@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """The MettaGrid simulator (the package `mettagrid`, an extra) as an environment of the trainer.
 
 Each simulator has `num_agents` agents in a walled square map with `num_mines` mines. An agent that walks into a mine
@@ -201,12 +202,10 @@ class MettagridEnvironment:
 def _game_config(num_agents: int, map_size: int, num_mines: int, max_steps: int, num_tokens: int) -> Any:
     """The simulator's MettaGridConfig of the game described at the top."""
     take_all = handler_config.Handler(
-        mutations=[handler_config.withdraw({"ore": ORE_PER_MINE}, remove_when_empty=True)],
+        mutations=[handler_config.withdraw({"ore": ORE_PER_MINE}, remove_when_empty=True)]
     )
     mine = mettagrid_config.GridObjectConfig(
-        name="mine",
-        inventory=mettagrid_config.InventoryConfig(initial={"ore": ORE_PER_MINE}),
-        on_use_handler=take_all,
+        name="mine", inventory=mettagrid_config.InventoryConfig(initial={"ore": ORE_PER_MINE}), on_use_handler=take_all
     )
     game = mettagrid_config.GameConfig(
         num_agents=num_agents,
