@@ -5,10 +5,11 @@ from functools import partial
 import pytest
 import torch
 
+from metta_fastagent.train.agents import one_step_segments
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.environments import make_environment
 from metta_fastagent.train.environments.memory import MemoryEnvironment
-from metta_fastagent.train.evaluate import ROWS, Evaluation, evaluate
+from metta_fastagent.train.evaluate import ROWS, Evaluation, evaluate, learned_policy
 from metta_fastagent.train.trainer import Trainer
 
 SMALL_ROOM = partial(MemoryEnvironment, room_size=2, delay=1, time_limit=4)
@@ -44,3 +45,16 @@ def test_the_result_depends_neither_on_the_memory_nor_on_the_number_of_rows_in_t
     many.agent.policy.load_state_dict(few.agent.policy.state_dict())
     results = [evaluated(trainer) for trainer in (few, many)]
     assert results[0] == results[1]
+
+
+def test_greedy_takes_the_likeliest_action():
+    trainer = make_trainer(2 * ROWS)
+    agent, starts, cut = trainer.agent.policy, trainer.dones, trainer.truncateds
+    segments = one_step_segments(trainer.observations, trainer.memory(), {"dones": starts, "truncateds": cut})
+    with torch.no_grad():
+        log_probs = agent(segments, action=torch.zeros(2 * ROWS, 1, 2, dtype=torch.int32))["full_log_probs"].flatten(
+            0, 1
+        )
+        actions = learned_policy(agent, greedy=True)(trainer.observations, starts, cut)
+    index = agent._convert_action_to_logit_index(actions)
+    assert torch.equal(log_probs.gather(1, index.long().view(-1, 1)).squeeze(1), log_probs.max(1).values)
