@@ -389,7 +389,7 @@ def _summarize(run: Run, log: Log) -> Evaluation:
         "speed": f"{rate:,.0f} steps/s: {time_split(phases)}",
         "backend": f"{backend} on {_devices(config)}",
         "learning curve": str(plot),
-        "best": f"{folder / BEST}, mean return {trainer.best_return:.3f}",
+        "best": f"{folder / BEST}, evaluated return {trainer.best_return:.3f}",
         "resume": f"{resume_command(folder / CHECKPOINT)} --steps {2 * trainer.steps}",
     }
     if not (folder / BEST).exists():

@@ -67,7 +67,7 @@ def config(**changes):
 def test_an_own_environment_and_agent_train_and_act(tmp_path, capsys):
     run = train(config(), make_env=Cue, make_agent=Agent, out=tmp_path / "run")
     assert type(run.agent) is Agent and run.evaluation.scripted is None
-    assert f"best              {tmp_path}/run/best.pt, mean return 0." in capsys.readouterr().out
+    assert f"best              {tmp_path}/run/best.pt, evaluated return 0." in capsys.readouterr().out
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert state["config"]["env"].endswith("test_own:Cue") and state["config"]["agent"].endswith("test_own:Agent")
     agent, env, _ = load_agent(tmp_path / "run" / "checkpoint.pt", 2, make_env=Cue, make_agent=Agent)
