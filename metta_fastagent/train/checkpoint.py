@@ -13,7 +13,7 @@ from metta_fastagent.ops._checks import first_line
 
 # identifies the files of this trainer
 FORMAT = "metta_fastagent.train.checkpoint"
-VERSION = 2
+VERSION = 3
 REQUIRED = (
     *("config", "counters", "model", "optimizer", "initial_weights", "initial_weight_magnitudes"),
     *("action_names", "max_action_args", "feature_mapping"),

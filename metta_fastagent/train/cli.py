@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import re
 import shlex
+import shutil
 import signal
 import statistics
 import sys
@@ -19,15 +21,18 @@ import metta_fastagent
 from metta_fastagent.train import ranks
 from metta_fastagent.train.checkpoint import load_checkpoint, save_checkpoint
 from metta_fastagent.train.config import DEFAULTS, TrainConfig
-from metta_fastagent.train.evaluate import Evaluation, evaluate
-from metta_fastagent.train.report import Log, draw_learning_curve, make_progress, require_packages, summary, time_split
+from metta_fastagent.train.environments import Environment, ProtocolError, make_environment
+from metta_fastagent.train.evaluate import ROWS, Evaluation, evaluate, load_agent, play_worlds
+from metta_fastagent.train.report import Log, Progress, draw_learning_curve, require_packages, summary, time_split
 from metta_fastagent.train.timer import PHASES
 from metta_fastagent.train.trainer import COLUMNS, Trainer, TrainingDiverged
 
 PROGRAM = "python -m metta_fastagent.train"
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
+# few, as training waits for them
+BEST_WORLDS = 4
 # options that a resumed run may change; the others must match, so that it equals an uninterrupted run
-RESUMABLE = ("steps", "device", "threads", "checkpoint_interval", "check_ranks")
+RESUMABLE = ("steps", "device", "threads", "evaluation_interval", "checkpoint_interval", "check_ranks")
 
 
 class UsageError(ValueError):
@@ -52,25 +57,75 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str] | None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if arguments[:1] == ["evaluate"]:
+            return print_evaluation(arguments[1:])
         options = vars(make_parser().parse_args(arguments))
-        trainer, folder, log = prepare(options)
+        given = {each.name: options[each.name] for each in fields(TrainConfig) if each.name in options}
+        run = prepare(given, options["out"], options["resume"], options["quiet"], options["tensorboard"])
     except (ValueError, TypeError, ImportError, OSError, ranks.RankError) as error:
         return _fail(error, 2)
     except KeyboardInterrupt:
         _say("interrupted before training")
         return 130
     try:
-        train(trainer, folder, log, options["quiet"])
-        ranks.run_on_all_ranks(lambda: None if log is None else report(trainer, folder, log))
+        run_updates(run)
+        report(run)
     except (TrainingDiverged, ranks.RanksDiffer) as error:
         return _fail(error, 1)
-    except (OSError, ranks.RankError) as error:
+    except (OSError, ranks.RankError, ProtocolError) as error:
         return _fail(error, 2)
     except KeyboardInterrupt:
-        saved = folder / CHECKPOINT
+        saved = run.folder / CHECKPOINT
         _say(f"interrupted; {f'resume with: {resume_command(saved)}' if saved.exists() else 'no checkpoint saved'}")
         return 130
+    return 0
+
+
+def train(
+    config: TrainConfig,
+    *,
+    make_env: Callable[..., Any] | None = None,
+    make_agent: Callable[..., Any] | None = None,
+    out: Path | str | None = None,
+    resume: Path | str | None = None,
+    quiet: bool = True,
+    tensorboard: bool = False,
+) -> "Run":
+    """Train as the command does, with the same files, summary and errors.
+
+    Args:
+        config: the hyperparameters; `env` and `agent` become the names of the two functions, if given.
+        make_env: `make_env(num_envs, device)` gives a VectorEnvironment or a gymnasium.vector.VectorEnv.
+        make_agent: `make_agent(env)` gives the agent, see `agents.make_agent`.
+        out, resume, quiet, tensorboard: as the command's options.
+    """
+    names = {"env": make_env, "agent": make_agent}
+    config = replace(config, **{name: _path_of(made) for name, made in names.items() if made is not None})
+    folder, checkpoint = (None if path is None else Path(path) for path in (out, resume))
+    run = prepare(config.to_dict(), folder, checkpoint, quiet, tensorboard, make_env, make_agent)
+    run_updates(run)
+    return report(run)
+
+
+def _path_of(made: Any) -> str:
+    """The name that `import_object` takes, if `made` can be imported."""
+    named = made if hasattr(made, "__qualname__") else type(made)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def print_evaluation(arguments: list[str]) -> int:
+    """The command `evaluate`: mean and deviation of the returns of a checkpoint's agent. Returns 0."""
+    parser = Parser(f"{PROGRAM} evaluate", description="Evaluate a checkpoint.", allow_abbrev=False)
+    parser.add_argument("checkpoint", type=Path, help="checkpoint file")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest action instead of a random draw")
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    options = parser.parse_args(arguments)
+    agent, env, config = load_agent(options.checkpoint, ROWS, options.device)
+    returns = torch.cat(play_worlds(agent, env, config, greedy=options.greedy)["learned"])
+    print(f"mean return {returns.mean():.3f}, deviation {returns.std():.3f}, {len(returns)} episodes")
+    env.close()
     return 0
 
 
@@ -97,15 +152,22 @@ def resume_command(checkpoint: Path) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """Options of the run, and one per field of TrainConfig, which is absent from the result if it is not given."""
-    parser = Parser(PROGRAM, description="Train Fast with recurrent PPO.", allow_abbrev=False)
+    parser = Parser(
+        PROGRAM,
+        description="Train an agent with recurrent PPO; `evaluate CHECKPOINT` evaluates one.",
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--out", type=Path, help="folder of the run (default: runs/ENV-seedN; with --resume that of the checkpoint)"
     )
     parser.add_argument("--resume", type=Path, metavar="PATH", help="resume from this checkpoint file")
     parser.add_argument("--quiet", action="store_true", help="print the final summary only")
+    parser.add_argument("--tensorboard", action="store_true", help="also log to FOLDER/tensorboard")
     for each in fields(TrainConfig):
         name, kind = "--" + each.name.replace("_", "-"), cast(type, each.type)
         text = f"{each.metadata['help']} ({_default(each.name)})"
+        if text.startswith("ablation"):
+            text = argparse.SUPPRESS
         form: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         if kind is not bool:
             form = {"type": kind, "metavar": kind.__name__.upper()}
@@ -117,29 +179,45 @@ def _default(name: str) -> str:
     """For example "default: 0.95" or "default: 128 for memory, 64 for mettagrid"."""
     values = {env: getattr(TrainConfig.for_environment(env), name) for env in DEFAULTS}
     if name == "env":
-        return f"{' or '.join(DEFAULTS)}, default: memory"
-    if len(set(values.values())) == 1:
-        return f"default: {values['memory']}"
-    return "default: " + ", ".join(f"{value} for {env}" for env, value in values.items())
+        return "default: memory"
+    own = getattr(TrainConfig(), name)
+    return f"default: {own}" + "".join(f", {value} for {env}" for env, value in values.items() if value != own)
 
 
-class Request(NamedTuple):
-    """The checked options: what to train, the folder of the run, and the checkpoint to resume from."""
+class Run(NamedTuple):
+    """A run: its trainer, folder, log (rank 0 only), the environment of its evaluations, and the final evaluation."""
 
-    config: TrainConfig
+    trainer: Trainer
     folder: Path
-    resume: Path | None
-    state: dict[str, Any] | None
+    log: Log | None
+    evaluation_env: Environment
+    quiet: bool
+    evaluation: Evaluation | None = None
+
+    @property
+    def agent(self) -> Any:
+        """The agent, without its host."""
+        return self.trainer.agent.policy
 
 
-def prepare(options: dict[str, Any]) -> tuple[Trainer, Path, Log | None]:
-    """Check the request and build the trainer, its folder and its log. Only rank 0 has a log."""
-    config, folder, resume, state = ranks.run_on_all_ranks(lambda: read_request(options))
+def prepare(
+    given: dict[str, Any],
+    out: Path | None = None,
+    resume: Path | None = None,
+    quiet: bool = True,
+    tensorboard: bool = False,
+    make_env: Any = None,
+    make_agent: Any = None,
+) -> Run:
+    """Check the request and build the trainer, its folder and its log. `given` has fields of TrainConfig."""
+    config, folder, state = ranks.run_on_all_ranks(lambda: read_request(given, out, resume, tensorboard))
     # Subnormal numbers slow the saturated gates of a trained LSTM; torch's threads inherit the mode if it is set first.
     torch.set_flush_denormal(True)
     if config.threads:
         torch.set_num_threads(config.threads)
-    trainer = Trainer(config)
+    trainer = Trainer(config, make_env, make_agent)
+    with torch.random.fork_rng(devices=[]):
+        env = ranks.run_on_all_ranks(lambda: make_environment(trainer.make_env, ROWS, trainer.device))
     if state is not None:
         ranks.run_on_all_ranks(lambda: trainer.load_state_dict(state))
         _note_differences(trainer, state["backend"])
@@ -147,25 +225,29 @@ def prepare(options: dict[str, Any]) -> tuple[Trainer, Path, Log | None]:
     def open_log() -> Log | None:
         if not ranks.is_first():
             return None
-        _make_writable(folder)
-        return Log(folder, COLUMNS, source=resume and resume.parent, after=trainer.updates)
+        _make_folder(folder)
+        source = resume and resume.parent
+        if source and (source / BEST).exists() and not (folder / BEST).exists():
+            shutil.copy(source / BEST, folder / BEST)
+        return Log(folder, COLUMNS, source, trainer.updates, tensorboard, trainer.steps)
 
-    return trainer, folder, ranks.run_on_all_ranks(open_log)
+    return Run(trainer, folder, ranks.run_on_all_ranks(open_log), env, quiet)
 
 
-def read_request(options: dict[str, Any]) -> Request:
-    """Check the options as far as possible without a trainer."""
-    given = {each.name: options[each.name] for each in fields(TrainConfig) if each.name in options}
-    require_packages(options["quiet"])
-    resume: Path | None = options["resume"]
+def read_request(
+    given: dict[str, Any], out: Path | None, resume: Path | None, tensorboard: bool
+) -> tuple[TrainConfig, Path, dict[str, Any] | None]:
+    """The configuration, the folder and the state to resume from, checked as far as possible without a trainer."""
+    require_packages(tensorboard)
     state = None if resume is None else load_checkpoint(resume)
     config = TrainConfig.for_environment(**given) if state is None else resumed_config(state["config"], given)
-    default = resume.parent if resume else _unused_folder(Path("runs") / f"{config.env}-seed{config.seed}")
-    folder = options["out"] or default
+    name = re.sub(r"\W+", "-", config.env)
+    default = resume.parent if resume else _unused_folder(Path("runs") / f"{name}-seed{config.seed}")
+    folder = out or default
     if (folder / CHECKPOINT).exists() and not (resume and folder.samefile(resume.parent)):
         hint = f"to continue that run, pass --resume {folder / CHECKPOINT}"
         raise UsageError(f"--out: got {folder}, which has a checkpoint, expected a folder without one; {hint}")
-    return Request(config, folder, resume, state)
+    return config, folder, state
 
 
 def _note_differences(trainer: Trainer, saved_backend: str) -> None:
@@ -194,12 +276,9 @@ def _unused_folder(folder: Path) -> Path:
     return candidate
 
 
-def _make_writable(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
         raise UsageError(f"--out: got {folder} ({error.strerror or error}), expected a writable folder") from None
 
@@ -230,14 +309,18 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def train(trainer: Trainer, folder: Path, log: Log | None, quiet: bool) -> None:
-    """Train for the configured steps, with logs and checkpoints.
+def run_updates(run: Run) -> None:
+    """Train for the configured steps, with logs, checkpoints and the best agent so far.
 
     After Ctrl-C on any rank, all ranks finish the update, save a checkpoint and raise KeyboardInterrupt.
     """
-    interval = trainer.config.checkpoint_interval
-    total_steps = trainer.last_update * trainer.config.steps_per_update(ranks.world_size())
-    progress = make_progress(total_steps, trainer.steps, quiet or log is None)
+    trainer, folder, log = run.trainer, run.folder, run.log
+    config = trainer.config
+    total_steps = trainer.last_update * config.steps_per_update(ranks.world_size())
+    progress = Progress(total_steps, run.quiet or log is None)
+
+    def due(interval: int) -> bool:
+        return bool(interval) and (trainer.updates == trainer.last_update or trainer.updates % interval == 0)
 
     def after_update(row: dict[str, float]) -> None:
         progress.update(row)
@@ -247,19 +330,30 @@ def train(trainer: Trainer, folder: Path, log: Log | None, quiet: bool) -> None:
             if metrics is not None:
                 log.add_weight_metrics(trainer.updates, metrics)
         stop = any(ranks.all_gather(interrupted()))
-        if stop or trainer.updates == trainer.last_update or (interval and trainer.updates % interval == 0):
+        if not stop and due(config.evaluation_interval):
+            keep_best(run)
+        if stop or trainer.updates == trainer.last_update or due(config.checkpoint_interval):
             save(trainer, folder / CHECKPOINT)
         if stop:
             raise KeyboardInterrupt
 
-    try:
-        if trainer.updates and not ranks.all_gather((folder / CHECKPOINT).exists())[0]:
-            # resumed into another folder
-            save(trainer, folder / CHECKPOINT)
-        with deferred_interrupt() as interrupted:
-            trainer.run(after_update)
-    finally:
-        progress.close()
+    if trainer.updates and not ranks.all_gather((folder / CHECKPOINT).exists())[0]:
+        # resumed into another folder
+        save(trainer, folder / CHECKPOINT)
+    with deferred_interrupt() as interrupted:
+        trainer.run(after_update)
+
+
+def keep_best(run: Run) -> None:
+    """Evaluate the agent, and save the run as best.pt if no earlier evaluation had a higher mean return."""
+    trainer = run.trainer
+    returns = play_worlds(trainer.agent, run.evaluation_env, trainer.config, worlds=BEST_WORLDS)["learned"]
+    value = ranks.all_gather(torch.cat(returns).mean().item())[0]
+    if run.log is not None:
+        run.log.add_scalar("evaluated_return", value, trainer.steps)
+    if value >= trainer.best_return:
+        trainer.best_return = value
+        save(trainer, run.folder / BEST)
 
 
 def save(trainer: Trainer, path: Path) -> None:
@@ -268,15 +362,24 @@ def save(trainer: Trainer, path: Path) -> None:
     ranks.run_on_all_ranks(lambda: save_checkpoint(path, state) if ranks.is_first() else None)
 
 
-def report(trainer: Trainer, folder: Path, log: Log) -> Evaluation:
-    """Evaluate, draw the learning curve and print the summary."""
-    config = trainer.config
-    evaluation = evaluate(trainer.agent, config)
+def report(run: Run) -> Run:
+    """Evaluate, draw the learning curve and print the summary on rank 0; returns the run with its evaluation."""
+    evaluation = ranks.run_on_all_ranks(lambda: None if run.log is None else _summarize(run, run.log))
+    run.evaluation_env.close()
+    run.trainer.env.close()
+    return run._replace(evaluation=evaluation)
+
+
+def _summarize(run: Run, log: Log) -> Evaluation:
+    trainer, folder, config = run.trainer, run.folder, run.trainer.config
+    evaluation = evaluate(trainer.agent, run.evaluation_env, config)
     baselines = {"random": statistics.fmean(evaluation.random)}
     if evaluation.scripted:
         baselines["scripted"] = statistics.fmean(evaluation.scripted)
     plot = folder / "learning_curve.png"
-    draw_learning_curve(plot, log.rows, f"Fast on {config.env}, seed {config.seed}, {_devices(config)}", baselines)
+    draw_learning_curve(
+        plot, log.rows, f"{type(run.agent).__name__} on {config.env}, seed {config.seed}, {_devices(config)}", baselines
+    )
     phases = {f"{phase}_seconds": sum(row[f"{phase}_seconds"] for row in log.rows) for phase in PHASES}
     backend = metta_fastagent.backend(trainer.device)
     rate = trainer.steps / trainer.seconds if trainer.seconds else 0.0
@@ -286,8 +389,11 @@ def report(trainer: Trainer, folder: Path, log: Log) -> Evaluation:
         "speed": f"{rate:,.0f} steps/s: {time_split(phases)}",
         "backend": f"{backend} on {_devices(config)}",
         "learning curve": str(plot),
+        "best": f"{folder / BEST}, evaluated return {trainer.best_return:.3f}",
         "resume": f"{resume_command(folder / CHECKPOINT)} --steps {2 * trainer.steps}",
     }
+    if not (folder / BEST).exists():
+        del facts["best"]
     print(summary(facts, evaluation))
     return evaluation
 

@@ -4,7 +4,8 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from metta_fastagent import ActionSpace
+from metta_fastagent.ops._checks import first_line
+from metta_fastagent.train import agents
+from metta_fastagent.train.checkpoint import CheckpointError, load_checkpoint
 from metta_fastagent.train.config import TrainConfig
-from metta_fastagent.train.environments import VectorEnvironment, make_environment
+from metta_fastagent.train.environments import Environment, make_environment
 
-# (observations [N, M, 3], dones bool [N], truncateds bool [N]) -> actions [N, 2]
+# (observations [N, ...], dones bool [N], truncateds bool [N]) -> actions [N, 2]
 Policy = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # seeds of evaluation worlds start here; those of training are below 2**31
@@ -64,7 +68,7 @@ def mean_and_lower_bound(samples: Sequence[float]) -> tuple[float, float]:
     return mean, mean - quantile * statistics.stdev(samples) / math.sqrt(len(samples))
 
 
-def random_policy(env: VectorEnvironment, generator: torch.Generator) -> Policy:
+def random_policy(env: Environment, generator: torch.Generator) -> Policy:
     """Uniform over all legal (type, parameter) pairs."""
     pairs = ActionSpace(env.action_names, env.max_action_args).action_index_tensor.to(env.device)
 
@@ -74,22 +78,19 @@ def random_policy(env: VectorEnvironment, generator: torch.Generator) -> Policy:
     return act
 
 
-def scripted_policy(env: VectorEnvironment) -> Policy:
-    return lambda observations, dones, truncateds: env.scripted_actions()
-
-
-def learned_policy(agent: Any, reset_state_every_step: bool = False) -> Policy:
-    """Samples from the agent; every call advances its rollout memory."""
+def learned_policy(agent: Any, reset_state_every_step: bool = False, greedy: bool = False) -> Policy:
+    """Samples from the agent, or with `greedy` takes its likeliest action; every call advances its rollout memory."""
 
     def act(observations: Tensor, dones: Tensor, truncateds: Tensor) -> Tensor:
         starts = torch.ones_like(dones) if reset_state_every_step else dones
         entries: dict[str, Any] = {"env_obs": observations, "dones": starts, "truncateds": truncateds}
-        return agent(TensorDict(entries, batch_size=dones.shape))["actions"]
+        td = agent(TensorDict(entries, batch_size=dones.shape))
+        return agent.action_index_tensor[td["full_log_probs"].argmax(-1)] if greedy else td["actions"]
 
     return act
 
 
-def play(env: VectorEnvironment, policy: Policy, seed: int, limit: int) -> Tensor:
+def play(env: Environment, policy: Policy, seed: int, limit: int) -> Tensor:
     """Reset `env` to `seed` and play the first episode of every row, up to `limit` steps. Returns, float [N]."""
     observations = env.reset(seed)
     dones = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
@@ -107,33 +108,63 @@ def play(env: VectorEnvironment, policy: Policy, seed: int, limit: int) -> Tenso
 
 
 @torch.no_grad()
-def evaluate(agent: Any, config: TrainConfig, worlds: int = WORLDS, limit: int = 10_000, **options: Any) -> Evaluation:
-    """Play one episode per row with each of the three policies, in `worlds` worlds of ROWS rows.
+def play_worlds(
+    agent: Any,
+    env: Environment,
+    config: TrainConfig,
+    names: Sequence[str] = ("learned",),
+    worlds: int = WORLDS,
+    *,
+    greedy: bool = False,
+    limit: int = 10_000,
+) -> dict[str, list[Tensor]]:
+    """Play one episode per row with each policy of `names`: learned, random, scripted. Returns [N] for each world.
 
-    Changes neither the agent's rollout memory nor torch's random state. `options` go to `make_environment`.
+    Changes neither the agent's rollout memory nor torch's random state. Without a scripted policy its list is empty.
     """
-    device = agent.device
-    env = make_environment(config.env, ROWS, device, FIRST_SEED, **options)
     # shares the weights, but has its own rollout memory
     player = copy.copy(agent.policy)
-    player.allocate_memory(ROWS)
-    returns: dict[str, list[float]] = {"random": [], "learned": [], "scripted": []}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    player.allocate_memory(env.num_envs)
+    returns: dict[str, list[Tensor]] = {name: [] for name in names}
+    with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
         for seed in range(FIRST_SEED, FIRST_SEED + worlds):
-            torch.manual_seed(seed)
             player.reset_memory()
-            generator = torch.Generator(device).manual_seed(seed)
             policies = {
-                "random": random_policy(env, generator),
-                "learned": learned_policy(player, config.reset_state_every_step),
-                "scripted": scripted_policy(env),
+                "random": random_policy(env, torch.Generator(env.device).manual_seed(seed)),
+                "learned": learned_policy(player, config.reset_state_every_step, greedy),
+                "scripted": lambda *observed: env.scripted_actions(),
             }
-            for name, policy in policies.items():
-                try:
-                    returns[name].append(play(env, policy, seed, limit).mean().item())
-                except NotImplementedError:
-                    if name != "scripted":
-                        raise
-    env.close()
-    scripted = tuple(returns["scripted"]) or None
-    return Evaluation(tuple(returns["random"]), tuple(returns["learned"]), scripted)
+            for name in names if hasattr(env, "scripted_actions") else set(names) - {"scripted"}:
+                # the same worlds for an environment that draws from torch's generator
+                torch.manual_seed(seed)
+                returns[name].append(play(env, policies[name], seed, limit))
+    return returns
+
+
+def evaluate(agent: Any, env: Environment, config: TrainConfig, worlds: int = WORLDS) -> Evaluation:
+    """Play one episode per row of `env` with each of the three policies, in `worlds` worlds; see `play_worlds`."""
+    played = play_worlds(agent, env, config, ("random", "learned", "scripted"), worlds)
+    means = {name: tuple(row.mean().item() for row in rows) for name, rows in played.items()}
+    return Evaluation(means["random"], means["learned"], means["scripted"] or None)
+
+
+def load_agent(
+    path: Path | str, num_envs: int = 1, device: str = "cpu", make_env: Any = None, make_agent: Any = None
+) -> tuple[Any, Environment, TrainConfig]:
+    """The agent of a checkpoint for acting, an environment of `num_envs` rows for it, and the run's configuration.
+
+    A step is `agent(TensorDict({"env_obs": observations, "dones": starts}, [num_envs]))["actions"]`, (type, parameter)
+    pairs [num_envs, 2]; `starts` is True where an episode starts. `make_env` and `make_agent` are those of `train`;
+    without them, the checkpoint's names are imported.
+
+    Raises CheckpointError if the file is unusable or of another network, and the errors of `make_agent`.
+    """
+    state = load_checkpoint(Path(path))
+    config = replace(TrainConfig.from_dict(state["config"]), device=device)
+    env = make_environment(make_env or config.env, num_envs, torch.device(device))
+    agent = agents.make_agent(config, env, make_agent)
+    try:
+        agent.policy.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: got another network ({first_line(error)}), expected the agent's own") from error
+    return agent.eval(), env, config

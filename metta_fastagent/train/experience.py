@@ -8,29 +8,35 @@ from torch import Tensor
 
 
 class Experience:
-    """Preallocated storage of one rollout: one segment of T steps for each of B rows (environments).
+    """Preallocated storage of one rollout: one segment of `length` = T steps for each of B rows (environments).
+
+    Args:
+        observations: a batch of observations [B, ...], which gives dtype, shape and device.
+        state: the LSTM state (h, c), each [layers, B, hidden].
 
     Attributes:
-        observations: uint8 [B, T, M, 3], before step t.
+        observations: [B, T, ...], before step t.
         actions: int32 [B, T, 2], (type, parameter) pairs.
         log_probs, values, rewards: float32 [B, T].
         dones, truncateds: bool [B, T], episode starts, an input of the agent: True if observation t starts an episode
             after a termination or a reset of the environment (dones), or after a truncation (truncateds).
         terminals, truncations: bool [B, T], episode ends, an input of the advantages: True if step t ended an episode.
         bootstrap_values: float32 [B, T], value of the final observation if step t truncated an episode, else 0.
+        valid: bool [B, T], False for steps that are not learned from; None if all are.
         lstm_h, lstm_c: float32 [B, layers, hidden], the LSTM state before the first step and before any reset.
     """
 
-    def __init__(self, rows: int, length: int, num_tokens: int, layers: int, hidden: int, device: torch.device) -> None:
+    def __init__(self, observations: Tensor, length: int, state: tuple[Tensor, Tensor]) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(rows, *shape, dtype=dtype, device=device)
+            return torch.zeros(len(observations), *shape, dtype=dtype, device=observations.device)
 
-        self.observations = zeros(length, num_tokens, 3, dtype=torch.uint8)
+        self.observations = zeros(length, *observations.shape[1:], dtype=observations.dtype)
         self.actions = zeros(length, 2, dtype=torch.int32)
         self.log_probs, self.values, self.rewards, self.bootstrap_values = (zeros(length) for _ in range(4))
         self.dones, self.truncateds = (zeros(length, dtype=torch.bool) for _ in range(2))
         self.terminals, self.truncations = (zeros(length, dtype=torch.bool) for _ in range(2))
-        self.lstm_h, self.lstm_c = (zeros(layers, hidden) for _ in range(2))
+        self.valid: Tensor | None = None
+        self.lstm_h, self.lstm_c = (zeros(part.shape[0], part.shape[2]) for part in state)
 
     @property
     def length(self) -> int:
@@ -45,6 +51,16 @@ class Experience:
         """Store the named tensors, each [B, ...], at time t. Raises AttributeError for an unknown name."""
         for name, value in step.items():
             getattr(self, name)[:, t] = value
+
+    def store_valid(self, t: int, valid: Tensor | None) -> None:
+        """Store `valid`, bool [B], at time t; None counts every row."""
+        if valid is not None:
+            self.valid = torch.ones_like(self.terminals) if self.valid is None else self.valid
+            self.valid[:, t] = valid
+
+    def valid_rows(self, rows: Tensor) -> Tensor | None:
+        """`valid` of `rows`."""
+        return None if self.valid is None else self.valid[rows]
 
     def segments(self, rows: Tensor) -> TensorDict:
         """The agent's inputs for the segments of `rows` (int64 [b]), a TensorDict of batch size [b]."""

@@ -48,15 +48,9 @@ def generalized_advantages(
     delta[t] = rewards[t] + gamma * (bootstrap_values[t] if ends[t] else values[t + 1]) - values[t]
     advantage[t] = delta[t] + gamma * lam * (0 if ends[t] else advantage[t + 1])
 
-    Args:
-        rewards: float [B, T], reward of step t.
-        values: float [B, T], value of the observation before step t.
-        ends: bool [B, T], True where step t ends an episode, by termination or truncation.
-        next_value: float [B], value of the observation after the last step; used if that step does not end an episode.
-        bootstrap_values: float [B, T], used where `ends` is True: 0 for a termination, the value of the episode's final
-            observation for a truncation.
-        gamma: discount per step.
-        lam: decay of the estimator.
+    All are [B, T], except for the values [B] after the last step, `next_value`. `values[t]` is that of the observation
+    before step t; `ends[t]` says that step t ended an episode, by termination or truncation. `bootstrap_values` are 0
+    for terminations and the value of the episode's final observation for truncations.
 
     Returns:
         float [B, T]. The targets of the value function are these plus `values`.
@@ -72,10 +66,18 @@ def generalized_advantages(
     return advantages
 
 
-def normalized(advantages: Tensor) -> Tensor:
-    """`advantages`, float [minibatches, b, T], scaled to mean 0 and deviation 1 per minibatch, over all ranks."""
-    mean, variance = ranks.moments(advantages, dim=(1, 2))
+def normalized(advantages: Tensor, valid: Tensor | None = None) -> Tensor:
+    """`advantages`, float [minibatches, b, T], scaled to mean 0 and deviation 1 per minibatch, over all ranks.
+
+    Steps for which `valid` (bool, the same shape) is False do not count.
+    """
+    mean, variance = ranks.moments(advantages, (1, 2), valid)
     return (advantages - mean) / (variance.sqrt() + ADVANTAGE_EPSILON)
+
+
+def mean_of(values: Tensor, valid: Tensor | None) -> Tensor:
+    """The mean of `values`, of those where `valid` (bool, the same shape) is True, 0-dim."""
+    return values.mean() if valid is None else torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
 
 
 def ppo_loss(
@@ -86,6 +88,7 @@ def ppo_loss(
     old_value: Tensor,
     advantages: Tensor,
     returns: Tensor,
+    valid: Tensor | None = None,
     *,
     clip_coef: float,
     vf_clip_coef: float,
@@ -98,27 +101,31 @@ def ppo_loss(
     with r = exp(log_prob - old_log_prob), A the advantages (see `normalized`), H the entropy, E = (value - returns)^2.
     With vf_clip_coef = v > 0, E is the larger of that and (old_value + clip(value - old_value, -v, v) - returns)^2.
     KL is estimated by mean(r - 1 - log r), which is never negative.
+    `valid`, bool [B, T] or None, leaves steps out of all means.
     """
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    policy_loss = -mean_of(torch.minimum(ratio * advantages, clipped * advantages), valid)
     error = (value - returns).square()
     if vf_clip_coef:
         clipped_value = old_value + (value - old_value).clamp(-vf_clip_coef, vf_clip_coef)
         error = torch.maximum(error, (clipped_value - returns).square())
-    value_loss = 0.5 * error.mean()
-    mean_entropy = entropy.mean()
+    value_loss = 0.5 * mean_of(error, valid)
+    mean_entropy = mean_of(entropy, valid)
     total = policy_loss + vf_coef * value_loss - ent_coef * mean_entropy
     with torch.no_grad():
-        approx_kl = (torch.expm1(log_ratio) - log_ratio).mean()
-        clip_fraction = ((ratio - 1).abs() > clip_coef).float().mean()
+        approx_kl = mean_of(torch.expm1(log_ratio) - log_ratio, valid)
+        clip_fraction = mean_of(((ratio - 1).abs() > clip_coef).float(), valid)
     return PpoLoss(total, policy_loss.detach(), value_loss.detach(), mean_entropy.detach(), approx_kl, clip_fraction)
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+def explained_variance(values: Tensor, returns: Tensor, valid: Tensor | None = None) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over all ranks, 0-dim; not finite if all returns are equal."""
-    _, variances = ranks.moments(torch.stack([returns - values, returns]).flatten(1), dim=(1,))
+    samples = torch.stack([returns - values, returns])
+    _, variances = ranks.moments(
+        samples.flatten(1), (1,), None if valid is None else valid.expand_as(samples).flatten(1)
+    )
     residual, total = variances.squeeze(1)
     return 1 - residual / total
 
@@ -144,7 +151,7 @@ def update(
     total, epochs = torch.zeros(len(STATISTICS), device=advantages.device), 0
     while epochs < config.epochs:
         order = torch.randperm(config.num_envs, device=advantages.device).view(config.minibatches, -1)
-        minibatches = map(Minibatch, order, normalized(advantages[order]), returns[order])
+        minibatches = map(Minibatch, order, normalized(advantages[order], experience.valid_rows(order)), returns[order])
         steps = [_step(learner, optimizer, experience, minibatch, config, timer) for minibatch in minibatches]
         statistics = torch.stack(steps).mean(0)
         total, epochs = total + statistics, epochs + 1
@@ -206,6 +213,7 @@ def _backward(
         experience.values[rows],
         part.advantages,
         part.returns,
+        experience.valid_rows(rows),
         clip_coef=config.clip_coef,
         vf_clip_coef=config.vf_clip_coef,
         vf_coef=config.vf_coef,

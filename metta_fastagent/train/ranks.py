@@ -138,13 +138,18 @@ def mean(values: Tensor) -> Tensor:
     return total / world_size()
 
 
-def moments(values: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def moments(values: Tensor, dim: tuple[int, ...], valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over `dim` (kept as size 1) and over the ranks, whose `values` have the same shape.
 
+    Values where `valid` (bool, the same shape) is False do not count; None counts all.
     Two passes, so that a large mean does not cancel the variance.
     """
-    center = mean(values.mean(dim, keepdim=True))
-    return center, mean((values - center).square().mean(dim, keepdim=True))
+    if valid is None:
+        center = mean(values.mean(dim, keepdim=True))
+        return center, mean((values - center).square().mean(dim, keepdim=True))
+    share = mean(valid.to(values.dtype).mean(dim, keepdim=True))
+    center = mean((values * valid).mean(dim, keepdim=True)) / share
+    return center, mean(((values - center).square() * valid).mean(dim, keepdim=True)) / share
 
 
 def all_gather(value: Any) -> list[Any]:

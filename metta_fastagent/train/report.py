@@ -22,62 +22,32 @@ SMOOTHING_SHARE = 0.03
 
 
 class Progress:
-    """Shows nothing; the base of the classes that show progress."""
+    """A line every LINE_INTERVAL seconds; on a terminal one short line, updated in place. Nothing if `quiet`."""
 
-    def update(self, row: Row) -> None:
-        """Show that the update of `row` is done."""
-
-    def close(self) -> None:
-        """Stop the display."""
-
-
-class ProgressLines(Progress):
-    """A plain line every LINE_INTERVAL seconds."""
-
-    def __init__(self, total_steps: int) -> None:
-        self._total = total_steps
+    def __init__(self, total_steps: int, quiet: bool = False) -> None:
+        self._total, self._quiet, self._in_place = total_steps, quiet, sys.stdout.isatty()
         self._next = time.monotonic() + LINE_INTERVAL
 
     def update(self, row: Row) -> None:
-        if time.monotonic() >= self._next or row["steps"] >= self._total:
-            print(f"{row['steps']:,.0f} of {self._total:,} steps, {_status(row)}, {time_split(row)}", flush=True)
-            self._next = time.monotonic() + LINE_INTERVAL
+        """Show that the update of `row` is done."""
+        last, now = row["steps"] >= self._total, time.monotonic()
+        if self._quiet or not (self._in_place or last or now >= self._next):
+            return
+        line = f"{row['steps']:,.0f} of {self._total:,} steps, {_status(row)}"
+        if self._in_place:
+            print(f"\r\x1b[K{line}", end="\n" if last else "", flush=True)
+        else:
+            print(f"{line}, {time_split(row)}", flush=True)
+        self._next = now + LINE_INTERVAL
 
 
-class ProgressBar(Progress):
-    """A progress bar for terminals of 80 columns or more: bar, steps, remaining time, speed and return."""
-
-    def __init__(self, total_steps: int, done: int, console: Any = None) -> None:
-        from rich import progress
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
-        # without a width of its own, the bar takes the columns that the texts leave
-        columns = (BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
-        self._bar = progress.Progress(*columns, console=console)
-        self._task = self._bar.add_task("", total=total_steps, completed=done, status="")
-        self._bar.start()
-
-    def update(self, row: Row) -> None:
-        self._bar.update(self._task, completed=int(row["steps"]), status=_status(row))
-
-    def close(self) -> None:
-        self._bar.stop()
-
-
-def make_progress(total_steps: int, done: int, quiet: bool) -> Progress:
-    """A bar if the output is a terminal, else lines; neither if `quiet`."""
-    if quiet:
-        return Progress()
-    return ProgressBar(total_steps, done) if sys.stdout.isatty() else ProgressLines(total_steps)
-
-
-def require_packages(quiet: bool = False) -> None:
-    """Raise an ImportError that names the extra if a package of the plot or of the progress bar cannot be imported."""
-    for name in ("matplotlib", "rich") if sys.stdout.isatty() and not quiet else ("matplotlib",):
+def require_packages(tensorboard: bool = False) -> None:
+    """Raise an ImportError that names the extra if a package of the plot or of the log cannot be imported."""
+    for name, extra in [("matplotlib", "train")] + [("tensorboard", "tensorboard")] * tensorboard:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ImportError(f"{name}: {error}; pip install 'metta-fastagent[train]'") from None
+            raise ImportError(f"{name}: {error}; pip install 'metta-fastagent[{extra}]'") from None
 
 
 def _status(row: Row) -> str:
@@ -94,10 +64,24 @@ def time_split(row: Row) -> str:
 class Log:
     """The run's log.csv, with a row per update, and its weight_metrics.jsonl.
 
-    A resumed run keeps the rows of the files in `source` up to update `after`.
+    A resumed run keeps the rows of the files in `source` up to update `after`, which is `steps` steps. With
+    `tensorboard`, the same numbers and those of `add_scalar` go to event files in the folder tensorboard.
     """
 
-    def __init__(self, folder: Path, columns: Sequence[str], source: Path | None = None, after: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        columns: Sequence[str],
+        source: Path | None = None,
+        after: int = 0,
+        tensorboard: bool = False,
+        steps: int = 0,
+    ) -> None:
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(folder / "tensorboard", purge_step=steps + 1 if after else None)
         self._columns = tuple(columns)
         self._csv, self._metrics = folder / "log.csv", folder / "weight_metrics.jsonl"
         rows = read_log(source / "log.csv", columns) if source else []
@@ -115,6 +99,15 @@ class Log:
         self.rows.append(dict(row))
         with open(self._csv, "a", newline="") as file:
             csv.writer(file).writerow(self._cells(row))
+        for name, value in row.items():
+            if not math.isnan(value):
+                self.add_scalar(name, value, int(row["steps"]))
+
+    def add_scalar(self, name: str, value: float, steps: int) -> None:
+        if self._writer is not None:
+            self._writer.add_scalar(name, value, steps)
+            # a reader sees each update, and a killed run loses none
+            self._writer.flush()
 
     def add_weight_metrics(self, update: int, metrics: list[dict[str, Any]]) -> None:
         with open(self._metrics, "a") as file:

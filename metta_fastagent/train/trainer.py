@@ -10,9 +10,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 import metta_fastagent
-from metta_fastagent import Fast, MettaAgent, ops
+from metta_fastagent import ops
 from metta_fastagent.ops._checks import first_line
 from metta_fastagent.train import ppo, ranks
+from metta_fastagent.train.agents import interface, make_agent, one_step_segments
 from metta_fastagent.train.checkpoint import CheckpointError
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.environments import Step, make_environment
@@ -21,6 +22,7 @@ from metta_fastagent.train.timer import PHASES, PhaseTimer
 
 # Fast's LSTM starts almost saturated (biases of 1) and its first gradients are tiny: PPO's usual 1e-5 slows it down.
 ADAM_EPSILON = 1e-8
+COUNTERS = ("updates", "steps", "seconds", "cpu_seconds", "best_return")
 COLUMNS = (
     *("update", "steps", "seconds", "cpu_seconds", "steps_per_second", "episodes", "mean_return"),
     *ppo.STATISTICS,
@@ -34,46 +36,44 @@ class TrainingDiverged(RuntimeError):
 
 
 class Trainer:
-    """One run of recurrent PPO with `Fast`, or one rank of it.
+    """One run of recurrent PPO, or one rank of it.
 
     Each rank steps its own environment and learns from its own rows; gradients and statistics are averaged over ranks.
 
     Attributes:
         config: TrainConfig.
+        make_env: function that makes this run's environments, see `make_environment`.
         device: this rank's device.
         env: this rank's vector environment.
-        agent: MettaAgent around Fast.
+        agent: MettaAgent around the agent.
         learner: the module that computes the loss: `agent`, or with several ranks DistributedDataParallel around it.
-        updates: updates so far.
+        updates, last_update: updates so far and in the whole run.
         steps: environment steps so far, over all rows and ranks.
-        last_update: updates in the whole run.
+        best_return: highest evaluated return so far; -inf before an evaluation.
         seconds, cpu_seconds: wall and process CPU time of all updates, those before a resume included.
 
     Seeds torch's global generators, see `ranks.seed`. Does not apply `config.threads`, which affects the whole process.
-    Raises the errors of `make_environment`, to which `options` go, and ValueError for a device that is not available.
+    Raises TypeError or ValueError for an environment or agent that breaks the protocol or an unavailable device.
     """
 
-    def __init__(self, config: TrainConfig, **options: Any) -> None:
+    def __init__(self, config: TrainConfig, make_env: Any = None, make_policy: Any = None) -> None:
         torch.manual_seed(config.seed)
-        self.config = config
+        self.config, self.make_env = config, make_env or config.env
         self.device = ranks.run_on_all_ranks(lambda: ranks.device(config.device))
-        self.env = ranks.run_on_all_ranks(
-            lambda: make_environment(config.env, config.num_envs, self.device, ranks.seed(config.seed), **options)
-        )
-        self.agent = make_agent(config, self.env)
+        seed = ranks.seed(config.seed)
+        self.env = ranks.run_on_all_ranks(lambda: make_environment(self.make_env, config.num_envs, self.device, seed))
+        self.agent = ranks.run_on_all_ranks(lambda: make_agent(config, self.env, make_policy))
         self.learner = ranks.wrap_ddp(self.agent, self.device)
         if not ranks.is_first():
-            torch.manual_seed(ranks.seed(config.seed))
+            torch.manual_seed(seed)
         self.optimizer = torch.optim.Adam(
             self.agent.parameters(), lr=config.lr, eps=ADAM_EPSILON, fused=self.device.type in ("cpu", "cuda")
         )
         self.timer = PhaseTimer(self.device)
-        lstm = self.agent.policy.lstm
-        sizes = (config.segment_length, self.env.num_tokens, lstm.num_layers, lstm.hidden_size)
-        self.experience = Experience(config.num_envs, *sizes, self.device)
         self.last_update = config.updates(ranks.world_size())
-        self.updates, self.steps, self.seconds, self.cpu_seconds = 0, 0, 0.0, 0.0
-        self._reset_environment(ranks.seed(config.seed))
+        self.updates, self.steps, self.seconds, self.cpu_seconds, self.best_return = 0, 0, 0.0, 0.0, -math.inf
+        self._reset_environment(seed)
+        self.experience = Experience(self.observations, config.segment_length, self.memory())
         if ranks.world_size() > 1:
             self._warm_up_ddp()
 
@@ -83,7 +83,7 @@ class Trainer:
         DistributedDataParallel rebuilds its buckets after the first backward, which changes the order of summation.
         After this warm-up a resumed run sums in the same order as the run that it continues.
         """
-        segments = _one_step_segments(self.observations, self.memory(), self._episode_starts())
+        segments = one_step_segments(self.observations, self.memory(), self._episode_starts())
         out = self.learner(segments, action=torch.zeros_like(self.experience.actions[:, :1]))
         (out["act_log_prob"].sum() + out["value"].sum()).backward()
         self.optimizer.zero_grad()
@@ -110,7 +110,7 @@ class Trainer:
         statistics, epochs = ppo.update(
             self.learner, self.optimizer, self.experience, advantages, returns, config, self.timer
         )
-        explained = ppo.explained_variance(self.experience.values, returns)
+        explained = ppo.explained_variance(self.experience.values, returns, self.experience.valid)
         # the only host sync of the update besides that of target_kl
         values = ranks.mean(torch.cat([statistics, explained.view(1), episodes])).tolist()
         self.updates += 1
@@ -168,6 +168,9 @@ class Trainer:
             experience.store(t, **results, bootstrap_values=self._bootstrap_values(step))
             self.observations, self.dones, self.truncateds = step.observations, step.terminals, step.truncations
             ends = step.terminals | step.truncations
+            experience.store_valid(t, step.valid)
+            if step.valid is not None:
+                ends &= step.valid
             self.episode_returns += step.rewards
             finished += torch.stack([ends.sum(), (self.episode_returns * ends).sum()])
             self.episode_returns *= ~ends
@@ -198,7 +201,7 @@ class Trainer:
         A truncated episode could have continued, so the LSTM state is not reset before its final observation.
         """
         values = torch.zeros_like(step.rewards)
-        if not self.config.bootstrap_truncations:
+        if not self.config.bootstrap_truncations or step.final_observations is None:
             return values
         with self.timer("inference"):
             if self.device.type != "cpu":
@@ -213,12 +216,12 @@ class Trainer:
         return values
 
     def _value(self, observations: Tensor, memory: tuple[Tensor, Tensor], starts: dict[str, Tensor]) -> Tensor:
-        """Values, float [b], of observations [b, M, 3] given the LSTM state `memory`.
+        """Values, float [b], of observations [b, ...] given the LSTM state `memory`.
 
         Uses segments of one step: the training mode neither changes the rollout memory nor draws random numbers.
         """
         any_action = torch.zeros_like(self.experience.actions[: len(observations), :1])
-        out = self.agent(_one_step_segments(observations, memory, starts), action=any_action)
+        out = self.agent(one_step_segments(observations, memory, starts), action=any_action)
         return out["value"].reshape(-1)
 
     def memory(self) -> tuple[Tensor, Tensor]:
@@ -251,12 +254,12 @@ class Trainer:
         own = ranks.run_on_all_ranks(self._rank_state)
         return {
             "config": self.config.to_dict(),
-            "counters": {name: getattr(self, name) for name in ("updates", "steps", "seconds", "cpu_seconds")},
+            "counters": {name: getattr(self, name) for name in COUNTERS},
             "model": self.agent.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "initial_weights": dict(self.agent.policy.initial_weights),
             "initial_weight_magnitudes": dict(self.agent.policy.initial_weight_magnitudes),
-            **self._interface(),
+            **interface(self.agent, self.env),
             "ranks": ranks.all_gather(own),
             "package_version": metta_fastagent.__version__,
             # torch.__version__ is of a subclass of str, which weights_only refuses
@@ -270,17 +273,11 @@ class Trainer:
         rollout = ("observations", "dones", "truncateds", "episode_returns")
         state = {
             "memory": self.agent.get_memory(),
-            "environment": self._environment_state(),
+            "environment": self.env.state_dict(),
             "rollout": {name: getattr(self, name) for name in rollout},
             "random": _random_state(self.device),
         }
         return _on_cpu(state)
-
-    def _environment_state(self) -> dict[str, Any] | None:
-        try:
-            return self.env.state_dict()
-        except NotImplementedError:
-            return None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned; an environment that could not be saved starts new episodes.
@@ -318,38 +315,9 @@ class Trainer:
         if saved != now:
             start = ranks.TORCHRUN.replace("=N", f"={saved}")
             raise CheckpointError(f"checkpoint: got {saved} ranks, expected {now} as in this run; resume with {start}")
-        for name, value in self._interface().items():
+        for name, value in interface(self.agent, self.env).items():
             if state[name] != value:
                 raise CheckpointError(f"checkpoint: got {name} {state[name]}, expected {value} as in the environment")
-
-    def _interface(self) -> dict[str, Any]:
-        return {
-            "action_names": list(self.env.action_names),
-            "max_action_args": list(self.env.max_action_args),
-            "feature_mapping": self.agent.get_original_feature_mapping(),
-        }
-
-
-def make_agent(config: TrainConfig, env: Any) -> MettaAgent:
-    """A MettaAgent around Fast, initialized to `env`."""
-    policy = Fast(
-        env,
-        clip_range=config.clip_range,
-        clip_mode=config.clip_mode,
-        analyze_weights_interval=config.analyze_weights_interval,
-        num_envs=config.num_envs,
-    )
-    agent = MettaAgent(env, policy, env.device)
-    agent.initialize_to_environment(env.features, env.action_names, env.max_action_args, env.device)
-    return agent
-
-
-def _one_step_segments(observations: Tensor, memory: tuple[Tensor, Tensor], starts: dict[str, Tensor]) -> TensorDict:
-    """The agent's training inputs for segments of one step: observations [b, M, 3] and the LSTM state before them."""
-    entries: dict[str, Any] = {"env_obs": observations, **starts}
-    entries = {name: value.unsqueeze(1) for name, value in entries.items()}
-    entries |= {"lstm_h": memory[0].transpose(0, 1), "lstm_c": memory[1].transpose(0, 1)}
-    return TensorDict(entries, batch_size=observations.shape[:1])
 
 
 def _on_cpu(state: Any) -> Any:

@@ -38,13 +38,13 @@ def learn(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
     """One `ppo.update` on this rank's share of `rollout`: parameters, this rank's statistics, passes."""
     config = replace(config, num_envs=config.num_envs // ranks.world_size())
-    agent = make_agent(config, make_environment("memory", config.num_envs))
+    agent = make_agent(config, make_environment("memory", config.num_envs, CPU))
     agent.policy.load_state_dict(model)
     agent.update_l2_init_weight_copy()
     learner = ranks.wrap_ddp(agent.to(dtype), CPU)
     optimizer = optimizer_type(agent.parameters(), lr=config.lr)
-    tokens = rollout["observations"].shape[2]
-    experience = Experience(config.num_envs, config.segment_length, tokens, *rollout["lstm_h"].shape[1:], CPU)
+    state = agent.policy.lstm_h[0], agent.policy.lstm_c[0]
+    experience = Experience(share(rollout["observations"])[:, 0], config.segment_length, state)
     for name in ENTRIES:
         setattr(experience, name, share(rollout[name]))
     advantages, returns = share(rollout["advantages"]).to(dtype), share(rollout["returns"]).to(dtype)
@@ -146,8 +146,8 @@ def command(*arguments: str) -> tuple[int, str, str]:
 def train(*arguments: str) -> None:
     """The command up to its last checkpoint, without evaluation and plot."""
     options = vars(cli.make_parser().parse_args(list(arguments)))
-    trainer, folder, log = cli.prepare(options)
-    cli.train(trainer, folder, log, quiet=True)
+    given = {name: value for name, value in options.items() if name in TrainConfig.__dataclass_fields__}
+    cli.run_updates(cli.prepare(given, options["out"], options["resume"]))
 
 
 def interrupted_on_one_rank(*arguments: str) -> str:

@@ -1,12 +1,14 @@
 """Stored state against zero state: the ablation, the command, and that only the stored state learns."""
 
 import statistics
+from functools import partial
 
 import pytest
 import torch
 
-from metta_fastagent.train import compare_states
+from examples import compare_states
 from metta_fastagent.train.config import TrainConfig
+from metta_fastagent.train.environments.memory import MemoryEnvironment
 from metta_fastagent.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,7 +59,7 @@ LEARNED, MOST_STEPS = 0.4, 600_000
 def trainer_of(zero: bool) -> Trainer:
     config = compare_states.configuration(zero, seed=1, steps=compare_states.STEPS)
     torch.set_num_threads(config.threads)
-    return Trainer(config, **compare_states.TASK)
+    return Trainer(config, partial(MemoryEnvironment, **compare_states.TASK))
 
 
 def recent_return(rows: list[dict[str, float]]) -> float:

@@ -50,13 +50,13 @@ def mean_return(env, policy, steps):
 
 
 def assert_same_steps(ours, theirs):
-    for name, one, other in zip(Step._fields, ours, theirs, strict=True):
+    for name, one, other in zip(Step._fields[:5], ours[:5], theirs[:5], strict=True):
         assert torch.equal(one, other), name
 
 
 class TestProtocol:
     def test_memory_follows_it(self):
-        env = make_environment("memory", 3, "cpu", 7)
+        env = MemoryEnvironment(3, "cpu", 7)
         assert isinstance(env, VectorEnvironment)
         assert (env.name, env.num_envs, env.device) == ("memory", 3, torch.device("cpu"))
         assert (env.obs_width, env.obs_height) == (11, 11)
@@ -69,7 +69,7 @@ class TestProtocol:
         assert env.feature_normalizations == by_id
 
     def test_shapes_and_dtypes(self):
-        env = make_environment("memory", 3, "cpu", 7)
+        env = MemoryEnvironment(3, "cpu", 7)
         first = env.reset()
         assert first.dtype == torch.uint8
         assert first.shape == (3, env.num_tokens, 3)
@@ -81,20 +81,19 @@ class TestProtocol:
         assert step.rewards.shape == step.terminals.shape == step.truncations.shape == (3,)
 
     def test_options_reach_the_environment(self):
-        env = make_environment("memory", 2, "cpu", 0, room_size=3, time_limit=9)
+        env = environment(2, room_size=3, time_limit=9)
         assert env.num_tokens == 16 + 1 + 9
-        with pytest.raises(TypeError, match="rooms"):
-            make_environment("memory", 2, "cpu", 0, rooms=3)
 
     def test_unknown_name_lists_the_known_ones(self):
-        with pytest.raises(ValueError, match=r"name: got 'chess', expected one of memory, mettagrid"):
-            make_environment("chess", 2, "cpu", 0)
+        with pytest.raises(ValueError, match=r"env: got 'chess'.*, expected package.module:name"):
+            make_environment("chess", 2, torch.device("cpu"))
 
     def test_missing_mettagrid_says_how_to_get_it(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "mettagrid", None)
-        with pytest.raises(ImportError) as caught:
-            make_environment("mettagrid", 4, "cpu", 0)
-        assert str(caught.value) == "mettagrid is not installed: pip install 'metta-fastagent[mettagrid]'"
+        monkeypatch.setitem(sys.modules, "mettagrid.builder", None)
+        monkeypatch.delitem(sys.modules, "metta_fastagent.train.environments.mettagrid", raising=False)
+        with pytest.raises(ImportError, match=r"mettagrid: .*; pip install 'metta-fastagent\[mettagrid\]'"):
+            make_environment("mettagrid", 4, torch.device("cpu"))
 
 
 class TestMemoryObservations:
@@ -320,102 +319,12 @@ class TestMemoryErrors:
             MemoryEnvironment(**{"num_envs": 2, "device": "cpu", "seed": 0, **arguments})
         assert message in str(caught.value)
 
-    @pytest.mark.parametrize(
-        ("actions", "error", "message"),
-        [
-            (
-                [[0, 0], [0, 0]],
-                TypeError,
-                "actions: got a list of length 2, expected an integer tensor",
-            ),
-            (torch.zeros(2, 2), TypeError, "actions: got a float32 tensor of shape [2, 2] on cpu"),
-            (torch.zeros(2, 2, dtype=torch.bool), TypeError, "actions: got a bool tensor of shape [2, 2] on cpu"),
-            (torch.zeros(2, dtype=torch.int32), ValueError, "actions: got an int32 tensor of shape [2] on cpu"),
-            (torch.zeros(3, 2, dtype=torch.int32), ValueError, "actions: got an int32 tensor of shape [3, 2] on cpu"),
-            (torch.zeros(2, 3, dtype=torch.int32), ValueError, "actions: got an int32 tensor of shape [2, 3] on cpu"),
-            (
-                torch.zeros(2, 2, dtype=torch.int32, device="meta"),
-                ValueError,
-                "got an int32 tensor of shape [2, 2] on meta",
-            ),
-            (
-                torch.tensor([[0, 0], [0, 1]]),
-                ValueError,
-                "actions[1]: got [0, 1], expected a (type, parameter) pair of",
-            ),
-            (torch.tensor([[1, 4], [0, 0]]), ValueError, "1 (move) with 0 to 3"),
-            (torch.tensor([[2, -1], [0, 0]]), ValueError, "got [2, -1]"),
-            (torch.tensor([[3, 0], [0, 0]]), ValueError, "got [3, 0]"),
-            (torch.tensor([[-1, 0], [0, 0]]), ValueError, "got [-1, 0]"),
-        ],
-    )
-    def test_actions(self, actions, error, message):
+    def test_the_state_of_another_room_changes_nothing(self):
         env = environment(2)
         before = env.state_dict()
-        with pytest.raises(error) as caught:
-            env.step(actions)
-        assert message in str(caught.value)
-        after = env.state_dict()
-        assert before.pop("options") == after.pop("options")
-        assert all(torch.equal(before[key], after[key]) for key in before)
-
-    def test_unchecked_illegal_pairs_act_as_noop(self):
-        illegal = torch.tensor([(0, 1), (1, 4), (2, 4), (3, 0), (-1, 0), (1, -1), (2, -1)])
-        rows = len(illegal)
-        env = placed(agent=[4] * rows, board=[4] * rows, cue=[0] * rows, time=[3] * rows, room_size=3, validate=False)
-        step = env.step(illegal)
-        assert env.state_dict()["agent"].tolist() == [4] * rows
-        assert not step.terminals.any()
-
-    @pytest.mark.parametrize(
-        ("entry", "value", "message"),
-        [
-            ("agent", torch.tensor([0, 16]), "state['agent']: got values 0 to 16, expected 0 to 15"),
-            ("board", torch.tensor([-1, 3]), "state['board']: got values -1 to 3, expected 0 to 15"),
-            ("cue", torch.tensor([0, 4]), "state['cue']: got values 0 to 4, expected 0 to 3"),
-            ("time", torch.tensor([16, 0]), "state['time']: got values 0 to 16, expected 0 to 15"),
-            (
-                "agent",
-                torch.tensor([0]),
-                "[1] on cpu, expected an int64 tensor of shape [2]",
-            ),
-            (
-                "agent",
-                torch.tensor([0.0, 1.0]),
-                "state['agent']: got a float32 tensor of shape [2]",
-            ),
-            ("time", [0, 0], "state['time']: got a list of length 2, expected an int64 tensor of shape [2]"),
-            (
-                "generator",
-                torch.zeros(3, dtype=torch.uint8),
-                "state['generator']: got a uint8 tensor of shape [3]",
-            ),
-            ("generator", None, "state['generator']: got None (NoneType), expected the state of a torch.Generator"),
-            (
-                "options",
-                {"name": "memory"},
-                "state['options']: got {'name': 'memory'}, expected {'name': 'memory'",
-            ),
-        ],
-    )
-    def test_broken_state_changes_nothing(self, entry, value, message):
-        env = environment(2)
-        broken = environment(2, seed=5).state_dict() | {entry: value}
-        before = env.state_dict()
-        with pytest.raises(ValueError) as caught:
-            env.load_state_dict(broken)
-        assert message in str(caught.value)
-        after = env.state_dict()
-        assert all(torch.equal(before[key], after[key]) for key in ("agent", "board", "cue", "time", "generator"))
-
-    def test_state_with_other_keys(self):
-        env = environment(2)
-        state = env.state_dict()
-        del state["cue"]
-        with pytest.raises(ValueError, match=r"state: got the keys .* expected"):
-            env.load_state_dict(state)
-        with pytest.raises(TypeError, match="state: got a list of length 0, expected a dict"):
-            env.load_state_dict([])  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match=r"state\['options'\]: got .*'room_size': 3, .*expected"):
+            env.load_state_dict(environment(2, room_size=3).state_dict())
+        assert all(torch.equal(before[key], env.state_dict()[key]) for key in ("agent", "board", "cue", "time"))
 
 
 class RefuseHostReads(TorchDispatchMode):
@@ -437,7 +346,7 @@ class TestNoHostReads:
             bool(torch.ones(()))
 
     def test_step_and_script(self):
-        env = environment(8, delay=1, validate=False)
+        env = environment(8, delay=1)
         with RefuseHostReads():
             for _ in range(30):
                 env.step(env.scripted_actions())
@@ -445,7 +354,7 @@ class TestNoHostReads:
     def test_cost_does_not_grow_with_rows_in_python(self):
         counts = []
         for num_envs in (2, 500):
-            env = environment(num_envs, validate=False)
+            env = environment(num_envs)
             with CountOperations() as counter:
                 env.step(env.scripted_actions())
             counts.append(counter.state.calls)
@@ -466,7 +375,7 @@ class CountOperations(TorchDispatchMode):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 class TestMemoryOnTheGpu:
     def test_runs_without_synchronising(self):
-        env = make_environment("memory", 64, "cuda", 0)
+        env = MemoryEnvironment(64, "cuda", 0)
         env.step(env.scripted_actions())
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -477,14 +386,14 @@ class TestMemoryOnTheGpu:
         assert step.observations.device == env.device
 
     def test_scripted_policy_always_wins(self):
-        env = make_environment("memory", 128, "cuda", 0)
+        env = MemoryEnvironment(128, "cuda", 0)
         assert mean_return(env, lambda env, _: env.scripted_actions(), 100) == 1.0
 
     def test_state_round_trip(self):
-        env = make_environment("memory", 32, "cuda", 0)
+        env = MemoryEnvironment(32, "cuda", 0)
         for _ in range(10):
             env.step(env.scripted_actions())
-        copy = make_environment("memory", 32, "cuda", 9)
+        copy = MemoryEnvironment(32, "cuda", 9)
         copy.load_state_dict(env.state_dict())
         for _ in range(20):
             assert_same_steps(env.step(env.scripted_actions()), copy.step(copy.scripted_actions()))

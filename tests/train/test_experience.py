@@ -11,7 +11,9 @@ ROWS, LENGTH, TOKENS, LAYERS, HIDDEN = 5, 4, 7, 2, 3
 
 def filled() -> tuple[Experience, dict[str, torch.Tensor]]:
     """A storage of random numbers, and the same numbers stacked over time."""
-    experience = Experience(ROWS, LENGTH, TOKENS, LAYERS, HIDDEN, torch.device("cpu"))
+    experience = Experience(
+        torch.zeros(ROWS, TOKENS, 3, dtype=torch.uint8), LENGTH, (torch.zeros(LAYERS, ROWS, HIDDEN),) * 2
+    )
     generator = torch.Generator().manual_seed(0)
     shapes = {"observations": (TOKENS, 3), "actions": (2,)}
     put: dict[str, list[torch.Tensor]] = {}

@@ -1,12 +1,15 @@
 """That the trainer learns: the memory task with memory, not without, and numbers that stay finite."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from metta_fastagent.train.config import TrainConfig
-from metta_fastagent.train.evaluate import evaluate
+from metta_fastagent.train.environments import make_environment
+from metta_fastagent.train.environments.memory import MemoryEnvironment
+from metta_fastagent.train.evaluate import ROWS, evaluate
 from metta_fastagent.train.trainer import Trainer
 
 # Among them the seeds that were hardest to learn.
@@ -20,9 +23,10 @@ SMALL_ROOM = {"room_size": 2, "delay": 1, "time_limit": 4}
 
 def score(options: dict[str, int] | None = None, **changes) -> float:
     options = options or {}
-    trainer = Trainer(TrainConfig.for_environment("memory", **changes), **options)
+    make_env = partial(MemoryEnvironment, **options)
+    trainer = Trainer(TrainConfig.for_environment("memory", **changes), make_env)
     trainer.run(lambda row: None)
-    evaluation = evaluate(trainer.agent, trainer.config, **options)
+    evaluation = evaluate(trainer.agent, make_environment(make_env, ROWS, trainer.device), trainer.config)
     assert evaluation.score is not None
     return evaluation.score
 

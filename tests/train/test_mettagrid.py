@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metta_fastagent.train.environments import Step, VectorEnvironment, make_environment
+from metta_fastagent.train.environments import Environment, Step, VectorEnvironment
 
 pytest.importorskip("mettagrid", reason="the simulator is an extra: pip install metta-fastagent[mettagrid]")
+
+from metta_fastagent.train.environments.mettagrid import MettagridEnvironment
 
 NOOP, MOVE = 0, 1
 LEGAL_PAIRS = torch.tensor([(NOOP, 0), (MOVE, 0), (MOVE, 1), (MOVE, 2), (MOVE, 3)])
@@ -21,7 +23,7 @@ def environment():
     built = []
 
     def build(num_envs=8, seed=0, **options):
-        built.append(make_environment("mettagrid", num_envs, "cpu", seed, **options))
+        built.append(MettagridEnvironment(num_envs, "cpu", seed, **options))
         return built[-1]
 
     yield build
@@ -86,10 +88,10 @@ class TestProtocol:
     def test_results_are_copies(self, environment):
         env = environment(4)
         step = env.step(env.scripted_actions())
-        before = Step(*(part.clone() for part in step))
+        before = Step(*(part.clone() for part in step[:5]))
         for _ in range(5):
             env.step(env.scripted_actions())
-        assert all(torch.equal(one, other) for one, other in zip(step, before, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(step[:5], before[:5], strict=True))
 
 
 class TestActions:
@@ -140,28 +142,6 @@ class TestActions:
         after = env.step(torch.zeros(4, 2, dtype=torch.int64)).observations
         assert all(mines_around(env, before[row]) == mines_around(env, after[row]) for row in range(4))
 
-    @pytest.mark.parametrize(
-        ("actions", "error", "message"),
-        [
-            (torch.zeros(4, 2), TypeError, "actions: got a float32 tensor of shape [4, 2] on cpu"),
-            (torch.zeros(4, dtype=torch.int32), ValueError, "actions: got an int32 tensor of shape [4] on cpu"),
-            (
-                torch.tensor([[0, 0], [1, 4], [0, 0], [0, 0]]),
-                ValueError,
-                "actions[1]: got [1, 4], expected a",
-            ),
-            (torch.tensor([[0, 1], [1, 0], [0, 0], [0, 0]]), ValueError, "0 (noop) with 0 to 0"),
-            (torch.tensor([[2, 0], [1, 0], [0, 0], [0, 0]]), ValueError, "got [2, 0]"),
-            (torch.tensor([[1, -1], [1, 0], [0, 0], [0, 0]]), ValueError, "got [1, -1]"),
-        ],
-    )
-    def test_bad_actions_move_nothing(self, environment, actions, error, message):
-        env = environment(4)
-        with pytest.raises(error) as caught:
-            env.step(actions)
-        assert message in str(caught.value)
-        assert env._simulations[0].current_step == 0
-
 
 class TestEpisodes:
     def test_auto_reset(self, environment):
@@ -196,7 +176,7 @@ class TestEpisodes:
         for _ in range(50):
             ours = one.step(random_actions(8, generators[0]))
             theirs = other.step(random_actions(8, generators[1]))
-            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(ours[:5], theirs[:5], strict=True))
 
     def test_reset_restarts_the_stream_with_a_seed_and_continues_it_without(self, environment):
         env = environment(4, seed=1)
@@ -235,15 +215,11 @@ class TestErrors:
     )
     def test_construction(self, arguments, error, message):
         with pytest.raises(error) as caught:
-            make_environment("mettagrid", **{"num_envs": 8, "device": "cpu", "seed": 0, **arguments})
+            MettagridEnvironment(**{"num_envs": 8, "device": "cpu", "seed": 0, **arguments})
         assert message in str(caught.value)
 
     def test_state_cannot_be_saved(self, environment):
-        env = environment(4)
-        with pytest.raises(NotImplementedError, match="cannot be saved"):
-            env.state_dict()
-        with pytest.raises(NotImplementedError, match="cannot be restored"):
-            env.load_state_dict({})
+        assert Environment(environment(4), 4, torch.device("cpu")).state_dict() is None
 
     def test_closed(self, environment):
         env = environment(4)

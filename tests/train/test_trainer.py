@@ -1,9 +1,12 @@
 """The trainer's rollout: bootstrap values of truncated episodes, and that computing them has no side effects."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from metta_fastagent.train.config import TrainConfig
+from metta_fastagent.train.environments.memory import MemoryEnvironment
 from metta_fastagent.train.trainer import Trainer
 
 # episodes of at most 4 steps in segments of 10: most are truncated, some inside a segment
@@ -12,7 +15,7 @@ SMALL = {"num_envs": 16, "segment_length": 10, "minibatches": 2}
 
 
 def trainer(**changes) -> Trainer:
-    made = Trainer(TrainConfig.for_environment("memory", **{**SMALL, **changes}), **ROOM)
+    made = Trainer(TrainConfig.for_environment("memory", **{**SMALL, **changes}), partial(MemoryEnvironment, **ROOM))
     with torch.no_grad():
         # with weights as they start, values hardly depend on the state
         for parameter in made.agent.parameters():

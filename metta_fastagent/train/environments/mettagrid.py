@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """The MettaGrid simulator (the package `mettagrid`, an extra) as an environment of the trainer.
 
 Each simulator has `num_agents` agents in a walled square map with `num_mines` mines. An agent that walks into a mine
@@ -23,14 +24,22 @@ the window are always empty. Features, their ids and normalizations are the simu
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metta_fastagent.train.config import require_device
-from metta_fastagent.train.environments import Step, check_actions, check_int, check_legal, check_seed, legal_pairs
+from metta_fastagent.train.environments import Step, check_int, check_seed
+
+try:
+    from mettagrid.builder import building
+    from mettagrid.config import handler_config, mettagrid_config, reward_config
+    from mettagrid.map_builder.random_map import RandomMapBuilder
+    from mettagrid.simulator import Simulation
+    from mettagrid.simulator.simulator import Buffers
+except ImportError as error:
+    raise ImportError(f"mettagrid: {error}; pip install 'metta-fastagent[mettagrid]'") from None
 
 WINDOW = 11
 CENTRE = WINDOW // 2
@@ -45,7 +54,6 @@ SIMULATOR_ACTIONS = (("noop",), ("move_north", "move_south", "move_west", "move_
 NOOP, MOVE = 0, 1
 NORTH, SOUTH, WEST, EAST = 0, 1, 2, 3
 
-INSTALL_HINT = "mettagrid is not installed: pip install 'metta-fastagent[mettagrid]'"
 # Simulators take seeds as C++ ints, maps as numpy ints; 31 bits fit both.
 SEED_BITS = 31
 
@@ -63,7 +71,6 @@ class MettagridEnvironment:
         max_steps: steps per episode.
         num_tokens: M, tokens per observation.
 
-    Raises ImportError if the package `mettagrid` is missing.
     """
 
     name = "mettagrid"
@@ -94,15 +101,12 @@ class MettagridEnvironment:
         seed = check_seed(seed)
         self.device = require_device("device", device)
 
-        api = _simulator_api()
-        self._api = api
-        self._config = _game_config(api, num_agents, map_size, num_mines, max_steps, num_tokens)
+        self._config = _game_config(num_agents, map_size, num_mines, max_steps, num_tokens)
         specs = self._config.game.id_map().features()
         self.features = {spec.name: {"id": spec.id, "normalization": float(spec.normalization)} for spec in specs}
         self.feature_normalizations = {spec.id: float(spec.normalization) for spec in specs}
         self.action_names = list(ACTION_NAMES)
         self.max_action_args = [len(names) - 1 for names in SIMULATOR_ACTIONS]
-        self._max_action_args = torch.tensor(self.max_action_args)
         self._ore_feature = self.features["inv:ore"]["id"]
 
         # The simulators read and write slices of these tensors through numpy views.
@@ -129,16 +133,9 @@ class MettagridEnvironment:
         return self._copy(self._observations)
 
     def step(self, actions: Tensor) -> Step:
-        """Apply (type, parameter) pairs, any integer dtype `[num_envs, 2]`, and replace simulators that have ended.
-
-        Raises TypeError or ValueError, which names `actions`, before any simulator steps.
-        """
+        """Apply (type, parameter) pairs, any integer dtype `[num_envs, 2]`, and replace simulators that have ended."""
         self._check_open()
-        pairs = check_actions(actions, self.num_envs, self.device).cpu().long()
-        action_types, action_params = pairs.unbind(1)
-        legal = legal_pairs(action_types, action_params, self._max_action_args)
-        check_legal(legal, pairs, self.action_names, self.max_action_args)
-
+        action_types, action_params = actions.cpu().long().unbind(1)
         self._simulator_actions.copy_(self._action_ids[action_types, action_params])
         for simulation in self._simulations:
             simulation.step()
@@ -172,14 +169,6 @@ class MettagridEnvironment:
         action_types = torch.where(seen, MOVE, NOOP)
         return torch.stack((action_types, torch.where(seen, action_params, 0)), dim=1).int().to(self.device)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Always raises NotImplementedError: the simulator's state cannot be saved."""
-        raise NotImplementedError("the mettagrid simulator's state cannot be saved")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Always raises NotImplementedError: the simulator's state cannot be restored."""
-        raise NotImplementedError("the mettagrid simulator's state cannot be restored; use reset()")
-
     def close(self) -> None:
         """Close all simulators. Later calls of `step` and `reset` raise RuntimeError."""
         for simulation in self._simulations:
@@ -195,7 +184,7 @@ class MettagridEnvironment:
 
     def _buffers_of(self, rows: slice) -> Any:
         size = rows.stop - rows.start
-        return self._api.Buffers(
+        return Buffers(
             observations=self._observations[rows].numpy(),
             terminals=self._terminals[rows].numpy(),
             truncations=self._truncations[rows].numpy(),
@@ -207,65 +196,39 @@ class MettagridEnvironment:
 
     def _new_simulation(self, buffers: Any) -> Any:
         self._config.game.map_builder.seed = self._seeds.getrandbits(SEED_BITS)
-        return self._api.Simulation(self._config, seed=self._seeds.getrandbits(SEED_BITS), buffers=buffers)
+        return Simulation(self._config, seed=self._seeds.getrandbits(SEED_BITS), buffers=buffers)
 
 
-def _simulator_api() -> SimpleNamespace:
-    """The parts of the package `mettagrid` that are used here. Raises ImportError if it is missing."""
-    try:
-        import mettagrid  # noqa: F401
-    except ImportError as error:
-        raise ImportError(INSTALL_HINT) from error
-    from mettagrid.builder import building
-    from mettagrid.config import handler_config, mettagrid_config, reward_config
-    from mettagrid.map_builder.random_map import RandomMapBuilder
-    from mettagrid.simulator import Simulation
-    from mettagrid.simulator.simulator import Buffers
-
-    return SimpleNamespace(
-        Buffers=Buffers,
-        RandomMapBuilder=RandomMapBuilder,
-        Simulation=Simulation,
-        config=mettagrid_config,
-        handlers=handler_config,
-        rewards=reward_config,
-        wall=building.wall,
-    )
-
-
-def _game_config(
-    api: SimpleNamespace, num_agents: int, map_size: int, num_mines: int, max_steps: int, num_tokens: int
-) -> Any:
+def _game_config(num_agents: int, map_size: int, num_mines: int, max_steps: int, num_tokens: int) -> Any:
     """The simulator's MettaGridConfig of the game described at the top."""
-    config = api.config
-    take_all = api.handlers.Handler(
-        mutations=[api.handlers.withdraw({"ore": ORE_PER_MINE}, remove_when_empty=True)],
+    take_all = handler_config.Handler(
+        mutations=[handler_config.withdraw({"ore": ORE_PER_MINE}, remove_when_empty=True)]
     )
-    mine = config.GridObjectConfig(
-        name="mine",
-        inventory=config.InventoryConfig(initial={"ore": ORE_PER_MINE}),
-        on_use_handler=take_all,
+    mine = mettagrid_config.GridObjectConfig(
+        name="mine", inventory=mettagrid_config.InventoryConfig(initial={"ore": ORE_PER_MINE}), on_use_handler=take_all
     )
-    game = config.GameConfig(
+    game = mettagrid_config.GameConfig(
         num_agents=num_agents,
         max_steps=max_steps,
         episode_truncates=True,
         resource_names=["ore"],
-        objects={"wall": api.wall, "mine": mine},
-        obs=config.ObsConfig(width=WINDOW, height=WINDOW, num_tokens=num_tokens),
-        actions=config.ActionsConfig(change_vibe=config.ChangeVibeActionConfig(enabled=False)),
-        agent=config.AgentConfig(rewards={"ore": api.rewards.inventoryReward("ore", weight=1 / ORE_PER_MINE)}),
+        objects={"wall": building.wall, "mine": mine},
+        obs=mettagrid_config.ObsConfig(width=WINDOW, height=WINDOW, num_tokens=num_tokens),
+        actions=mettagrid_config.ActionsConfig(change_vibe=mettagrid_config.ChangeVibeActionConfig(enabled=False)),
+        agent=mettagrid_config.AgentConfig(
+            rewards={"ore": reward_config.inventoryReward("ore", weight=1 / ORE_PER_MINE)}
+        ),
         protocol_details_obs=False,
-        map_builder=api.RandomMapBuilder.Config(
+        map_builder=RandomMapBuilder.Config(
             agents=num_agents, width=map_size, height=map_size, border_width=1, objects={"mine": num_mines}, seed=0
         ),
     )
-    return config.MettaGridConfig(game=game)
+    return mettagrid_config.MettaGridConfig(game=game)
 
 
 def _action_table(action_ids: dict[str, int]) -> Tensor:
-    """int64 `[types, largest parameter + 1]`: the simulator's action id of each legal pair, else -1."""
-    table = torch.full((len(SIMULATOR_ACTIONS), max(map(len, SIMULATOR_ACTIONS))), -1)
+    """int64 `[types, largest parameter + 1]`: the simulator's action id of each legal pair, that of noop for others."""
+    table = torch.full((len(SIMULATOR_ACTIONS), max(map(len, SIMULATOR_ACTIONS))), action_ids["noop"])
     for action_type, names in enumerate(SIMULATOR_ACTIONS):
         for parameter, simulator_name in enumerate(names):
             table[action_type, parameter] = action_ids[simulator_name]

@@ -1,6 +1,8 @@
 """Compare training from the stored LSTM state with training from a zero state, on the memory task.
 
-`python -m metta_fastagent.train.compare_states`. Segments are shorter than the delay between the cue and the first
+    python examples/compare_states.py
+
+Segments are shorter than the delay between the cue and the first
 effective press, so no gradient flows from a press back to its cue: when it is trained, a press depends on the cue only
 through the state at the start of its segment.
 """
@@ -9,6 +11,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +19,12 @@ import torch
 
 from metta_fastagent.train import report
 from metta_fastagent.train.config import TrainConfig
-from metta_fastagent.train.evaluate import WORLDS, Evaluation, evaluate
+from metta_fastagent.train.environments import make_environment
+from metta_fastagent.train.environments.memory import MemoryEnvironment
+from metta_fastagent.train.evaluate import ROWS, WORLDS, Evaluation, evaluate
 from metta_fastagent.train.trainer import Trainer, TrainingDiverged
 
-PROGRAM = "python -m metta_fastagent.train.compare_states"
+PROGRAM = "python examples/compare_states.py"
 # The shorter walks of a small room make the press that pays less rare.
 TASK = {"delay": 5, "room_size": 3}
 SEGMENT_LENGTH = 4
@@ -58,18 +63,16 @@ def train(config: TrainConfig) -> Run:
     """Train on the task and evaluate. Flushes subnormal numbers and sets torch's number of threads."""
     torch.set_flush_denormal(True)
     torch.set_num_threads(config.threads)
-    trainer, rows = Trainer(config, **TASK), []
-    progress = report.make_progress(config.steps, 0, quiet=False)
+    make_env = partial(MemoryEnvironment, **TASK)
+    trainer, rows = Trainer(config, make_env), []
+    progress = report.Progress(config.steps)
 
     def after_update(row: report.Row) -> None:
         rows.append(row)
         progress.update(row)
 
-    try:
-        trainer.run(after_update)
-    finally:
-        progress.close()
-    return Run(rows, evaluate(trainer.agent, config, **TASK))
+    trainer.run(after_update)
+    return Run(rows, evaluate(trainer.agent, make_environment(make_env, ROWS, trainer.device), config))
 
 
 def draw(path: Path, runs: dict[str, Run], seed: int) -> None:

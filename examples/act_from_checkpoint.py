@@ -1,0 +1,25 @@
+"""Train on CartPole for a moment, load the best checkpoint, and act with it.
+
+python examples/act_from_checkpoint.py
+"""
+
+import torch
+from tensordict import TensorDict
+
+from metta_fastagent.train import TrainConfig, load_agent, train
+
+ROWS, STEPS = 4, 200
+
+run = train(TrainConfig(env="gym:CartPole-v1", steps=20_000, gamma=0.98, lr=2e-3))
+
+agent, env, _ = load_agent(run.folder / "best.pt", num_envs=ROWS)
+observations, starts, episodes = env.reset(seed=0), torch.ones(ROWS, dtype=torch.bool), 0
+for _ in range(STEPS):
+    # `dones` marks first observations: there the agent forgets the episode before.
+    td = TensorDict({"env_obs": observations, "dones": starts}, batch_size=[ROWS])
+    with torch.no_grad():
+        actions = agent(td)["actions"]
+    step = env.step(actions)
+    observations, starts = step.observations, step.terminals | step.truncations
+    episodes += int(starts.sum())
+print(f"{ROWS * STEPS} steps, {episodes} episodes")

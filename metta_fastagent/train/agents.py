@@ -1,0 +1,100 @@
+"""The agents of the trainer: the choice by name, and the check that an agent fits its environment."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from metta_fastagent import Fast, MettaAgent
+from metta_fastagent.agents.vector import VectorAgent
+from metta_fastagent.ops._checks import describe, first_line
+from metta_fastagent.train.config import TrainConfig
+from metta_fastagent.train.environments import Environment, import_object
+
+# What the trainer uses, and the class that brings it.
+METHODS = {
+    "clip_weights": "PyTorchAgentMixin",
+    "l2_init_loss": "PyTorchAgentMixin",
+    "initial_weights": "PyTorchAgentMixin, set by init_mixin()",
+    "allocate_memory": "LSTMWrapper",
+}
+
+
+def agent_maker(name: str, env: Environment) -> Callable[..., Any]:
+    """The class or function that `TrainConfig.agent` names; "auto" is Fast for tokens, VectorAgent for the rest."""
+    if name != "auto":
+        return import_object("agent", name)
+    space = env.single_observation_space
+    tokens = space.dtype == torch.uint8 and len(space.shape) == 2 and space.shape[1] == 3
+    return Fast if tokens else VectorAgent
+
+
+def make_agent(config: TrainConfig, env: Environment, make: Callable[..., Any] | None = None) -> MettaAgent:
+    """A MettaAgent around `make(env)`, or the agent that `config` names, initialized to `env` and checked.
+
+    Of the mixin's parameters, those are passed as keywords that `config` changes from TrainConfig's defaults.
+    Raises TypeError or ValueError, which says what the agent lacks.
+    """
+    make = make or agent_maker(config.agent, env)
+    names, default = ("clip_range", "clip_mode", "analyze_weights_interval"), TrainConfig()
+    options = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
+    called = f"{getattr(make, '__name__', make)}({', '.join(['env', *options])})"
+    try:
+        inspect.signature(make).bind(env, **options)
+    except TypeError as error:
+        raise TypeError(f"agent: got {error} for {called}, expected an agent that is made by this call") from None
+    policy = make(env, **options)
+    if not isinstance(policy, nn.Module):
+        raise TypeError(f"agent: got {describe(policy)} from {called}, expected a torch.nn.Module")
+    for name, source in METHODS.items():
+        if not hasattr(policy, name):
+            raise TypeError(f"agent: got {type(policy).__name__} without {name}, expected a subclass of {source}")
+    agent = MettaAgent(env, policy, env.device)
+    agent.initialize_to_environment(env.features, env.action_names, env.max_action_args, env.device)
+    agent.policy.allocate_memory(env.num_envs)
+    if getattr(policy, "obs_shape", ()) is None:
+        policy.obs_shape = env.single_observation_space.shape
+    _check_outputs(agent, env)
+    return agent
+
+
+def _check_outputs(agent: MettaAgent, env: Environment) -> None:
+    """Evaluate an action on observations of zeros; draws no random numbers and leaves the memory unchanged."""
+    space, rows, kind = env.single_observation_space, env.num_envs, type(agent.policy).__name__
+    observations = torch.zeros(rows, *space.shape, dtype=space.dtype, device=env.device)
+    start = torch.zeros(rows, dtype=torch.bool, device=env.device)
+    memory = (agent.policy.lstm_h[0], agent.policy.lstm_c[0])
+    td = one_step_segments(observations, memory, {"dones": start, "truncateds": start})
+    agent.eval()
+    try:
+        with torch.no_grad():
+            out = agent(td, action=torch.zeros(rows, 1, 2, dtype=torch.int32, device=env.device))
+        sizes = {name: out[name].numel() for name in ("act_log_prob", "entropy", "value")}
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"agent: {kind} failed on {describe(td['env_obs'])} with an action ({first_line(error)}), expected the "
+            "TensorDict that handle_training_mode returns"
+        ) from error
+    agent.train()
+    if set(sizes.values()) != {rows}:
+        raise ValueError(f"agent: got {sizes} elements from {kind} for {rows} steps, expected one each per step")
+
+
+def one_step_segments(observations: Tensor, memory: tuple[Tensor, Tensor], starts: dict[str, Tensor]) -> TensorDict:
+    """The agent's training inputs for segments of one step: observations [b, ...] and the LSTM state before them."""
+    entries: dict[str, Any] = {"env_obs": observations, **starts}
+    entries = {name: value.unsqueeze(1) for name, value in entries.items()}
+    entries |= {"lstm_h": memory[0].transpose(0, 1), "lstm_c": memory[1].transpose(0, 1)}
+    return TensorDict(entries, batch_size=observations.shape[:1])
+
+
+def interface(agent: MettaAgent, env: Environment) -> dict[str, Any]:
+    """What a checkpoint records of actions and features."""
+    return {
+        "action_names": list(env.action_names),
+        "max_action_args": list(env.max_action_args),
+        "feature_mapping": agent.get_original_feature_mapping(),
+    }

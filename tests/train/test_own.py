@@ -1,0 +1,292 @@
+"""Environments and agents of one's own: the protocol's defaults, resume, and one line for each mistake."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from metta_fastagent import LSTMWrapper
+from metta_fastagent.agents.vector import VectorAgent
+from metta_fastagent.train import TrainConfig, cli, load_agent, train
+from metta_fastagent.train.checkpoint import load_checkpoint
+from metta_fastagent.train.environments import Environment, make_environment
+from metta_fastagent.train.trainer import Trainer
+
+SIZES = {"num_envs": 8, "segment_length": 4, "minibatches": 2}
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Cue:
+    """Shows a cue of three at the first of three steps; naming it at the last pays 1."""
+
+    max_action_args = (2,)
+
+    def __init__(self, num_envs, device):
+        self.rows, self.device = num_envs, device
+        self.generator = torch.Generator(device)
+
+    def observe(self):
+        shown = self.cue if self.time == 0 else torch.full_like(self.cue, 3)
+        return nn.functional.one_hot(shown, 4).float()
+
+    def restart(self):
+        self.time, self.cue = 0, torch.randint(3, (self.rows,), generator=self.generator)
+        return self.observe()
+
+    def reset(self, seed):
+        self.generator.manual_seed(seed)
+        return self.restart()
+
+    def step(self, actions):
+        self.time += 1
+        ends = self.time == 3
+        rewards = ends * (actions[:, 1] == self.cue).float()
+        return self.restart() if ends else self.observe(), rewards, torch.full((self.rows,), ends)
+
+
+class SavedCue(Cue):
+    def state_dict(self):
+        return {"time": self.time, "cue": self.cue.clone(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        self.time, self.cue = state["time"], state["cue"].clone()
+        self.generator.set_state(state["generator"])
+
+
+class Agent(VectorAgent):
+    def __init__(self, env, **kwargs):
+        super().__init__(env, nn.Sequential(nn.Linear(4, 16), nn.ReLU()), 16, **kwargs)
+
+
+def config(**changes):
+    return TrainConfig(**{**SIZES, "steps": 6 * 32, "checkpoint_interval": 3, **changes})
+
+
+def test_an_own_environment_and_agent_train_and_act(tmp_path, capsys):
+    run = train(config(), make_env=Cue, make_agent=Agent, out=tmp_path / "run")
+    assert type(run.agent) is Agent and run.evaluation.scripted is None
+    assert f"best              {tmp_path}/run/best.pt, evaluated return 0." in capsys.readouterr().out
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert state["config"]["env"].endswith("test_own:Cue") and state["config"]["agent"].endswith("test_own:Agent")
+    agent, env, _ = load_agent(tmp_path / "run" / "checkpoint.pt", 2, make_env=Cue, make_agent=Agent)
+    assert (env.num_envs, agent.policy.num_envs, agent.training) == (2, 2, False)
+    for name, value in run.agent.state_dict().items():
+        assert torch.equal(agent.policy.state_dict()[name], value), name
+
+
+def test_names_are_imported_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
+    sizes = ["--num-envs", "8", "--segment-length", "4", "--minibatches", "2", "--steps", "64"]
+    out = ["--quiet", "--out", str(tmp_path / "run")]
+    assert cli.main(["--env", "mine:Cue", "--agent", "mine:Agent", *sizes, *out]) == 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["config"]["agent"] == "mine:Agent"
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(tmp_path / "run" / "best.pt")]) == 0
+    assert capsys.readouterr().out.endswith(" 512 episodes\n")
+
+
+def test_what_is_left_out_has_defaults():
+    env = make_environment(Cue, 4, CPU)
+    assert env.action_names == ["action_0"] and env.features == {}
+    assert (env.single_observation_space.shape, env.single_observation_space.dtype) == ((4,), torch.float32)
+    env.reset(1)
+    step = env.step(torch.zeros(4, 2, dtype=torch.int32))
+    assert not step.truncations.any() and step.final_observations is None and step.valid is None
+    assert env.state_dict() is None and not hasattr(env, "scripted_actions")
+    env.close()
+
+
+def test_a_truncation_without_final_observations_is_worth_nothing():
+    class Cut(Cue):
+        def step(self, actions):
+            observations, rewards, ends = super().step(actions)
+            return observations, rewards, torch.zeros_like(ends), ends
+
+    trainer = Trainer(config(), Cut, Agent)
+    trainer.collect()
+    assert trainer.experience.truncations.any() and not trainer.experience.bootstrap_values.any()
+
+
+def test_a_resumed_run_of_an_own_environment_equals_the_whole_run(tmp_path):
+    own = {"make_env": SavedCue, "make_agent": Agent}
+    whole = train(config(), **own, out=tmp_path / "whole")
+    train(config(steps=3 * 32), **own, out=tmp_path / "half")
+    resumed = train(config(), **own, resume=tmp_path / "half" / "checkpoint.pt")
+    assert resumed.trainer.updates == whole.trainer.updates == 6
+    for name, value in whole.agent.state_dict().items():
+        assert torch.equal(resumed.agent.state_dict()[name], value), name
+
+
+def test_without_state_dict_a_resumed_run_starts_new_episodes(tmp_path):
+    train(config(steps=3 * 32), make_env=Cue, make_agent=Agent, out=tmp_path)
+    resumed = train(config(), make_env=Cue, make_agent=Agent, resume=tmp_path / "checkpoint.pt")
+    assert resumed.trainer.updates == 6
+
+
+def test_observations_keep_their_dtype_and_shape():
+    class Images(Cue):
+        def observe(self):
+            return torch.zeros(self.rows, 2, 2, 3, dtype=torch.int16)
+
+    trainer = Trainer(config(), Images)
+    assert type(trainer.agent.policy) is VectorAgent
+    trainer.train_update()
+    assert trainer.experience.observations.dtype == torch.int16
+    assert trainer.experience.observations.shape == (8, 4, 2, 2, 3)
+
+
+class NoReset:
+    max_action_args, step = (1,), Cue.step
+
+
+class NoActions:
+    reset, step = Cue.reset, Cue.step
+
+
+def changed(**members):
+    """Cue with other members; functions take (self, value of Cue's method)."""
+
+    def override(name, function):
+        return lambda self, *arguments: function(self, getattr(Cue, name)(self, *arguments))
+
+    own = {name: override(name, value) if callable(value) else value for name, value in members.items()}
+    return type("Wrong", (Cue,), own)
+
+
+WRONG_ENVIRONMENTS = {
+    "no reset": (NoReset, "environment: got NoReset without reset, expected a method reset(seed) that returns"),
+    "no actions": (NoActions, "environment: got NoActions without max_action_args, expected a list with the largest"),
+    "float actions": (changed(max_action_args=[0.5]), "max_action_args[0]: got 0.5 (float), expected an integer >= 0"),
+    "a pair from reset": (
+        changed(reset=lambda self, first: (first, {})),
+        "reset: got a tuple of length 2, expected the observations, a tensor [8, ...] on cpu",
+    ),
+    "other rows": (changed(reset=lambda self, first: first[1:]), "reset: got a float32 tensor of shape [7, 4] on cpu"),
+    "one value": (changed(reset=lambda self, first: first[:, 0]), "reset: got a float32 tensor of shape [8] on cpu"),
+    "a batch that changes": (
+        changed(step=lambda self, step: (step[0][1:], *step[1:])),
+        "step: observations: got a float32 tensor of shape [7, 4] on cpu, expected a float32 tensor of shape [8, 4]",
+    ),
+    "another dtype": (
+        changed(step=lambda self, step: (step[0].double(), *step[1:])),
+        "step: observations: got a float64 tensor of shape [8, 4] on cpu, expected a float32 tensor of shape [8, 4]",
+    ),
+    "no tuple": (
+        changed(step=lambda self, step: step[0]),
+        "step: got a float32 tensor of shape [8, 4] on cpu, expected a",
+    ),
+    "a pair": (
+        changed(step=lambda self, step: step[:2]),
+        "step: got a tuple of length 2, expected a tuple of the first 3",
+    ),
+    "wide rewards": (
+        changed(step=lambda self, step: (step[0], step[1].unsqueeze(1), step[2])),
+        "step: rewards: got a float32 tensor of shape [8, 1] on cpu, expected a float32 tensor of shape [8] on cpu",
+    ),
+    "float terminals": (
+        changed(step=lambda self, step: (*step[:2], step[2].float())),
+        "step: terminals: got a float32 tensor of shape [8] on cpu, expected a bool tensor of shape [8]",
+    ),
+    "other final observations": (
+        changed(step=lambda self, step: (*step, step[2], step[0][:, :2])),
+        "step: final_observations: got a float32 tensor of shape [8, 2] on cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make_env", "message"), WRONG_ENVIRONMENTS.values(), ids=WRONG_ENVIRONMENTS)
+def test_a_wrong_environment_is_one_line(make_env, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "mine", type(sys)("mine"))
+    sys.modules["mine"].make_env = lambda num_envs, device: (
+        object.__new__(make_env) if make_env in (NoReset, NoActions) else make_env(num_envs, device)
+    )
+    assert cli.main(["--env", "mine:make_env", "--num-envs", "8", "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"python -m metta_fastagent.train: error: {message}"), err
+    assert err.count("\n") == 1
+
+
+class Plain(nn.Module):
+    """No mixin."""
+
+    def __init__(self, env):
+        super().__init__()
+
+
+class NoMixin(LSTMWrapper):
+    def __init__(self, env):
+        super().__init__(env, nn.Linear(1, 1), 4, 4)
+
+
+class Wide(Agent):
+    def __init__(self, env, **kwargs):
+        super().__init__(env, **kwargs)
+        self.policy.actor = nn.Linear(16, 7)
+
+
+class OtherInput(VectorAgent):
+    def __init__(self, env, **kwargs):
+        super().__init__(env, nn.Linear(9, 64), **kwargs)
+
+
+WRONG_AGENTS = {
+    "no mixin": (Plain, "agent: got Plain without clip_weights, expected a subclass of PyTorchAgentMixin"),
+    "no clip_weights": (NoMixin, "agent: got NoMixin without clip_weights, expected a subclass of PyTorchAgentMixin"),
+    "no module": (lambda env: [], "agent: got a list of length 0 from <lambda>(env), expected a torch.nn.Module"),
+    "no argument": (lambda: None, "agent: got too many positional arguments for <lambda>(env), expected an agent that"),
+    "wide logits": (
+        Wide,
+        "agent: Wide failed on a float32 tensor of shape [8, 1, 4] on cpu with an action (logits_list: got a "
+        "float32 tensor of shape [8, 7] on cpu, expected 3 columns",
+    ),
+    "other input": (
+        OtherInput,
+        "agent: OtherInput failed on a float32 tensor of shape [8, 1, 4] on cpu with an action",
+    ),
+}
+
+
+@pytest.mark.parametrize(("agent", "message"), WRONG_AGENTS.values(), ids=WRONG_AGENTS)
+def test_a_wrong_agent_is_one_line(agent, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "mine", type(sys)("mine"))
+    sys.modules["mine"].Cue, sys.modules["mine"].agent = Cue, agent
+    assert cli.main(["--env", "mine:Cue", "--agent", "mine:agent", "--num-envs", "8", "--quiet"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"python -m metta_fastagent.train: error: {message}") and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        (
+            "--env",
+            "nowhere:make_env",
+            "env: got 'nowhere:make_env' (No module named 'nowhere'), expected package",
+        ),
+        ("--env", "math:nothing", "env: got 'math:nothing' (module 'math' has no attribute 'nothing'), expected"),
+        ("--env", "math:pi", "env: got 'math:pi', which is 3.14"),
+        ("--agent", "MyAgent", "agent: got 'MyAgent', expected auto or package.module:MyAgent"),
+    ],
+)
+def test_a_wrong_name_is_one_line(option, value, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([option, value]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"python -m metta_fastagent.train: error: {message}") and err.count("\n") == 1, err
+
+
+def test_other_members_are_the_environments_own():
+    env = make_environment(Cue, 4, CPU)
+    assert isinstance(env, Environment) and env.rows == 4
+    with pytest.raises(AttributeError, match="walls"):
+        _ = env.walls
+
+
+def test_ablations_work_and_are_not_in_the_help():
+    text = cli.make_parser().format_help()
+    assert "--segment-length" in text and "--zero-segment-state" not in text and "every-step" not in text
+    assert cli.make_parser().parse_args(["--zero-segment-state"]).zero_segment_state
