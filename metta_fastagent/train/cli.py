@@ -213,6 +213,8 @@ def prepare(
     config, folder, state = ranks.run_on_all_ranks(lambda: read_request(given, out, resume, tensorboard))
     # Subnormal numbers slow the saturated gates of a trained LSTM; torch's threads inherit the mode if it is set first.
     torch.set_flush_denormal(True)
+    # The importance ratio before the first update is 1 within 1e-5 only without TF32 convolutions.
+    torch.backends.cudnn.allow_tf32 = False
     if config.threads:
         torch.set_num_threads(config.threads)
     trainer = Trainer(config, make_env, make_agent)
