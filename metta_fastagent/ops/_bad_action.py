@@ -115,10 +115,16 @@ def raise_if_reported(
 
     Raises:
         ValueError: an action was out of range; the message names operation, row, type and parameter, and the limit.
+        RuntimeError: `synchronize` while a CUDA graph is captured.
     """
     if not _in_use:
         return
     if synchronize and torch.cuda.is_available():
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "validate: got 'sync', expected 'deferred' or 'off' while a CUDA graph is captured: 'sync' waits for "
+                "the device"
+            )
         torch.cuda.synchronize()
     code = next(filter(None, (each.take() for each in ([report] if report else _in_use))), 0)
     if code == 0:

@@ -5,7 +5,7 @@ import torch
 from tensordict import TensorDict
 
 from metta_fastagent import LSTMWrapper, PyTorchAgentMixin, ops
-from metta_fastagent.ops import _chunk_table, _lstm_layer, _sample_actions
+from metta_fastagent.ops import _bad_action, _chunk_table, _l2_init_loss, _lstm_layer, _sample_actions
 from metta_fastagent.ops._categorical import MAX_ACTIONS, MAX_COLUMNS
 
 CUM = [0, 0, 3, 6]
@@ -569,6 +569,29 @@ def test_a_weight_modified_before_the_backward_is_refused(device):
         params[1].add_(1.0)
     with pytest.raises(RuntimeError, match="modified in place"):
         loss.backward()
+
+
+def test_sync_validation_is_refused_under_capture(monkeypatch):
+    _bad_action.word(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"^validate: got 'sync', expected 'deferred' or 'off'"):
+        ops.raise_if_reported(synchronize=True)
+
+
+def test_l2_has_scratch_of_its_own_in_each_capture(device, monkeypatch):
+    params, start = [torch.full((4100,), 2.0, device=device)], [torch.zeros(4100, device=device)]
+    ops.l2_init_loss(params, start)
+    before = {key: (id(partials), id(counter)) for key, (partials, counter) in _l2_init_loss._scratch.items()}
+    made = []
+    new_scratch = _l2_init_loss._new_scratch
+    monkeypatch.setattr(_l2_init_loss, "capturing", lambda device: True)
+    monkeypatch.setattr(_l2_init_loss, "_new_scratch", lambda *args: made.append(new_scratch(*args)) or made[-1])
+    for _ in range(2):
+        assert ops.l2_init_loss(params, start).item() == 4 * 4100
+    assert len(made) == 2 and all(counter.item() == 0 for _, counter in made)
+    now = {key: (id(partials), id(counter)) for key, (partials, counter) in _l2_init_loss._scratch.items()}
+    assert now == before
 
 
 @pytest.mark.gpu
