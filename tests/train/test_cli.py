@@ -369,7 +369,9 @@ def test_the_evaluation_of_a_checkpoint(run, saved_run, capsys, monkeypatch):
 
 
 def test_a_missing_package_is_one_line(run, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mettagrid", None)
+    # An earlier test may have imported it.
+    for name in ("mettagrid", *(name for name in sys.modules if name.startswith("mettagrid."))):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "metta_fastagent.train.environments.mettagrid", raising=False)
     assert run("--env", "mettagrid", "--num-envs", 24) == 2
     err = capsys.readouterr().err
