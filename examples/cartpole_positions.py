@@ -1,6 +1,6 @@
 """Gymnasium's CartPole without velocities: float vectors in, and an agent of its own on the package's trainer.
 
-    python examples/cartpole_positions.py [--steps 480000] [--seed 1] [--forget]
+    python examples/cartpole_positions.py [--steps 640000] [--seed 1] [--forget]
 
 The agent sees the cart's position and the pole's angle, so it has to remember to know velocities: with a state that is
 zeroed at each step (`--forget`) it learns much less.
@@ -80,7 +80,7 @@ def configuration(steps, seed, forget):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=480_000)
+    parser.add_argument("--steps", type=int, default=640_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out")
     parser.add_argument("--forget", action="store_true", help="zero the LSTM's state at each step")
