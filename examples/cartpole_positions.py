@@ -70,7 +70,7 @@ def configuration(steps, seed, forget):
         segment_length=32,
         epochs=4,
         lr=2.5e-3,
-        anneal_lr=True,
+        anneal_lr=1.0,
         gamma=0.98,
         ent_coef=0.01,
         evaluation_interval=0,

@@ -44,13 +44,11 @@ class Run(NamedTuple):
 
 def configuration(zero_segment_state: bool, seed: int, steps: int) -> TrainConfig:
     """The configuration of a run; TASK has the options of its environment."""
-    return TrainConfig.for_environment(
-        "memory",
+    return TrainConfig(
         seed=seed,
         steps=steps,
         num_envs=NUM_ENVS,
         segment_length=SEGMENT_LENGTH,
-        epochs=2,
         # Both leave the plateau of pressing any switch sooner than the defaults do; so does a time limit that counts.
         lr=1.5e-3,
         ent_coef=0.005,

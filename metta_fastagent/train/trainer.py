@@ -100,7 +100,8 @@ class Trainer:
         """
         config = self.config
         wall, cpu = time.perf_counter(), time.process_time()
-        lr = config.lr * (1 - self.updates / self.last_update) if config.anneal_lr else config.lr
+        left = 1 - self.updates / self.last_update
+        lr = config.lr * (min(1.0, left / config.anneal_lr) if config.anneal_lr else 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         episodes = self.collect()

@@ -394,7 +394,7 @@ def test_defaults_round_trip(env):
         assert config.updates(ranks) * size >= config.steps > (config.updates(ranks) - 1) * size
 
 
-@pytest.mark.parametrize(("name", "value"), [("steps", 1.5), ("lr", "fast"), ("anneal_lr", 1), ("seed", True)])
+@pytest.mark.parametrize(("name", "value"), [("steps", 1.5), ("lr", "fast"), ("anneal_lr", True), ("seed", True)])
 def test_a_value_of_another_type_names_the_field(name, value):
     with pytest.raises(TypeError, match=f"^{name}: got .* expected "):
         TrainConfig.for_environment("memory", **{name: value})

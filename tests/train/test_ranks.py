@@ -312,7 +312,8 @@ def written(tmp_path_factory):
     """A checkpoint after update 2 of 4 and what an undisturbed run ends with."""
     folder = tmp_path_factory.mktemp("written")
     for name, updates in (("half", 2), ("whole", 4)):
-        rank_jobs.train(*SMALL, "--steps", str(updates * STEPS), "--out", str(folder / name))
+        # An annealed rate would follow the length of each run.
+        rank_jobs.train(*SMALL, "--anneal-lr", "0", "--steps", str(updates * STEPS), "--out", str(folder / name))
     return folder / "half" / "checkpoint.pt", folder / "whole" / "checkpoint.pt"
 
 
