@@ -109,12 +109,14 @@ def _categorical_cases(num_actions: int, dtype: str) -> Iterator[Case]:
     constants = {"A": num_actions, "COMPUTE": TRITON_DTYPES[dtype], **layout}
     outputs = {"log_prob": dtype, "entropy": dtype, "full_log_probs": dtype}
     suffix = f"A={num_actions} {dtype}"
+    conditions = {"word": "i64", "mask": "i1", "temperature_tensor": dtype}
+    constants |= {"MASKED": False, "TEMPERATURE": 0}
     yield Case(
         f"evaluate_actions forward {suffix}",
         getattr(_evaluate_actions, f"_evaluate_actions_fwd_{kind}_kernel"),
-        {"logits": dtype, "actions": "i32", "table": "i64", **outputs, "index": "i64", "word": "i64"},
-        {"N": "i32", "num_types": "i32", "stride_row": "i32", "stride_pair": "i32"},
-        {**constants, "PAIRS": True},
+        {"logits": dtype, "actions": "i32", "table": "i64", **outputs, "index": "i64", **conditions},
+        {"N": "i32", "num_types": "i32", "stride_row": "i32", "stride_pair": "i32", "temperature": "fp32"},
+        {**constants, "PAIRS": True, "STRICT": True},
         warps,
         rows,
     )
@@ -122,8 +124,8 @@ def _categorical_cases(num_actions: int, dtype: str) -> Iterator[Case]:
         f"evaluate_actions backward {suffix}",
         getattr(_evaluate_actions, f"_evaluate_actions_bwd_{kind}_kernel"),
         {"logits": dtype, "index": "i64", "grad_log_prob": dtype, "grad_entropy": dtype, "grad_full": dtype}
-        | {"grad_logits": dtype},
-        {"N": "i32"},
+        | {"grad_logits": dtype, "mask": "i1", "temperature_tensor": dtype},
+        {"N": "i32", "temperature": "fp32"},
         {**constants, "HAS_LOG_PROB": True, "HAS_ENTROPY": True, "HAS_FULL": False},
         warps,
         rows,
@@ -132,9 +134,9 @@ def _categorical_cases(num_actions: int, dtype: str) -> Iterator[Case]:
         f"sample_actions {suffix}",
         getattr(_sample_actions, f"_sample_actions_{kind}_kernel"),
         {"logits": dtype, "uniform": "fp64" if dtype == "fp64" else "fp32", "table": "i32", "index": "i64", **outputs}
-        | {"pair": "i32"},
-        {"N": "i32"},
-        {**constants, "PAIRS": True},
+        | {"pair": "i32", **conditions},
+        {"N": "i32", "temperature": "fp32"},
+        {**constants, "PAIRS": True, "STRICT": True, "GREEDY": False},
         warps,
         rows,
     )

@@ -3,12 +3,46 @@
 //   e_j = exp(x_j - top)     s = sum e_j     w = sum e_j (x_j - top), a term with e_j = 0 counting 0
 //   log_prob_j = x_j - top - log s           entropy = log s - w / s
 //
+// With a mask or a temperature, x_j is the logit divided by the temperature, -inf if the mask is false.
 // A lane is a row. Its arithmetic does not depend on the other lanes, nor on how rows are split over threads.
 #pragma once
 
 #include "vec.h"
 
 namespace metta_fastagent {
+
+struct Condition {
+  const bool* mask = nullptr;
+  double temperature = 1;
+
+  Condition(const std::optional<Tensor>& allowed, double divisor, int64_t N, int64_t A) : temperature(divisor) {
+    if (!allowed.has_value()) return;
+    require(*allowed, "mask", ScalarType::Bool, {N, A});
+    mask = data_of<bool>(*allowed);
+  }
+
+  bool empty() const { return mask == nullptr && temperature == 1; }
+};
+
+// load_columns of the rows from `row` on, under the condition. Returns the largest element of each row, ignoring NaN.
+template <class T>
+METTA_INLINE Vec<T> load_conditioned(const T* logits, const Condition& c, int64_t row, int64_t live, int64_t A,
+                                     T* columns) {
+  constexpr int64_t W = Lanes<T>::W;
+  Vec<T> top = load_columns(logits + row * A, live, A, columns);
+  if (c.empty()) return top;
+  constexpr T lowest = -std::numeric_limits<T>::infinity();
+  const T temperature = static_cast<T>(c.temperature);
+  top = splat(lowest);
+  for (int64_t j = 0; j < A; ++j) {
+    Vec<T> x = load(columns + j * W) / temperature;
+    if (c.mask != nullptr)
+      for (int64_t l = 0; l < live; ++l) x[l] = c.mask[(row + l) * A + j] ? x[l] : lowest;
+    top = larger<T>(top, x);
+    store(columns + j * W, x);
+  }
+  return top;
+}
 
 template <class T>
 struct Sums {

@@ -11,23 +11,30 @@
 namespace metta_fastagent {
 namespace {
 
-// Every index is within [0, A).
+// Every index is within [0, A). Returns the first row whose logits are no distribution, or -1.
 template <class T>
-void forward_rows(const T* logits, const int64_t* index, T* log_prob, T* entropy, T* full, int64_t N, int64_t A) {
+int64_t forward_rows(const T* logits, const Condition& condition, const int64_t* index, T* log_prob, T* entropy,
+                     T* full, int64_t N, int64_t A) {
   constexpr int64_t W = Lanes<T>::W;
-  parallel((N + W - 1) / W, W * A, [=](int64_t begin, int64_t end) {
+  FirstBad bad;
+  parallel((N + W - 1) / W, W * A, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<T[]> columns(new T[A * W]);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t row = group * W, live = std::min(W, N - row);
-      const Vec<T> top = load_columns(logits + row * A, live, A, columns.get());
+      const Vec<T> top = load_conditioned(logits, condition, row, live, A, columns.get());
       const Sums<T> sums = shift_and_sum<T>(columns.get(), top, nullptr, A);
       const Vec<T> log_s = log<T>(sums.s);
       const auto value = [&](int64_t j) METTA_LAMBDA { return load(columns.get() + j * W) - log_s; };
       store_columns<T>(live, A, full + row * A, value);
       store_live<T>(entropy + row, log_s - sums.w / sums.s, live);
-      for (int64_t l = 0; l < live; ++l) log_prob[row + l] = columns[index[row + l] * W + l] - log_s[l];
+      for (int64_t l = 0; l < live; ++l) {
+        // The sum is NaN if the row holds NaN or +inf, or only -inf.
+        if (!(sums.s[l] > T(0))) bad.report(row + l);
+        log_prob[row + l] = columns[index[row + l] * W + l] - log_s[l];
+      }
     }
   });
+  return bad.row();
 }
 
 // The index of each row's action, -1 if out of range; returns the first such row, or -1.
@@ -59,8 +66,11 @@ int64_t read_actions(const Tensor& actions, const std::optional<Tensor>& table, 
   return bad.row();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> evaluate_forward(const Tensor& logits, const Tensor& actions,
-                                                            const std::optional<Tensor>& table) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, int64_t> evaluate_forward(const Tensor& logits,
+                                                                           const Tensor& actions,
+                                                                           const std::optional<Tensor>& table,
+                                                                           const std::optional<Tensor>& mask,
+                                                                           double temperature) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "logits: expected a matrix");
   const int64_t N = logits.size(0), A = logits.size(1);
   const ScalarType dtype = require_floating_point(logits, "logits");
@@ -68,14 +78,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t> evaluate_forward(const Tenso
   const Tensor log_prob = empty({N}, dtype), entropy = empty({N}, dtype), full = empty({N, A}, dtype);
   const Tensor index = empty({N}, ScalarType::Long);
   int64_t* chosen = mutable_data_of<int64_t>(index);
+  const Condition condition(mask, temperature, N, A);
   const int64_t bad = read_actions(actions, table, N, A, chosen);
+  int64_t bad_logits = -1;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    forward_rows<T>(data_of<T>(logits), chosen, mutable_data_of<T>(log_prob), mutable_data_of<T>(entropy),
-                    mutable_data_of<T>(full), N, A);
+    bad_logits = forward_rows<T>(data_of<T>(logits), condition, chosen, mutable_data_of<T>(log_prob),
+                                 mutable_data_of<T>(entropy), mutable_data_of<T>(full), N, A);
   };
   if (bad < 0) dtype == ScalarType::Float ? run(float{}) : run(double{});
-  return {log_prob, entropy, full, index, bad};
+  return {log_prob, entropy, full, index, bad, bad_logits};
 }
 
 // One value per row, with any stride; 0 for every row without a tensor.
@@ -101,15 +113,16 @@ struct PerRow {
 };
 
 template <class T>
-void backward_rows(const T* logits, const int64_t* index, PerRow<T> grad_log_prob, PerRow<T> grad_entropy,
-                   const T* grad_full, T* grad_logits, int64_t N, int64_t A) {
+void backward_rows(const T* logits, const Condition& condition, const int64_t* index, PerRow<T> grad_log_prob,
+                   PerRow<T> grad_entropy, const T* grad_full, T* grad_logits, int64_t N, int64_t A) {
   constexpr int64_t W = Lanes<T>::W;
+  const T temperature = static_cast<T>(condition.temperature);
   parallel((N + W - 1) / W, W * A, [=](int64_t begin, int64_t end) {
     const std::unique_ptr<T[]> scratch(new T[3 * A * W]);
     T *columns = scratch.get(), *e = columns + A * W, *f = e + A * W;
     for (int64_t group = begin; group < end; ++group) {
       const int64_t row = group * W, live = std::min(W, N - row);
-      const Vec<T> top = load_columns(logits + row * A, live, A, columns);
+      const Vec<T> top = load_conditioned(logits, condition, row, live, A, columns);
       const Sums<T> sums = shift_and_sum<T>(columns, top, e, A);
       const Vec<T> inverse = T(1) / sums.s, mean = sums.w / sums.s;
       const Vec<T> g = grad_log_prob.read(row, live), h = grad_entropy.read(row, live);
@@ -131,12 +144,16 @@ void backward_rows(const T* logits, const int64_t* index, PerRow<T> grad_log_pro
       if (grad_log_prob.data != nullptr)
         for (int64_t l = 0; l < live; ++l)
           grad_logits[(row + l) * A + std::clamp<int64_t>(index[row + l], 0, A - 1)] += g[l];
+      if (condition.empty()) continue;
+      for (int64_t at = row * A; at < (row + live) * A; ++at)
+        grad_logits[at] = condition.mask == nullptr || condition.mask[at] ? grad_logits[at] / temperature : T(0);
     }
   });
 }
 
 Tensor evaluate_backward(const Tensor& logits, const Tensor& index, const std::optional<Tensor>& grad_log_prob,
-                const std::optional<Tensor>& grad_entropy, const std::optional<Tensor>& grad_full) {
+                const std::optional<Tensor>& grad_entropy, const std::optional<Tensor>& grad_full,
+                const std::optional<Tensor>& mask, double temperature) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "logits: expected a matrix");
   const int64_t N = logits.size(0), A = logits.size(1);
   const ScalarType dtype = require_floating_point(logits, "logits");
@@ -145,10 +162,11 @@ Tensor evaluate_backward(const Tensor& logits, const Tensor& index, const std::o
   if (grad_full.has_value()) {
     require(*grad_full, "grad_full_log_probs", dtype, {N, A});
   }
+  const Condition condition(mask, temperature, N, A);
   const Tensor grad = empty({N, A}, dtype);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    backward_rows<T>(data_of<T>(logits), data_of<int64_t>(index),
+    backward_rows<T>(data_of<T>(logits), condition, data_of<int64_t>(index),
                      PerRow<T>(grad_log_prob, "grad_log_prob", N, dtype),
                      PerRow<T>(grad_entropy, "grad_entropy", N, dtype),
                      grad_full.has_value() ? data_of<T>(*grad_full) : nullptr, mutable_data_of<T>(grad), N, A);
@@ -162,11 +180,12 @@ Tensor evaluate_backward(const Tensor& logits, const Tensor& index, const std::o
 
 STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) {
   m.def(
-      "evaluate_actions_forward(Tensor logits, Tensor actions, Tensor? cum_action_max_params)"
-      " -> (Tensor log_prob, Tensor entropy, Tensor full_log_probs, Tensor index, int bad_row)");
+      "evaluate_actions_forward(Tensor logits, Tensor actions, Tensor? cum_action_max_params, Tensor? mask=None,"
+      " float temperature=1.0) -> (Tensor log_prob, Tensor entropy, Tensor full_log_probs, Tensor index, int bad_row,"
+      " int bad_logits)");
   m.def(
       "evaluate_actions_backward(Tensor logits, Tensor index, Tensor? grad_log_prob, Tensor? grad_entropy,"
-      " Tensor? grad_full_log_probs) -> Tensor");
+      " Tensor? grad_full_log_probs, Tensor? mask=None, float temperature=1.0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metta_fastagent_native, CPU, m) {

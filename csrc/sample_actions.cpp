@@ -12,7 +12,10 @@ namespace {
 
 template <class T>
 struct Draw {
-  const T *logits, *uniform;
+  const T* logits;
+  Condition condition;
+  // null: the likeliest action, the first of several
+  const T* uniform;
   int64_t* index;
   T *log_prob, *entropy, *full;
   int64_t N, A;
@@ -35,6 +38,18 @@ METTA_INLINE typename Lanes<T>::I first_above(T* e, Vec<T> u, int64_t A) {
   return count;
 }
 
+// The first column of each row that is 0: the shifted logits of its largest ones are.
+template <class T>
+METTA_INLINE typename Lanes<T>::I first_zero(const T* shifted, int64_t A) {
+  constexpr int64_t W = Lanes<T>::W;
+  typename Lanes<T>::I first{};
+  for (int64_t j = A - 1; j >= 0; --j) {
+    const typename Lanes<T>::I here = load(shifted + j * W) == Vec<T>{};
+    first = (first & ~here) | (here & static_cast<typename Lanes<T>::Integer>(j));
+  }
+  return first;
+}
+
 template <class T>
 void draw_rows(const Draw<T>& d, FirstBad& bad) {
   constexpr int64_t W = Lanes<T>::W;
@@ -44,19 +59,21 @@ void draw_rows(const Draw<T>& d, FirstBad& bad) {
     T *columns = scratch.get(), *e = columns + A * W;
     for (int64_t group = begin; group < end; ++group) {
       const int64_t row = group * W, live = std::min(W, N - row);
-      const Vec<T> top = load_columns(d.logits + row * A, live, A, columns);
+      const Vec<T> top = load_conditioned(d.logits, d.condition, row, live, A, columns);
       const Sums<T> sums = shift_and_sum<T>(columns, top, e, A);
       const Vec<T> log_s = log<T>(sums.s);
       const auto value = [&](int64_t j) METTA_LAMBDA { return load(columns + j * W) - log_s; };
       store_columns<T>(live, A, d.full + row * A, value);
       store_live<T>(d.entropy + row, log_s - sums.w / sums.s, live);
       Vec<T> u{};
-      for (int64_t l = 0; l < live; ++l) u[l] = d.uniform[row + l];
-      const typename Lanes<T>::I drawn = first_above<T>(e, u, A);
+      if (d.uniform != nullptr)
+        for (int64_t l = 0; l < live; ++l) u[l] = d.uniform[row + l];
+      const typename Lanes<T>::I drawn = d.uniform == nullptr ? first_zero<T>(columns, A) : first_above<T>(e, u, A);
       for (int64_t l = 0; l < live; ++l) {
         // The sum is NaN if the row holds NaN or +inf, or only -inf.
-        if (!(sums.s[l] > T(0))) bad.report(row + l);
-        const int64_t chosen = std::min<int64_t>(drawn[l], A - 1);
+        const bool distribution = sums.s[l] > T(0);
+        if (!distribution) bad.report(row + l);
+        const int64_t chosen = distribution ? std::min<int64_t>(drawn[l], A - 1) : 0;
         d.index[row + l] = chosen;
         d.log_prob[row + l] = columns[chosen * W + l] - log_s[l];
       }
@@ -64,21 +81,25 @@ void draw_rows(const Draw<T>& d, FirstBad& bad) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> sample(const Tensor& logits, const Tensor& uniform,
-                                                                   const std::optional<Tensor>& table) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> sample(const Tensor& logits,
+                                                                   const std::optional<Tensor>& uniform,
+                                                                   const std::optional<Tensor>& table,
+                                                                   const std::optional<Tensor>& mask,
+                                                                   double temperature) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "logits: expected a matrix");
   const int64_t N = logits.size(0), A = logits.size(1);
   const ScalarType dtype = require_floating_point(logits, "logits");
   require_dense(logits, "logits", dtype);
-  require(uniform, "uniform", dtype, {N});
+  if (uniform.has_value()) require(*uniform, "uniform", dtype, {N});
+  const Condition condition(mask, temperature, N, A);
   const Tensor index = empty({N}, ScalarType::Long), pair = empty({table.has_value() ? N : 0, 2}, ScalarType::Int);
   const Tensor log_prob = empty({N}, dtype), entropy = empty({N}, dtype), full = empty({N, A}, dtype);
   int64_t* chosen = mutable_data_of<int64_t>(index);
   FirstBad bad;
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    draw_rows<T>({data_of<T>(logits), data_of<T>(uniform), chosen, mutable_data_of<T>(log_prob),
-                  mutable_data_of<T>(entropy), mutable_data_of<T>(full), N, A},
+    draw_rows<T>({data_of<T>(logits), condition, uniform.has_value() ? data_of<T>(*uniform) : nullptr, chosen,
+                  mutable_data_of<T>(log_prob), mutable_data_of<T>(entropy), mutable_data_of<T>(full), N, A},
                  bad);
   };
   dtype == ScalarType::Float ? run(float{}) : run(double{});
@@ -100,7 +121,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> sample(const Tensor&
 
 STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) {
   m.def(
-      "sample_actions(Tensor logits, Tensor uniform, Tensor? action_index_tensor)"
+      "sample_actions(Tensor logits, Tensor? uniform, Tensor? action_index_tensor, Tensor? mask=None,"
+      " float temperature=1.0)"
       " -> (Tensor index, Tensor log_prob, Tensor entropy, Tensor full_log_probs, Tensor pair, int bad_row)");
 }
 

@@ -95,7 +95,7 @@ def register(
     return call
 
 
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None), int, float, torch.dtype})
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, torch.dtype})
 
 
 def needs_operator(*args: Any) -> bool:

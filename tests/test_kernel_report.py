@@ -20,7 +20,7 @@ TRITON_3_8 = _triton.triton.__version__.startswith("3.8.")
 LIMITS = [
     ("clip_weights fp32", 1.5, 128, 128),
     ("clip_weights bf16", 2.0, 128, 128),
-    ("evaluate_actions forward A=9 fp32", 10.0, 32, 32),
+    ("evaluate_actions forward A=9 fp32", 10.5, 32, 32),
     ("evaluate_actions backward A=9 fp32", 10.0, 32, 32),
     ("sample_actions A=9 fp32", 10.0, 32, 32),
     ("evaluate_actions forward A=128 fp32", 270.0, 128, 128),

@@ -1,11 +1,13 @@
-"""A word of host memory, one for each agent, in which kernels report an action out of range without a host sync.
+"""Two words of host memory, a pair for each agent, in which kernels report bad rows without a host sync.
 
-A kernel never stops on a bad action: it sets the row's log-probability to NaN and writes this word in pinned memory.
+A kernel never stops on an action out of range, or on logits that are no distribution: it sets the row's log-probability
+to NaN and writes the first word, or the second, in pinned memory.
 `raise_if_reported` reads it. A report that a running kernel has not written yet is found by a later call, so an error
 comes one call late unless the caller synchronises first.
 
     bits 60..62: operation    28..59: row    14..27: action type + 8192    0..13: parameter + 8192
                                              0..27: index + 2^27, in operations that take an index
+                                             0: whether no action is left, in the second word
 
 0 means no report.
 """
@@ -21,18 +23,21 @@ import torch
 from torch import Tensor
 
 from metta_fastagent._triton import jit, tl
+from metta_fastagent.ops._masking import NO_ACTION, NO_DISTRIBUTION
 
-EVALUATE_PAIR, EVALUATE_INDEX, CONVERT_PAIR, CONVERT_INDEX = 1, 2, 3, 4
+EVALUATE_PAIR, EVALUATE_INDEX, CONVERT_PAIR, CONVERT_INDEX, EVALUATE_LOGITS, SAMPLE_LOGITS = 1, 2, 3, 4, 5, 6
 OPERATION_NAMES = {
     EVALUATE_PAIR: "evaluate_actions",
     EVALUATE_INDEX: "evaluate_actions",
     CONVERT_PAIR: "action_to_logit_index",
     CONVERT_INDEX: "logit_index_to_action",
+    EVALUATE_LOGITS: "evaluate_actions",
+    SAMPLE_LOGITS: "sample_actions",
 }
 
 
 class Report:
-    """The word of one caller, such as an agent."""
+    """The words of one caller, such as an agent."""
 
     def __init__(self) -> None:
         self.word: Tensor | None = None
@@ -40,13 +45,15 @@ class Report:
         self.view: Any = None
 
     def take(self) -> int:
-        """The reported code, 0 for none; it is cleared."""
+        """A reported code, 0 for none; it is cleared."""
         if self.view is None:
             return 0
-        code = int(self.view[0])
-        if code:
-            self.view[0] = 0
-        return code
+        for place in range(2):
+            code = int(self.view[place])
+            if code:
+                self.view[place] = 0
+                return code
+        return 0
 
 
 class _Current(threading.local):
@@ -61,7 +68,7 @@ _in_use: list[Report] = []
 
 @contextmanager
 def reporting_to(report: Report) -> Iterator[None]:
-    """Kernels launched in the `with` block, by this thread, write to the report's word."""
+    """Kernels launched in the `with` block, by this thread, write to the report's words."""
     outer, _current.report = _current.report, report
     try:
         yield
@@ -70,10 +77,10 @@ def reporting_to(report: Report) -> Iterator[None]:
 
 
 def word(device: torch.device) -> Tensor:
-    """The current report's word, int64 [1]; in pinned memory for CUDA devices."""
+    """The current report's words, int64 [2]; in pinned memory for CUDA devices."""
     report = _current.report
     if report.word is None:
-        report.word = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        report.word = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
         report.view = report.word.numpy()
         _in_use.append(report)
     return report.word
@@ -95,6 +102,15 @@ def report_index(word, bad, row, index, OPERATION: tl.constexpr):
 
 
 @jit
+def report_logits(word, bad, row, top, MASKED: tl.constexpr, OPERATION: tl.constexpr):
+    """Write the second word if any row is no distribution; bad, row, top: [ROWS], top the row's largest logit."""
+    if MASKED:
+        _report(word + 1, bad, row, (top == float("-inf")).to(tl.int64), OPERATION)
+    else:
+        _report(word + 1, bad, row, row * 0, OPERATION)
+
+
+@jit
 def _report(word, bad, row, value, OPERATION: tl.constexpr):
     code = (row & 0xFFFFFFFF) << 28 | value
     code += OPERATION << 60
@@ -105,7 +121,7 @@ def _report(word, bad, row, value, OPERATION: tl.constexpr):
 def raise_if_reported(
     cum_action_max_params: Tensor | None = None, synchronize: bool = False, report: Report | None = None
 ) -> None:
-    """Raise an error if a kernel has reported a bad action since the last call, and clear the report.
+    """Raise an error if a kernel has reported a bad row since the last call, and clear the report.
 
     Args:
         cum_action_max_params: int64 tensor [action types + 1], to name the limit in the message; read only for an
@@ -114,7 +130,8 @@ def raise_if_reported(
         report: whose report is read; None reads all of them.
 
     Raises:
-        ValueError: an action was out of range; the message names operation, row, type and parameter, and the limit.
+        ValueError: an action was out of range, and the message names operation, row, type and parameter, and the limit;
+            or a row's logits were no distribution.
         RuntimeError: `synchronize` while a CUDA graph is captured.
     """
     if not _in_use:
@@ -130,6 +147,9 @@ def raise_if_reported(
     if code == 0:
         return
     operation, row = code >> 60, (code >> 28) & 0xFFFFFFFF
+    if operation in (EVALUATE_LOGITS, SAMPLE_LOGITS):
+        found = f"mask[{row}]: {NO_ACTION}" if code & 1 else f"logits[{row}]: {NO_DISTRIBUTION}"
+        raise ValueError(f"{OPERATION_NAMES[operation]}: {found} (reported by an earlier launch)")
     if operation in (EVALUATE_INDEX, CONVERT_INDEX):
         found = f"logit index {(code & 0xFFFFFFF) - 134217728}, expected one of the actions"
     else:

@@ -6,6 +6,8 @@ shifted exponentials e_j = exp(x_j - max): s = sum e_j and w = sum e_j (x_j - ma
 that
 
     log_prob_j = x_j - max - log s          entropy = log s - w / s
+
+With a mask or a temperature, x_j is z_j of `_masking`.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -61,6 +63,45 @@ def load_columns(logits, row, live, A: tl.constexpr, COMPUTE: tl.constexpr):
         # Triton's compiler knows tuple addition, not unpacking.
         xs = xs + (tl.load(logits + row * A + j, mask=live, other=0.0).to(COMPUTE),)  # noqa: RUF005
     return xs
+
+
+@jit
+def load_temperature(at, number, TEMPERATURE: tl.constexpr, COMPUTE: tl.constexpr):
+    """The temperature: a number, or with TEMPERATURE = 2 the value in memory, NaN if it is not positive."""
+    temperature = number
+    if TEMPERATURE == 2:
+        temperature = tl.load(at).to(COMPUTE)
+        temperature = tl.where(temperature > 0, temperature, float("nan"))
+    return temperature
+
+
+@jit
+def condition_columns(
+    xs, mask, temperature, row, live, A: tl.constexpr, MASKED: tl.constexpr, TEMPERATURE: tl.constexpr
+):
+    """The columns z_j: divided by the temperature, -inf where the mask [N, A] is False."""
+    zs = ()
+    for j in tl.static_range(A):
+        z = xs[j]
+        if TEMPERATURE > 0:
+            z = z / temperature
+        if MASKED:
+            z = tl.where(tl.load(mask + row * A + j, mask=live, other=1), z, float("-inf"))
+        zs = zs + (z,)  # noqa: RUF005
+    return zs
+
+
+@jit
+def condition_tile(
+    x, mask, temperature, row, column, live, A: tl.constexpr, MASKED: tl.constexpr, TEMPERATURE: tl.constexpr
+):
+    """As `condition_columns`, of a tile [ROWS, BLOCK_A]."""
+    if TEMPERATURE > 0:
+        x = x / temperature
+    if MASKED:
+        inside = live[:, None] & (column < A)[None, :]
+        x = tl.where(tl.load(mask + row[:, None] * A + column[None, :], mask=inside, other=1), x, float("-inf"))
+    return x
 
 
 @jit

@@ -10,9 +10,14 @@ and, for upstream gradients g (log_prob), h (entropy) and f (full_log_probs),
 
 so a masked logit (-inf) does not make the entropy or its gradient NaN. Arithmetic is float32 (float64 for float64), and
 results are cast once, at the store. A row with an index out of range (off the CPU only) has log_prob NaN, gradient 0.
+With a mask or a temperature all of it is that of the logits z of `_masking`, and
+
+    d logits_j = d z_j / temperature where the mask allows j, else 0
 """
 
 # pyright: reportInvalidTypeForm=false
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +35,22 @@ from metta_fastagent.ops._autograd import (
     records_graph,
     run_backward,
 )
-from metta_fastagent.ops._bad_action import EVALUATE_INDEX, EVALUATE_PAIR, report_index, report_pair
+from metta_fastagent.ops._bad_action import (
+    EVALUATE_INDEX,
+    EVALUATE_LOGITS,
+    EVALUATE_PAIR,
+    report_index,
+    report_logits,
+    report_pair,
+)
 from metta_fastagent.ops._categorical import (
     MAX_ACTIONS,
     columns_sums,
+    condition_columns,
+    condition_tile,
     launch_rows,
     load_columns,
+    load_temperature,
     load_tile,
     tile_sums,
 )
@@ -51,11 +66,23 @@ from metta_fastagent.ops._checks import (
     require_same_device,
     under_autocast,
 )
+from metta_fastagent.ops._masking import (
+    ARGUMENTS,
+    MaskLike,
+    check_mask,
+    check_temperature,
+    condition,
+    gradient_of_logits,
+    kernel_arguments,
+    native_arguments,
+    refuse_rows_without_distribution,
+)
 
 # exp of this is 0 in every dtype.
 LOWEST_LOG_PROB = -1000.0
 # Triton reads a global of the module only if it is a constexpr.
 _EVALUATE_PAIR, _EVALUATE_INDEX = tl.constexpr(EVALUATE_PAIR), tl.constexpr(EVALUATE_INDEX)
+_EVALUATE_LOGITS = tl.constexpr(EVALUATE_LOGITS)
 
 
 @jit
@@ -83,21 +110,31 @@ def _evaluate_actions_fwd_columns_kernel(
     entropy,  # [N]
     full_log_probs,  # [N, A]
     index,  # [N] int64
-    word,  # [1] int64
+    word,  # [2] int64
+    mask,  # [N, A] bool; unused without MASKED
+    temperature_tensor,  # [1]; unused unless TEMPERATURE = 2
     N,
     num_types,
     stride_row,
     stride_pair,
+    temperature,
     A: tl.constexpr,
     PAIRS: tl.constexpr,
     COMPUTE: tl.constexpr,
+    MASKED: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    STRICT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < N
     chosen = _load_index(actions, table, word, row, live, num_types, stride_row, stride_pair, A, PAIRS)
+    t = load_temperature(temperature_tensor, temperature, TEMPERATURE, COMPUTE)
     xs = load_columns(logits, row, live, A, COMPUTE)
+    xs = condition_columns(xs, mask, t, row, live, A, MASKED, TEMPERATURE)
     top, s, w = columns_sums(xs, A)
+    if STRICT:
+        report_logits(word, live & (s != s), row, top, MASKED, _EVALUATE_LOGITS)
     log_s = tl.log(s)
     selected = tl.full([ROWS], float("nan"), COMPUTE)
     for j in tl.static_range(A):
@@ -118,14 +155,20 @@ def _evaluate_actions_fwd_tile_kernel(
     entropy,  # [N]
     full_log_probs,  # [N, A]
     index,  # [N] int64
-    word,  # [1] int64
+    word,  # [2] int64
+    mask,  # [N, A] bool; unused without MASKED
+    temperature_tensor,  # [1]; unused unless TEMPERATURE = 2
     N,
     num_types,
     stride_row,
     stride_pair,
+    temperature,
     A: tl.constexpr,
     PAIRS: tl.constexpr,
     COMPUTE: tl.constexpr,
+    MASKED: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    STRICT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
@@ -133,8 +176,12 @@ def _evaluate_actions_fwd_tile_kernel(
     column = tl.arange(0, BLOCK_A)
     live = row < N
     chosen = _load_index(actions, table, word, row, live, num_types, stride_row, stride_pair, A, PAIRS)
+    t = load_temperature(temperature_tensor, temperature, TEMPERATURE, COMPUTE)
     x = load_tile(logits, row, column, live, A, COMPUTE)
+    x = condition_tile(x, mask, t, row, column, live, A, MASKED, TEMPERATURE)
     top, s, w, _ = tile_sums(x)
+    if STRICT:
+        report_logits(word, live & (s != s), row, top, MASKED, _EVALUATE_LOGITS)
     log_s = tl.log(s)
     values = x - top[:, None] - log_s[:, None]
     selected = tl.sum(tl.where(chosen[:, None] == column[None, :], values, 0.0), 1)
@@ -154,18 +201,25 @@ def _evaluate_actions_bwd_columns_kernel(
     grad_entropy,  # [N]
     grad_full,  # [N, A]
     grad_logits,  # [N, A]
+    mask,  # [N, A] bool; unused without MASKED
+    temperature_tensor,  # [1]; unused unless TEMPERATURE = 2
     N,
+    temperature,
     A: tl.constexpr,
     HAS_LOG_PROB: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_FULL: tl.constexpr,
     COMPUTE: tl.constexpr,
+    MASKED: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < N
     chosen = tl.load(index + row, mask=live, other=-1)
+    t = load_temperature(temperature_tensor, temperature, TEMPERATURE, COMPUTE)
     xs = load_columns(logits, row, live, A, COMPUTE)
+    xs = condition_columns(xs, mask, t, row, live, A, MASKED, TEMPERATURE)
     top, s, w = columns_sums(xs, A)
     from_log_prob = tl.zeros([ROWS], COMPUTE)
     if HAS_LOG_PROB:
@@ -187,6 +241,10 @@ def _evaluate_actions_bwd_columns_kernel(
             grad -= from_entropy * tl.where(p == 0, 0.0, p * (shifted - w / s))
         if HAS_FULL:
             grad += fs[j]
+        if TEMPERATURE > 0:
+            grad = grad / t
+        if MASKED:
+            grad = tl.where(tl.load(mask + row * A + j, mask=live, other=0), grad, 0.0)
         tl.store(grad_logits + row * A + j, tl.where(chosen < 0, 0.0, grad), mask=live)
 
 
@@ -198,12 +256,17 @@ def _evaluate_actions_bwd_tile_kernel(
     grad_entropy,  # [N]
     grad_full,  # [N, A]
     grad_logits,  # [N, A]
+    mask,  # [N, A] bool; unused without MASKED
+    temperature_tensor,  # [1]; unused unless TEMPERATURE = 2
     N,
+    temperature,
     A: tl.constexpr,
     HAS_LOG_PROB: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_FULL: tl.constexpr,
     COMPUTE: tl.constexpr,
+    MASKED: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
@@ -212,7 +275,9 @@ def _evaluate_actions_bwd_tile_kernel(
     live = row < N
     inside = live[:, None] & (column < A)[None, :]
     chosen = tl.load(index + row, mask=live, other=-1)
+    t = load_temperature(temperature_tensor, temperature, TEMPERATURE, COMPUTE)
     x = load_tile(logits, row, column, live, A, COMPUTE)
+    x = condition_tile(x, mask, t, row, column, live, A, MASKED, TEMPERATURE)
     top, s, w, e = tile_sums(x)
     p = e / s[:, None]
     grad = tl.zeros([ROWS, BLOCK_A], COMPUTE)
@@ -225,17 +290,30 @@ def _evaluate_actions_bwd_tile_kernel(
     if HAS_FULL:
         f = tl.load(grad_full + row[:, None] * A + column[None, :], mask=inside, other=0.0).to(COMPUTE)
         grad += f - p * tl.sum(f, 1)[:, None]
+    if TEMPERATURE > 0:
+        grad = grad / t
+    if MASKED:
+        grad = tl.where(tl.load(mask + row[:, None] * A + column[None, :], mask=inside, other=0), grad, 0.0)
     grad = tl.where((chosen < 0)[:, None], 0.0, grad)
     tl.store(grad_logits + row[:, None] * A + column[None, :], grad, mask=inside)
 
 
 def _evaluate_actions_forward_cuda(
-    logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None
+    logits: Tensor,
+    actions: Tensor,
+    cum_action_max_params: Tensor | None,
+    strict: bool = False,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, num_actions = logits.shape
     if num_actions > MAX_ACTIONS:
-        return evaluate_actions_forward_eager(logits, actions, cum_action_max_params)
+        return evaluate_actions_forward_eager(
+            logits, actions, cum_action_max_params, strict, mask, temperature_tensor, temperature
+        )
     logits = logits.contiguous()
+    tensors, constants = kernel_arguments(logits, mask, temperature_tensor, temperature)
     log_prob, entropy = logits.new_empty(rows), logits.new_empty(rows)
     full_log_probs = torch.empty_like(logits)
     index = logits.new_empty(rows, dtype=torch.int64)
@@ -255,16 +333,20 @@ def _evaluate_actions_forward_cuda(
                 full_log_probs,
                 index,
                 _bad_action.word(logits.device),
+                *tensors,
             ),
             (
                 rows,
                 0 if cum_action_max_params is None else cum_action_max_params.numel() - 1,
                 actions.stride(0),
                 actions.stride(1) if pairs else 0,
+                temperature,
             ),
             A=num_actions,
             PAIRS=pairs,
             COMPUTE=compute_type(logits.dtype),
+            **constants,
+            STRICT=strict,
         )
     return log_prob, entropy, full_log_probs, index
 
@@ -275,11 +357,17 @@ def _evaluate_actions_backward_cuda(
     grad_log_prob: Tensor | None,
     grad_entropy: Tensor | None,
     grad_full_log_probs: Tensor | None,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     rows, num_actions = logits.shape
     if num_actions > MAX_ACTIONS:
-        return evaluate_actions_backward_eager(logits, index, grad_log_prob, grad_entropy, grad_full_log_probs)
+        return evaluate_actions_backward_eager(
+            logits, index, grad_log_prob, grad_entropy, grad_full_log_probs, mask, temperature_tensor, temperature
+        )
     logits = logits.contiguous()
+    tensors, constants = kernel_arguments(logits, mask, temperature_tensor, temperature)
     grad_logits = torch.empty_like(logits)
     if rows > 0:
         launch_rows(
@@ -294,28 +382,41 @@ def _evaluate_actions_backward_cuda(
                 logits if grad_entropy is None else grad_entropy.contiguous(),
                 logits if grad_full_log_probs is None else grad_full_log_probs.contiguous(),
                 grad_logits,
+                *tensors,
             ),
-            (rows,),
+            (rows, temperature),
             A=num_actions,
             HAS_LOG_PROB=grad_log_prob is not None,
             HAS_ENTROPY=grad_entropy is not None,
             HAS_FULL=grad_full_log_probs is not None,
             COMPUTE=compute_type(logits.dtype),
+            **constants,
         )
     return grad_logits
 
 
 def _evaluate_actions_forward_native(
-    logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None
+    logits: Tensor,
+    actions: Tensor,
+    cum_action_max_params: Tensor | None,
+    strict: bool = False,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = logits.dtype
     # The eager twin's message for a bad action; the operator has stopped before any arithmetic.
-    *outputs, bad_row = torch.ops.metta_fastagent_native.evaluate_actions_forward.default(
-        native_logits(logits), native_integers(actions), contiguous(cum_action_max_params)
+    *outputs, bad_row, bad_logits = torch.ops.metta_fastagent_native.evaluate_actions_forward.default(
+        native_logits(logits),
+        native_integers(actions),
+        contiguous(cum_action_max_params),
+        *native_arguments(mask, temperature_tensor, temperature),
     )
     if bad_row >= 0:
         return evaluate_actions_forward_eager(logits, actions, cum_action_max_params)
     log_prob, entropy, full_log_probs, index = outputs
+    if strict and bad_logits >= 0:
+        refuse_rows_without_distribution(entropy, logits, mask)
     if log_prob.dtype == dtype:
         return log_prob, entropy, full_log_probs, index
     return log_prob.to(dtype), entropy.to(dtype), full_log_probs.to(dtype), index
@@ -327,12 +428,20 @@ def _evaluate_actions_backward_native(
     grad_log_prob: Tensor | None,
     grad_entropy: Tensor | None,
     grad_full_log_probs: Tensor | None,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     grads = (grad_log_prob, grad_entropy, grad_full_log_probs)
     if logits.dtype not in NATIVE_DTYPES:
         grads = [None if grad is None else grad.float() for grad in grads]
     grad_logits = torch.ops.metta_fastagent_native.evaluate_actions_backward.default(
-        native_logits(logits), index.contiguous(), grads[0], grads[1], contiguous(grads[2])
+        native_logits(logits),
+        index.contiguous(),
+        grads[0],
+        grads[1],
+        contiguous(grads[2]),
+        *native_arguments(mask, temperature_tensor, temperature),
     )
     return grad_logits if grad_logits.dtype == logits.dtype else grad_logits.to(logits.dtype)
 
@@ -348,15 +457,23 @@ def _checked_index(index: Tensor, num_actions: int) -> Tensor:
 
 
 def evaluate_actions_forward_eager(
-    logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None
+    logits: Tensor,
+    actions: Tensor,
+    cum_action_max_params: Tensor | None,
+    strict: bool = False,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log_prob [N], entropy [N], full_log_probs [N, A], index [N]) in plain PyTorch."""
     if cum_action_max_params is not None:
         actions = action_to_logit_index_eager(actions, cum_action_max_params)
     index = _checked_index(actions, logits.shape[1])
-    full_log_probs = torch.log_softmax(logits.to(compute_dtype(logits.dtype)), dim=-1)
+    full_log_probs = torch.log_softmax(condition(logits, mask, temperature_tensor, temperature), dim=-1)
     log_prob = select_log_prob(full_log_probs, index)
     entropy = entropy_of(full_log_probs)
+    if strict and checks_values(logits):
+        refuse_rows_without_distribution(entropy, logits, mask)
     return log_prob.to(logits.dtype), entropy.to(logits.dtype), full_log_probs.to(logits.dtype), index
 
 
@@ -384,10 +501,13 @@ def evaluate_actions_backward_eager(
     grad_log_prob: Tensor | None,
     grad_entropy: Tensor | None,
     grad_full_log_probs: Tensor | None,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Gradient [N, A] of the logits in plain PyTorch; an upstream gradient that is None counts 0."""
     dtype = compute_dtype(logits.dtype)
-    full_log_probs = torch.log_softmax(logits.to(dtype), dim=-1)
+    full_log_probs = torch.log_softmax(condition(logits, mask, temperature_tensor, temperature), dim=-1)
     probs = full_log_probs.exp()
     if grad_entropy is None:
         grad = torch.zeros_like(probs)
@@ -409,11 +529,17 @@ def evaluate_actions_backward_eager(
     if index.device.type != "cpu":
         legal = (index >= 0) & (index < logits.shape[1])
         grad = torch.where(legal.unsqueeze(1), grad, 0.0)
-    return grad.to(logits.dtype)
+    return gradient_of_logits(grad, mask, temperature_tensor, temperature).to(logits.dtype)
 
 
 def _forward_fake(
-    logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None
+    logits: Tensor,
+    actions: Tensor,
+    cum_action_max_params: Tensor | None,
+    strict: bool = False,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     return (
@@ -425,7 +551,8 @@ def _forward_fake(
 
 
 _evaluate_actions_forward = register(
-    "evaluate_actions_forward(Tensor logits, Tensor actions, Tensor? cum_action_max_params)"
+    "evaluate_actions_forward(Tensor logits, Tensor actions, Tensor? cum_action_max_params, bool strict=False,"
+    f" {ARGUMENTS})"
     " -> (Tensor log_prob, Tensor entropy, Tensor full_log_probs, Tensor index)",
     evaluate_actions_forward_eager,
     _forward_fake,
@@ -434,9 +561,9 @@ _evaluate_actions_forward = register(
 )
 evaluate_actions_backward = register(
     "evaluate_actions_backward(Tensor logits, Tensor index, Tensor? grad_log_prob, Tensor? grad_entropy,"
-    " Tensor? grad_full_log_probs) -> Tensor",
+    f" Tensor? grad_full_log_probs, {ARGUMENTS}) -> Tensor",
     evaluate_actions_backward_eager,
-    lambda logits, index, grad_log_prob, grad_entropy, grad_full_log_probs: logits.new_empty(logits.shape),
+    lambda logits, *_: logits.new_empty(logits.shape),
     _evaluate_actions_backward_cuda,
     _evaluate_actions_backward_native,
 )
@@ -444,29 +571,38 @@ evaluate_actions_backward = register(
 
 class _EvaluateActions(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None):
-        log_prob, entropy, full_log_probs, index = _evaluate_actions_forward(logits, actions, cum_action_max_params)
-        ctx.save_for_backward(logits, index)
-        ctx.set_materialize_grads(False)
-        ctx.backend = chosen_backend()
-        return log_prob, entropy, full_log_probs
+    def forward(ctx, logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None, strict: bool, *conditions):
+        *outputs, index = _evaluate_actions_forward(logits, actions, cum_action_max_params, strict, *conditions)
+        save_for_gradient(ctx, logits, index, *conditions)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *grads):
-        return logits_gradient(ctx, *grads), None, None
+        return logits_gradient(ctx, *grads), *[None] * 6
+
+
+def save_for_gradient(
+    ctx, logits: Tensor, index: Tensor, mask: Tensor | None, temperature_tensor: Tensor | None, temperature: float
+) -> None:
+    """Keep in `ctx` what `logits_gradient` needs."""
+    ctx.save_for_backward(logits, index, mask, temperature_tensor)
+    ctx.temperature = temperature
+    ctx.set_materialize_grads(False)
+    ctx.backend = chosen_backend()
 
 
 def logits_gradient(ctx, *grads: Tensor | None) -> Tensor:
     """Gradient of the saved logits [N, A] for upstream gradients of log_prob, entropy and full_log_probs."""
-    logits, index = ctx.saved_tensors
+    logits, index, *tensors = ctx.saved_tensors
+    conditions = *tensors, ctx.temperature
     if not needs_graph():
-        return run_backward(ctx.backend, evaluate_actions_backward, logits, index, *grads)
-    return gradients_with_graph(lambda x: _formula(x, index), (logits,), grads)[0]
+        return run_backward(ctx.backend, evaluate_actions_backward, logits, index, *grads, *conditions)
+    return gradients_with_graph(lambda x: _formula(x, index, *conditions), (logits,), grads)[0]
 
 
-def _formula(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _formula(logits: Tensor, index: Tensor, *conditions: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(log_prob, entropy, full_log_probs) of logit indices, differentiable any number of times."""
-    full_log_probs = torch.log_softmax(logits.to(compute_dtype(logits.dtype)), dim=-1)
+    full_log_probs = torch.log_softmax(condition(logits, *conditions), dim=-1)
     legal = (index >= 0) & (index < logits.shape[1])
     known = index.clamp(0, logits.shape[1] - 1).unsqueeze(1)
     log_prob = torch.where(legal, full_log_probs.gather(1, known).squeeze(1), torch.nan)
@@ -482,7 +618,13 @@ def float32_under_autocast(logits: Tensor) -> Tensor:
 
 
 def evaluate_actions(
-    logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None = None
+    logits: Tensor,
+    actions: Tensor,
+    cum_action_max_params: Tensor | None = None,
+    mask: MaskLike = None,
+    temperature: float | Tensor = 1.0,
+    *,
+    strict: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of the given actions, entropy, and all log-probabilities.
 
@@ -490,10 +632,18 @@ def evaluate_actions(
         logits: floating-point tensor [N, A].
         actions: with a table, integer pairs (action type, parameter) [N, 2]; without, integer logit indices [N].
         cum_action_max_params: int64 tensor [action types + 1], or None.
+        mask: bool tensor [N, A], False for a forbidden action, whose log-probability is -inf and whose logit gets no
+            gradient; or with a table a pair of masks over types [N, action types] and parameters [N, P], both of which
+            must allow an action: they are combined first, in a few launches.
+        temperature: divides the logits; a number > 0, or a tensor with one element on the logits' device that does not
+            require a gradient. Off the CPU its value is not read: if it is not positive, results are NaN.
+        strict: on the CPU raise an error for a row that is no distribution: logits that are NaN or +inf, or no allowed
+            logit above -inf; elsewhere report it for `raise_if_reported`. Without, its results are NaN.
 
     Returns:
         (log_prob [N], entropy [N] in nats, full_log_probs [N, A]), all of the logits' dtype (float32 under CUDA
-        autocast). All three are differentiable with respect to the logits, any number of times.
+        autocast), of the masked distribution softmax(logits / temperature). All three are differentiable with respect
+        to the logits, any number of times.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also an action out of range.
@@ -513,9 +663,10 @@ def evaluate_actions(
             f"actions: got {describe(actions)}, expected shape {list(expected_shape)} for {describe(logits)}"
         )
     require_same_device("actions", actions, "logits", logits)
-    if in_plain_pytorch():
-        return evaluate_actions_forward_eager(float32_under_autocast(logits), actions, cum_action_max_params)[:3]
     logits = float32_under_autocast(logits)
+    conditions = check_mask(mask, logits, cum_action_max_params), *check_temperature(temperature, logits)
+    if in_plain_pytorch():
+        return evaluate_actions_forward_eager(logits, actions, cum_action_max_params, strict, *conditions)[:3]
     if not records_graph(logits):
-        return _evaluate_actions_forward(logits, actions, cum_action_max_params)[:3]
-    return _EvaluateActions.apply(logits, actions, cum_action_max_params)
+        return _evaluate_actions_forward(logits, actions, cum_action_max_params, strict, *conditions)[:3]
+    return _EvaluateActions.apply(logits, actions, cum_action_max_params, strict, *conditions)

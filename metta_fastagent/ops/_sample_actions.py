@@ -11,18 +11,25 @@ differ between backends. The gradient is that of `evaluate_actions` at the drawn
 
 # pyright: reportInvalidTypeForm=false
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from metta_fastagent._dispatch import backend, register
 from metta_fastagent._triton import compute_type, jit, tl
+from metta_fastagent.ops import _bad_action
 from metta_fastagent.ops._action_index import check_action_index_tensor, logit_index_to_action_eager
-from metta_fastagent.ops._autograd import checks_values, chosen_backend, in_plain_pytorch, records_graph
+from metta_fastagent.ops._autograd import checks_values, in_plain_pytorch, records_graph
+from metta_fastagent.ops._bad_action import SAMPLE_LOGITS, report_logits
 from metta_fastagent.ops._categorical import (
     MAX_ACTIONS,
     columns_sums,
+    condition_columns,
+    condition_tile,
     launch_rows,
     load_columns,
+    load_temperature,
     load_tile,
     tile_sums,
 )
@@ -38,8 +45,21 @@ from metta_fastagent.ops._evaluate_actions import (
     entropy_of,
     float32_under_autocast,
     logits_gradient,
+    save_for_gradient,
     select_log_prob,
 )
+from metta_fastagent.ops._masking import (
+    ARGUMENTS,
+    MaskLike,
+    check_mask,
+    check_temperature,
+    condition,
+    kernel_arguments,
+    native_arguments,
+    refuse_rows_without_distribution,
+)
+
+_SAMPLE_LOGITS = tl.constexpr(SAMPLE_LOGITS)
 
 
 @jit
@@ -58,32 +78,50 @@ def _store_draw(
 @jit(varying=("N",))
 def _sample_actions_columns_kernel(
     logits,  # [N, A]
-    uniform,  # [N] in [0, 1)
+    uniform,  # [N] in [0, 1); unused with GREEDY
     table,  # [A, 2]; unused without PAIRS
     index,  # [N] int64
     log_prob,  # [N]
     entropy,  # [N]
     full_log_probs,  # [N, A]
     pair,  # [N, 2] int32; unused without PAIRS
+    word,  # [2] int64; unused without STRICT
+    mask,  # [N, A] bool; unused without MASKED
+    temperature_tensor,  # [1]; unused unless TEMPERATURE = 2
     N,
+    temperature,
     A: tl.constexpr,
     PAIRS: tl.constexpr,
     COMPUTE: tl.constexpr,
+    MASKED: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    STRICT: tl.constexpr,
+    GREEDY: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < N
+    t = load_temperature(temperature_tensor, temperature, TEMPERATURE, COMPUTE)
     xs = load_columns(logits, row, live, A, COMPUTE)
+    xs = condition_columns(xs, mask, t, row, live, A, MASKED, TEMPERATURE)
     top, s, w = columns_sums(xs, A)
+    if STRICT:
+        report_logits(word, live & (s != s), row, top, MASKED, _SAMPLE_LOGITS)
     log_s = tl.log(s)
-    threshold = tl.load(uniform + row, mask=live, other=0.0).to(COMPUTE) * s
+    threshold = tl.zeros([ROWS], COMPUTE)
+    if not GREEDY:
+        threshold = tl.load(uniform + row, mask=live, other=0.0).to(COMPUTE) * s
     running = tl.zeros([ROWS], COMPUTE)
     chosen = tl.full([ROWS], A, tl.int32)
     selected = tl.full([ROWS], float("nan"), COMPUTE)
     for j in tl.static_range(A):
         shifted = xs[j] - top
-        running += tl.exp(shifted)
-        here = (chosen == A) & (running > threshold)
+        if GREEDY:
+            # NaN in s leaves the row without a choice.
+            here = (chosen == A) & (xs[j] == top) & (s == s)
+        else:
+            running += tl.exp(shifted)
+            here = (chosen == A) & (running > threshold)
         chosen = tl.where(here, j, chosen)
         selected = tl.where(here, shifted - log_s, selected)
         tl.store(full_log_probs + row * A + j, shifted - log_s, mask=live)
@@ -94,32 +132,47 @@ def _sample_actions_columns_kernel(
 @jit(varying=("N",))
 def _sample_actions_tile_kernel(
     logits,  # [N, A]
-    uniform,  # [N] in [0, 1)
+    uniform,  # [N] in [0, 1); unused with GREEDY
     table,  # [A, 2]; unused without PAIRS
     index,  # [N] int64
     log_prob,  # [N]
     entropy,  # [N]
     full_log_probs,  # [N, A]
     pair,  # [N, 2] int32; unused without PAIRS
+    word,  # [2] int64; unused without STRICT
+    mask,  # [N, A] bool; unused without MASKED
+    temperature_tensor,  # [1]; unused unless TEMPERATURE = 2
     N,
+    temperature,
     A: tl.constexpr,
     PAIRS: tl.constexpr,
     COMPUTE: tl.constexpr,
+    MASKED: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    STRICT: tl.constexpr,
+    GREEDY: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_A)
     live = row < N
+    t = load_temperature(temperature_tensor, temperature, TEMPERATURE, COMPUTE)
     x = load_tile(logits, row, column, live, A, COMPUTE)
+    x = condition_tile(x, mask, t, row, column, live, A, MASKED, TEMPERATURE)
     top, s, w, e = tile_sums(x)
+    if STRICT:
+        report_logits(word, live & (s != s), row, top, MASKED, _SAMPLE_LOGITS)
     log_s = tl.log(s)
     values = x - top[:, None] - log_s[:, None]
-    running = tl.cumsum(e, 1)
-    # A scan by a tree is not monotone: the largest running sum at a column that can be drawn stands for the whole.
-    total = tl.max(tl.where(e > 0, running, 0.0), 1)
-    threshold = tl.load(uniform + row, mask=live, other=0.0).to(COMPUTE) * total
-    candidate = (running > threshold[:, None]) & (e > 0)
+    if GREEDY:
+        candidate = (x == top[:, None]) & (s == s)[:, None]
+    else:
+        running = tl.cumsum(e, 1)
+        # A scan by a tree is not monotone: the largest running sum at a column that can be drawn stands for the whole.
+        total = tl.max(tl.where(e > 0, running, 0.0), 1)
+        threshold = tl.load(uniform + row, mask=live, other=0.0).to(COMPUTE) * total
+        candidate = (running > threshold[:, None]) & (e > 0)
     chosen = tl.min(tl.where(candidate, column[None, :], BLOCK_A), 1)
     # No candidate: the row holds NaN or +inf, or nothing but -inf.
     bad = chosen == BLOCK_A
@@ -132,21 +185,40 @@ def _sample_actions_tile_kernel(
 
 
 def _sample_actions_cuda(
-    logits: Tensor, action_index_tensor: Tensor | None, generator: torch.Generator | None = None
+    logits: Tensor,
+    action_index_tensor: Tensor | None,
+    strict: bool = True,
+    greedy: bool = False,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    conditions = strict, greedy, mask, temperature_tensor, temperature
     if logits.shape[1] > MAX_ACTIONS:
-        return sample_actions_eager(logits, action_index_tensor, generator)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    uniform = torch.rand(logits.shape[0], dtype=dtype, device=logits.device, generator=generator)
-    return _draw_cuda(logits, action_index_tensor, uniform)
+        return sample_actions_eager(logits, action_index_tensor, *conditions, generator)
+    uniform = None if greedy else _uniform(logits, generator)
+    return _draw_cuda(logits, action_index_tensor, uniform, *conditions)
+
+
+def _uniform(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(logits.shape[0], dtype=compute_dtype(logits.dtype), device=logits.device, generator=generator)
 
 
 def _draw_cuda(
-    logits: Tensor, action_index_tensor: Tensor | None, uniform: Tensor
+    logits: Tensor,
+    action_index_tensor: Tensor | None,
+    uniform: Tensor | None,
+    strict: bool = True,
+    greedy: bool = False,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The draw that belongs to the given uniforms [N]."""
     rows, num_actions = logits.shape
     logits = logits.contiguous()
+    tensors, constants = kernel_arguments(logits, mask, temperature_tensor, temperature)
     pairs = action_index_tensor is not None
     index = logits.new_empty(rows, dtype=torch.int64)
     log_prob, entropy = logits.new_empty(rows), logits.new_empty(rows)
@@ -161,84 +233,113 @@ def _draw_cuda(
         num_actions,
         (
             logits,
-            uniform,
+            logits if uniform is None else uniform,
             action_index_tensor.contiguous() if pairs else index,
             index,
             log_prob,
             entropy,
             full_log_probs,
             pair,
+            _bad_action.word(logits.device) if strict else index,
+            *tensors,
         ),
-        (rows,),
+        (rows, temperature),
         A=num_actions,
         PAIRS=pairs,
         COMPUTE=compute_type(logits.dtype),
+        **constants,
+        STRICT=strict,
+        GREEDY=greedy,
     )
     return index, log_prob, entropy, full_log_probs, pair
 
 
 def _sample_actions_native(
-    logits: Tensor, action_index_tensor: Tensor | None, generator: torch.Generator | None = None
+    logits: Tensor,
+    action_index_tensor: Tensor | None,
+    strict: bool = True,
+    greedy: bool = False,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    conditions = strict, greedy, mask, temperature_tensor, temperature
+    if greedy:
+        return _draw_native(logits, action_index_tensor, None, *conditions)
     generator = torch.default_generator if generator is None else generator
-    state = generator.get_state()
-    uniform = torch.rand(logits.shape[0], dtype=compute_dtype(logits.dtype), generator=generator)
+    state = generator.get_state() if strict else None
     try:
-        return _draw_native(logits, action_index_tensor, uniform)
+        return _draw_native(logits, action_index_tensor, _uniform(logits, generator), *conditions)
     except ValueError:
         # Refused logits change nothing.
-        generator.set_state(state)
+        if state is not None:
+            generator.set_state(state)
         raise
 
 
 def _draw_native(
-    logits: Tensor, action_index_tensor: Tensor | None, uniform: Tensor
+    logits: Tensor,
+    action_index_tensor: Tensor | None,
+    uniform: Tensor | None,
+    strict: bool = True,
+    greedy: bool = False,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The draw that belongs to the given uniforms [N]."""
+    """The draw that belongs to the given uniforms [N], without them the likeliest action."""
     dtype = logits.dtype
     table = None if action_index_tensor is None else native_integers(action_index_tensor)
-    *outputs, bad_row = torch.ops.metta_fastagent_native.sample_actions.default(native_logits(logits), uniform, table)
+    *outputs, bad_row = torch.ops.metta_fastagent_native.sample_actions.default(
+        native_logits(logits), uniform, table, *native_arguments(mask, temperature_tensor, temperature)
+    )
     index, log_prob, entropy, full_log_probs, pair = outputs
-    if bad_row >= 0:
-        _refuse_rows_without_distribution(full_log_probs)
+    if strict and bad_row >= 0:
+        refuse_rows_without_distribution(entropy, logits, mask)
     if log_prob.dtype == dtype:
         return index, log_prob, entropy, full_log_probs, pair
     return index, log_prob.to(dtype), entropy.to(dtype), full_log_probs.to(dtype), pair
 
 
 def sample_actions_eager(
-    logits: Tensor, action_index_tensor: Tensor | None, generator: torch.Generator | None = None
+    logits: Tensor,
+    action_index_tensor: Tensor | None,
+    strict: bool = True,
+    greedy: bool = False,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(index [N], log_prob [N], entropy [N], full_log_probs [N, A], pair [N, 2]) in plain PyTorch.
 
     Without a table the pair is an empty tensor [0, 2].
     """
-    full_log_probs = torch.log_softmax(logits.to(compute_dtype(logits.dtype)), dim=-1)
-    probs = full_log_probs.exp()
-    if checks_values(logits):
-        _refuse_rows_without_distribution(full_log_probs)
+    z = condition(logits, mask, temperature_tensor, temperature)
+    full_log_probs = torch.log_softmax(z, dim=-1)
+    entropy = entropy_of(full_log_probs)
+    checked = strict and checks_values(logits)
+    if checked:
+        refuse_rows_without_distribution(entropy, logits, mask)
+    if greedy:
+        index = z.argmax(-1)
     else:
+        probs = full_log_probs.exp()
         # multinomial stops the whole device on a NaN; such a row's log-probability is NaN already.
-        probs = torch.where(full_log_probs.isnan(), 1.0, probs)
-    index = torch.multinomial(probs, num_samples=1, generator=generator).view(-1)
+        probs = probs if checked else torch.where(full_log_probs.isnan(), 1.0, probs)
+        index = torch.multinomial(probs, num_samples=1, generator=generator).view(-1)
+    if not checked:
+        index = torch.where(entropy.isnan(), 0, index)
     if action_index_tensor is None:
         pair = torch.empty(0, 2, dtype=torch.int32, device=logits.device)
     else:
         pair = logit_index_to_action_eager(index, action_index_tensor).to(torch.int32)
-    log_prob, entropy = select_log_prob(full_log_probs, index), entropy_of(full_log_probs)
+    log_prob = select_log_prob(full_log_probs, index)
     return index, log_prob.to(logits.dtype), entropy.to(logits.dtype), full_log_probs.to(logits.dtype), pair
 
 
-def _refuse_rows_without_distribution(full_log_probs: Tensor) -> None:
-    bad = full_log_probs.isnan().any(dim=-1)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"logits[{row}]: holds NaN or +inf, or is -inf throughout; expected finite values or some -inf"
-        )
-
-
-def _fake(logits: Tensor, action_index_tensor: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(logits: Tensor, action_index_tensor: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     return (
         logits.new_empty(rows, dtype=torch.int64),
@@ -250,7 +351,8 @@ def _fake(logits: Tensor, action_index_tensor: Tensor | None) -> tuple[Tensor, T
 
 
 _sample_actions = register(
-    "sample_actions(Tensor logits, Tensor? action_index_tensor)"
+    "sample_actions(Tensor logits, Tensor? action_index_tensor, bool strict=True, bool greedy=False,"
+    f" {ARGUMENTS})"
     " -> (Tensor index, Tensor log_prob, Tensor entropy, Tensor full_log_probs, Tensor pair)",
     sample_actions_eager,
     _fake,
@@ -262,31 +364,39 @@ _sample_actions = register(
 _DRAWS = {"triton": _sample_actions_cuda, "native": _sample_actions_native, "eager": sample_actions_eager}
 
 
-def _draw(logits: Tensor, action_index_tensor: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+def _draw(
+    logits: Tensor, action_index_tensor: Tensor | None, generator: torch.Generator | None, *conditions: Any
+) -> tuple[Tensor, ...]:
     if generator is None:
-        return _sample_actions(logits, action_index_tensor)
+        return _sample_actions(logits, action_index_tensor, *conditions)
     # A traced graph cannot hold a generator, so this call bypasses the operator.
-    return _DRAWS[backend(logits.device)](logits, action_index_tensor, generator)
+    return _DRAWS[backend(logits.device)](logits, action_index_tensor, *conditions, generator)
 
 
 class _SampleActions(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, action_index_tensor: Tensor | None, generator: torch.Generator | None):
-        outputs = _draw(logits, action_index_tensor, generator)
+    def forward(ctx, logits: Tensor, *arguments: Any):
+        outputs = _draw(logits, *arguments)
         index, _, _, _, pair = outputs
-        ctx.save_for_backward(logits, index)
+        _, _, _, _, *conditions = arguments
+        save_for_gradient(ctx, logits, index, *conditions)
         ctx.mark_non_differentiable(index, pair)
-        ctx.set_materialize_grads(False)
-        ctx.backend = chosen_backend()
         return outputs
 
     @staticmethod
     def backward(ctx, _grad_index, grad_log_prob, grad_entropy, grad_full_log_probs, _grad_pair):
-        return logits_gradient(ctx, grad_log_prob, grad_entropy, grad_full_log_probs), None, None
+        return logits_gradient(ctx, grad_log_prob, grad_entropy, grad_full_log_probs), *[None] * 7
 
 
 def sample_actions(
-    logits: Tensor, action_index_tensor: Tensor | None = None, generator: torch.Generator | None = None
+    logits: Tensor,
+    action_index_tensor: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    mask: MaskLike = None,
+    temperature: float | Tensor = 1.0,
+    greedy: bool = False,
+    *,
+    strict: bool = True,
 ) -> tuple[Tensor, ...]:
     """Draw an action per row.
 
@@ -294,11 +404,15 @@ def sample_actions(
         logits: floating-point tensor [N, A]; -inf masks an action, which is then never drawn.
         action_index_tensor: int32 tensor [A, 2], row i the (type, parameter) pair of logit i, or None.
         generator: the generator to draw from; None means the device's default one.
+        mask, temperature: as of `evaluate_actions`; a pair of masks needs `action_index_tensor`.
+        greedy: take the likeliest action, the first of several, instead of a draw; no random number is used.
+        strict: on the CPU raise an error for a row that is no distribution, elsewhere report it for
+            `raise_if_reported`. Such a row has action 0 and log-probability NaN.
 
     Returns:
         (index int64 [N], log_prob [N], entropy [N] in nats, full_log_probs [N, A]) and, with a table, pair int32
-        [N, 2]. The floating-point ones have the logits' dtype and are differentiable with respect to the logits, any
-        number of times.
+        [N, 2]. The floating-point ones have the logits' dtype, are those of the masked distribution
+        softmax(logits / temperature), and are differentiable with respect to the logits, any number of times.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also a row that is not a distribution.
@@ -315,10 +429,11 @@ def sample_actions(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: got {describe(generator)}, expected a torch.Generator or None")
     logits = float32_under_autocast(logits)
+    conditions = check_mask(mask, logits, None, action_index_tensor), *check_temperature(temperature, logits)
     if in_plain_pytorch():
-        outputs = sample_actions_eager(logits, action_index_tensor, generator)
+        outputs = sample_actions_eager(logits, action_index_tensor, strict, greedy, *conditions, generator)
     elif not records_graph(logits):
-        outputs = _draw(logits, action_index_tensor, generator)
+        outputs = _draw(logits, action_index_tensor, generator, strict, greedy, *conditions)
     else:
-        outputs = _SampleActions.apply(logits, action_index_tensor, generator)
+        outputs = _SampleActions.apply(logits, action_index_tensor, generator, strict, greedy, *conditions)
     return outputs if action_index_tensor is not None else outputs[:4]
