@@ -9,8 +9,8 @@ import difflib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metta_fastagent import ops
+from metta_fastagent._diagnostics import Calls, profiled
+from metta_fastagent._dispatch import backend
 from metta_fastagent._layer_index import CLIPPED_LAYERS, LayerIndex, Transient
 from metta_fastagent._mode import Fields, is_training
 from metta_fastagent.action_space import ActionSpace, checked_max_params
@@ -31,7 +33,10 @@ logger = logging.getLogger(__name__)
 
 CLIP_MODES = ("absolute", "init_scaled")
 VALIDATE_MODES = ("deferred", "sync", "off")
-PARAMETERS = ("clip_range", "analyze_weights_interval", "clip_mode", "validate")
+ACTION_FORMATS = ("pair", "index")
+NONFINITE_MODES = ("raise", "count")
+OPTIONS = ("clip_mode", "validate", "action_format", "on_nonfinite_logits")
+PARAMETERS = ("clip_range", "analyze_weights_interval", *OPTIONS)
 TABLES = ("action_index_tensor", "cum_action_max_params")
 REGULARIZED_LAYERS = (*CLIPPED_LAYERS, nn.ConvTranspose2d)
 
@@ -48,7 +53,10 @@ class PyTorchAgentMixin(_Module):
     Attributes:
         clip_range: weights are clipped to [-clip_range, clip_range]; 0 or less turns clipping off.
         clip_mode: "absolute", or "init_scaled" for ComponentPolicy's rule (see `clip_weights`).
-        validate: when a kernel's report of an action out of range is read: "deferred", "sync" or "off".
+        validate: when a kernel's report of a bad action or bad logits is read: "deferred", "sync" or "off".
+        action_format: "pair" or "index", of the actions that `handle_inference_mode` writes.
+        on_nonfinite_logits: "raise" or "count" for logits that are no distribution.
+        temperature: divides the logits of both handlers; a number > 0, or a tensor with one element on their device.
         analyze_weights_interval: epochs between weight metrics; 0 turns them off.
         l2_init_scale: factor of `l2_init_loss`.
         clip_scale: factor of the bounds of the "init_scaled" mode.
@@ -60,6 +68,9 @@ class PyTorchAgentMixin(_Module):
     clip_range: float
     clip_mode: str
     validate: str
+    action_format: str
+    on_nonfinite_logits: str
+    temperature: float | Tensor
     analyze_weights_interval: int
     l2_init_scale: float
     clip_scale: float
@@ -89,8 +100,8 @@ class PyTorchAgentMixin(_Module):
             kwargs: the agent's keyword arguments; the mixin's own are removed from it.
 
         Returns:
-            dict for `init_mixin`: `clip_range` (default 0), `analyze_weights_interval` (default 300), `clip_mode` and
-            `validate` if given, and `extra_kwargs`, which is `kwargs` itself with the rest (a dict of the rest if
+            dict for `init_mixin`: `clip_range` (default 0), `analyze_weights_interval` (default 300), the others of its
+            parameters if given, and `extra_kwargs`, which is `kwargs` itself with the rest (a dict of the rest if
             nothing can be removed from `kwargs`).
 
         Raises:
@@ -116,6 +127,8 @@ class PyTorchAgentMixin(_Module):
         extra_kwargs: MutableMapping[str, Any] | None = None,
         clip_mode: str = "absolute",
         validate: str = "deferred",
+        action_format: str = "pair",
+        on_nonfinite_logits: str = "raise",
     ) -> None:
         """Set the configuration and keep a copy of the initial weights; call it after the base class's `__init__`.
 
@@ -125,18 +138,27 @@ class PyTorchAgentMixin(_Module):
             extra_kwargs: parameters that neither the agent nor the mixin knows; a warning names them, and they are
                 otherwise ignored.
             clip_mode: "absolute" or "init_scaled".
-            validate: when a kernel's report of an action out of range is read: "deferred" (on the next call, without a
-                host sync), "sync" (in the same call, with one) or "off". On the CPU errors are immediate.
+            validate: when a kernel's report of a bad action or bad logits is read: "deferred" (on the next call,
+                without a host sync), "sync" (in the same call, with one) or "off". On the CPU errors are immediate.
+            action_format: what `handle_inference_mode` writes as actions: "pair" or "index", the logit index.
+            on_nonfinite_logits: "raise" an error for a row of logits that is no distribution (NaN, +inf, or no allowed
+                action), or "count" such rows, see `diagnostics`: they have log-probability NaN and action 0.
 
         Raises:
             TypeError, ValueError: a parameter has a wrong value.
         """
-        _check_configuration(clip_range, analyze_weights_interval, clip_mode, validate)
+        _check_configuration(
+            clip_range, analyze_weights_interval, clip_mode, validate, action_format, on_nonfinite_logits
+        )
         if extra_kwargs is not None and not isinstance(extra_kwargs, MutableMapping):
             raise TypeError(f"extra_kwargs: got {extra_kwargs!r}, expected a dict or None")
         self.clip_range = clip_range
         self.clip_mode = clip_mode
         self.validate = validate
+        self.action_format = action_format
+        self.on_nonfinite_logits = on_nonfinite_logits
+        if not hasattr(self, "temperature"):
+            self.temperature = 1.0
         self.analyze_weights_interval = analyze_weights_interval
         self.l2_init_scale = 1
         self.clip_scale = 1
@@ -158,6 +180,7 @@ class PyTorchAgentMixin(_Module):
 
     # Weight clipping
 
+    @profiled
     def clip_weights(self) -> None:
         """Clip the weights of the agent's layers in place; a trainer calls it after each optimizer step.
 
@@ -238,15 +261,18 @@ class PyTorchAgentMixin(_Module):
 
     # Training and inference
 
+    @profiled
     def handle_training_mode(
         self, td: TensorDictBase, action: Tensor, logits_list: Tensor, value: Tensor
     ) -> TensorDictBase:
         """Evaluate the given actions and write the results.
 
         Args:
-            td: TensorDict of batch size [B, T], [B] or [B * T].
-            action: integer (type, parameter) pairs [B, T, 2] or [B * T, 2], contiguous or not.
-            logits_list: logits [B * T, A].
+            td: TensorDict of batch size [B, T], [B] or [B * T]. With `action_mask` in it, bool [B, T, A] or
+                [B * T, A], the actions for which it is False are forbidden; see `ops.evaluate_actions`.
+            action: integer (type, parameter) pairs [B, T, 2] or [B * T, 2], or logit indices [B, T] or [B * T],
+                contiguous or not.
+            logits_list: logits [B * T, A], which are divided by `temperature`.
             value: values [B * T, 1] or [B * T].
 
         Returns:
@@ -256,24 +282,29 @@ class PyTorchAgentMixin(_Module):
 
         Raises:
             RuntimeError: the action tables are not set.
-            TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also an action out of range. `td` is
-                unchanged then.
+            TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also an action out of range, or logits
+                that are no distribution. `td` is unchanged then.
         """
         require_tensordict(td)
         table = self._require_table("cum_action_max_params")
-        self._raise_reported_actions("deferred")
+        self._raise_reports("deferred")
         rows = _require_rows(logits_list, value)
-        pairs = _flat_pairs(action, rows)
+        actions = _flat_actions(action, rows)
         segment = self._segment_shape(td, action, rows)
+        conditions = self._conditions(td, logits_list)
         with self._reporting():
-            if _is_overridden(self, "_convert_action_to_logit_index"):
-                log_prob, entropy, full_log_probs = ops.evaluate_actions(
-                    logits_list, self._convert_action_to_logit_index(pairs)
-                )
+            if actions.dim() == 1:
+                self._require_width(logits_list)
+                outputs = ops.evaluate_actions(logits_list, actions, **conditions)
+            elif _is_overridden(self, "_convert_action_to_logit_index"):
+                index = self._convert_action_to_logit_index(actions)
+                outputs = ops.evaluate_actions(logits_list, index, **conditions)
             else:
                 self._require_width(logits_list)
-                log_prob, entropy, full_log_probs = ops.evaluate_actions(logits_list, pairs, table)
-        self._raise_reported_actions("sync")
+                outputs = ops.evaluate_actions(logits_list, actions, table, **conditions)
+        log_prob, entropy, full_log_probs = outputs
+        self._raise_reports("sync")
+        self._calls().add("training", entropy, not conditions["strict"])
         results = {"act_log_prob": log_prob, "entropy": entropy, "full_log_probs": full_log_probs, "value": value}
         if segment is None:
             flat = td if td.batch_dims < 2 else td.reshape(rows)
@@ -283,16 +314,19 @@ class PyTorchAgentMixin(_Module):
         result = _as_segments(td, segment)
         return result.update({key: tensor.reshape(*segment, *tensor.shape[1:]) for key, tensor in results.items()})
 
+    @profiled
     def handle_inference_mode(self, td: TensorDictBase, logits_list: Tensor, value: Tensor) -> TensorDictBase:
         """Draw an action for each row and write the results.
 
         Args:
-            td: TensorDict of batch size [B].
-            logits_list: logits [B, A], A the number of rows of `action_index_tensor`.
+            td: TensorDict of batch size [B]. With `action_mask` in it, bool [B, A], only actions for which it is True
+                are drawn.
+            logits_list: logits [B, A], A the number of rows of `action_index_tensor`; divided by `temperature`.
             value: values [B, 1] or [B].
 
         Returns:
-            `td` itself, with `actions` (int32 [B, 2]), `act_log_prob` [B], `values` [B] and `full_log_probs` [B, A].
+            `td` itself, with `actions` (pairs, int32 [B, 2]; int64 [B] if `action_format` is "index"), `act_log_prob`
+            [B], `values` [B] and `full_log_probs` [B, A].
 
         Raises:
             RuntimeError: the action tables are not set.
@@ -304,13 +338,21 @@ class PyTorchAgentMixin(_Module):
         rows = _require_rows(logits_list, value)
         if td.batch_dims > 0 and tuple(td.batch_size) != (rows,):
             raise ValueError(f"td: got batch size {list(td.batch_size)}, expected {[rows]}, the rows of logits_list")
-        if _is_overridden(self, "_convert_logit_index_to_action"):
-            index, log_prob, _, full_log_probs = ops.sample_actions(logits_list)
-            pairs = self._convert_logit_index_to_action(index).to(torch.int32)
-        else:
-            _, log_prob, _, full_log_probs, pairs = ops.sample_actions(logits_list, table)
+        self._raise_reports("deferred")
+        conditions = self._conditions(td, logits_list) | {"greedy": self.__dict__.get("_greedy", False)}
+        as_index = getattr(self, "action_format", "pair") == "index"
+        with self._reporting():
+            if as_index or _is_overridden(self, "_convert_logit_index_to_action"):
+                self._require_width(logits_list)
+                actions, log_prob, entropy, full_log_probs = ops.sample_actions(logits_list, **conditions)
+                if not as_index:
+                    actions = self._convert_logit_index_to_action(actions).to(torch.int32)
+            else:
+                _, log_prob, entropy, full_log_probs, actions = ops.sample_actions(logits_list, table, **conditions)
+        self._raise_reports("sync")
+        self._calls().add("inference", entropy, not conditions["strict"])
         return td.update(
-            {"actions": pairs, "act_log_prob": log_prob, "values": value.flatten(), "full_log_probs": full_log_probs}
+            {"actions": actions, "act_log_prob": log_prob, "values": value.flatten(), "full_log_probs": full_log_probs}
         )
 
     def forward_training(
@@ -330,7 +372,7 @@ class PyTorchAgentMixin(_Module):
             if batch_size and math.prod(batch_size) != rows:
                 raise ValueError(f"td: got batch size {list(batch_size)}, expected {rows} rows as in logits_list")
             return None
-        if action.dim() == 3:
+        if action.dim() == 3 or (action.dim() == 2 and action.numel() == rows):
             segment = (action.shape[0], action.shape[1])
         elif td.get("bptt").dim() >= 2:
             segment = (td.get("bptt").shape[0], td.get("bptt").shape[1])
@@ -343,8 +385,69 @@ class PyTorchAgentMixin(_Module):
             raise ValueError(f"td: got batch size {list(batch_size)}, expected {expected}")
         return segment
 
-    def _raise_reported_actions(self, mode: str) -> None:
-        """Raise an error for a bad action that a kernel has reported, if `validate` is this mode."""
+    @contextmanager
+    def greedy(self) -> Iterator[None]:
+        """In the `with` block, `handle_inference_mode` takes the likeliest action, the first of several."""
+        before, self._greedy = self.__dict__.get("_greedy", False), True
+        try:
+            yield
+        finally:
+            self._greedy = before
+
+    def diagnostics(self) -> dict[str, Any]:
+        """What the agent has done so far, as plain numbers; reading them waits for the devices.
+
+        Returns:
+            dict with `backend` (its name); `calls` and `rows` (int) and `mean_entropy` (nats, of the last call), each a
+            dict from "training" and "inference"; `bad_actions`, the reports of kernels so far (on the CPU a bad action
+            is an error at once); `nonfinite_rows`, rows of logits without a distribution, counted if
+            `on_nonfinite_logits` is "count"; `clipped`, the fraction of each layer's weights at their bound. Calls in
+            compiled code and replays of a CUDA graph are not counted.
+        """
+        devices = {parameter.device for parameter in self.parameters()} or {torch.device("cpu")}
+        return {
+            "backend": ", ".join(sorted({backend(device) for device in devices})),
+            **self._calls().summary(),
+            "bad_actions": self._report().actions_reported(),
+            "clipped": self._clipped_fractions(),
+        }
+
+    def _clipped_fractions(self) -> dict[str, float]:
+        weights = self._layers().clipped().weights
+        bounds = dict.fromkeys(weights, float(getattr(self, "clip_range", 0)))
+        if getattr(self, "clip_mode", "absolute") != "absolute":
+            factor = self.clip_range * self.clip_scale
+            bounds = {name: factor * self.initial_weight_magnitudes.get(name, 0) for name in weights}
+        return {
+            name: (weight.detach().abs() >= bounds[name]).double().mean().item()
+            for name, weight in weights.items()
+            if bounds[name] > 0 and weight.numel() > 0
+        }
+
+    def _calls(self) -> Calls:
+        cache = self.__dict__.get("_calls_cache")
+        if cache is None:
+            cache = self._calls_cache = Transient()
+        if cache.value is None:
+            cache.value = Calls()
+        return cache.value
+
+    def _conditions(self, td: TensorDictBase, logits: Tensor) -> dict[str, Any]:
+        """Arguments of the operations: mask, temperature and whether bad logits are errors."""
+        mask = td.get("action_mask", None)
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.numel() != logits.numel():
+                raise ValueError(
+                    f"action_mask: got {describe(mask)}, expected bool values, {list(logits.shape)} as logits_list"
+                )
+            mask = mask.reshape(logits.shape)
+        # A parameter of that name is the agent's own.
+        temperature = self.__dict__.get("temperature", 1.0)
+        strict = getattr(self, "on_nonfinite_logits", "raise") == "raise"
+        return {"mask": mask, "temperature": temperature, "strict": strict}
+
+    def _raise_reports(self, mode: str) -> None:
+        """Raise an error for a bad row that a kernel has reported, if `validate` is this mode."""
         if getattr(self, "validate", "deferred") == mode and not torch.compiler.is_compiling():
             table = getattr(self, "cum_action_max_params", None)
             ops.raise_if_reported(table, synchronize=mode == "sync", report=self._report())
@@ -520,9 +623,9 @@ class PyTorchAgentMixin(_Module):
         return None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "PyTorchAgentMixin":
-        """Move the tables and the initial weights with `.to`, `.cuda`, `.half` and the like."""
+        """Move the tables, the temperature and the initial weights with `.to`, `.cuda`, `.half` and the like."""
         super()._apply(fn, recurse)
-        for name in TABLES:
+        for name in (*TABLES, "temperature"):
             table = self.__dict__.get(name)
             if isinstance(table, Tensor):
                 self.__dict__[name] = _moved(table, fn, keep_dtype=True)
@@ -533,14 +636,20 @@ class PyTorchAgentMixin(_Module):
 
 
 def _check_configuration(
-    clip_range: Any, analyze_weights_interval: Any, clip_mode: Any = "absolute", validate: Any = "deferred"
+    clip_range: Any,
+    analyze_weights_interval: Any,
+    clip_mode: Any = "absolute",
+    validate: Any = "deferred",
+    action_format: Any = "pair",
+    on_nonfinite_logits: Any = "raise",
 ) -> None:
     require_number("clip_range", clip_range, "a number >= 0", minimum=0)
     require_integer("analyze_weights_interval", analyze_weights_interval, "an integer >= 0 (epochs)", minimum=0)
-    if clip_mode not in CLIP_MODES:
-        raise ValueError(f"clip_mode: got {clip_mode!r}, expected one of {', '.join(CLIP_MODES)}")
-    if validate not in VALIDATE_MODES:
-        raise ValueError(f"validate: got {validate!r}, expected one of {', '.join(VALIDATE_MODES)}")
+    given = (clip_mode, validate, action_format, on_nonfinite_logits)
+    known = (CLIP_MODES, VALIDATE_MODES, ACTION_FORMATS, NONFINITE_MODES)
+    for name, value, values in zip(OPTIONS, given, known, strict=True):
+        if value not in values:
+            raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(values)}")
 
 
 def _with_suggestion(name: str) -> str:
@@ -614,9 +723,15 @@ def _require_rows(logits: Any, value: Any) -> int:
     return rows
 
 
-def _flat_pairs(action: Any, rows: int) -> Tensor:
-    if not isinstance(action, Tensor) or action.dim() not in (2, 3) or action.shape[-1] != 2:
-        raise ValueError(f"action: got {describe(action)}, expected pairs of shape [B, T, 2] or [B * T, 2]")
+def _flat_actions(action: Any, rows: int) -> Tensor:
+    """Pairs [rows, 2] or logit indices [rows]."""
+    expected = "pairs of shape [B, T, 2] or [B * T, 2], or logit indices of shape [B, T] or [B * T]"
+    if not isinstance(action, Tensor) or not 1 <= action.dim() <= 3:
+        raise ValueError(f"action: got {describe(action)}, expected {expected}")
+    if action.dim() < 3 and action.numel() == rows:
+        return action.reshape(rows)
+    if action.dim() == 1 or action.shape[-1] != 2:
+        raise ValueError(f"action: got {describe(action)}, expected {expected}, {rows} rows as in logits_list")
     if action.numel() != rows * 2:
         raise ValueError(f"action: got {describe(action)}, expected {rows} pairs as in logits_list")
     return action.reshape(rows, 2)

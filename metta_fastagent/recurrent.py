@@ -17,6 +17,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from metta_fastagent import ops
+from metta_fastagent._diagnostics import profiled
 from metta_fastagent._mode import is_training
 from metta_fastagent._rollout_memory import (
     DeviceRows,
@@ -215,6 +216,7 @@ class LSTMWrapper(nn.Module):
         """Hook of Metta's trainer: forget the state of every environment."""
         self.reset_memory()
 
+    @profiled
     def run_lstm(self, td: TensorDictBase, hidden: Tensor, B: int, TT: int, training: bool | None = None) -> Tensor:
         """Run the LSTM over encoded observations, with the state and the resets given in `td`.
 

@@ -218,6 +218,67 @@ CASES = [
     ),
     # Training handler
     ("training, td dict", lambda s: train(s, {}, make_actions(B, T)), TypeError, ["td", "dict", "TensorDict"]),
+    (
+        "training, indices out of range",
+        lambda s: train(s, s.td([B, T]), torch.full((B * T,), 7)),
+        ValueError,
+        [r"actions\[0\]", "logit index 7", "0 to 6"],
+    ),
+    (
+        "training, one index too few",
+        lambda s: train(s, s.td([B, T]), torch.zeros(B * T - 1, dtype=torch.int64)),
+        ValueError,
+        ["action", r"shape \[11\]", "logit indices", "12 rows"],
+    ),
+    (
+        "training, mask of another dtype",
+        lambda s: train(s, s.td([B, T], action_mask=torch.ones(B, T, 7)), make_actions(B, T)),
+        ValueError,
+        ["action_mask", "float32", "bool", r"\[12, 7\]"],
+    ),
+    (
+        "inference, mask of another width",
+        lambda s: draw(s, s.td([B], action_mask=torch.ones(B, 6, dtype=torch.bool))),
+        ValueError,
+        ["action_mask", r"shape \[3, 6\]", r"\[3, 7\] as logits_list"],
+    ),
+    (
+        "inference, nothing allowed",
+        lambda s: draw(s, s.td([B], action_mask=torch.zeros(B, 7, dtype=torch.bool))),
+        ValueError,
+        [r"mask\[0\]", "no allowed action", "at least one"],
+    ),
+    (
+        "training, NaN in logits",
+        lambda s: train(s, s.td([B * T]), make_actions(B, T), logits() / 0),
+        ValueError,
+        [r"logits\[0\]", "finite values"],
+    ),
+    (
+        "inference, temperature 0",
+        lambda s: draw(s, s.td([B]), agent=s.with_tables(temperature=0)),
+        ValueError,
+        ["temperature", "got 0", "> 0"],
+    ),
+    (
+        "inference, temperature text",
+        lambda s: draw(s, s.td([B]), agent=s.with_tables(temperature="low")),
+        TypeError,
+        ["temperature", "'low'", "a finite number > 0"],
+    ),
+    (
+        "training, temperature per row",
+        lambda s: train(s, s.td([B, T]), make_actions(B, T), agent=s.with_tables(temperature=torch.ones(B * T))),
+        ValueError,
+        ["temperature", r"shape \[12\]", "one such number"],
+    ),
+    ("action_format", lambda s: Net(action_format="pairs"), ValueError, ["action_format", "'pairs'", "pair, index"]),
+    (
+        "on_nonfinite_logits",
+        lambda s: Net(on_nonfinite_logits=True),
+        ValueError,
+        ["on_nonfinite_logits", "True", "raise, count"],
+    ),
     ("training, action None", lambda s: train(s, s.td([B, T]), None), ValueError, ["action", "None", r"\[B, T, 2\]"]),
     (
         "training, action of triples",

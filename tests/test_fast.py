@@ -557,7 +557,7 @@ def test_an_error_leaves_tensordict_and_memory_unchanged(env_obs, prepare, error
     ("actions", "message"),
     [
         (torch.zeros(3, 4, 2), r"action.*: got .*float32"),
-        (torch.zeros(3, 4, dtype=torch.int64), r"action: got .*shape \[3, 4\]"),
+        (torch.zeros(3, 5, dtype=torch.int64), r"action: got .*shape \[3, 5\]"),
         (torch.zeros(3, 4, 3, dtype=torch.int64), r"action: got .*shape \[3, 4, 3\]"),
         (torch.zeros(3, 5, 2, dtype=torch.int64), r"action: got .*shape \[3, 5, 2\]"),
         (torch.full((3, 4, 2), 4), r"action"),

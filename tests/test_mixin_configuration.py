@@ -110,11 +110,17 @@ def test_the_mixin_brings_no_constructor_and_no_forward():
     assert not issubclass(PyTorchAgentMixin, nn.Module)
 
 
+OPTIONS = ["clip_mode", "validate", "action_format", "on_nonfinite_logits"]
+
+
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [
         ("extract_mixin_params", ["kwargs"]),
-        ("init_mixin", ["clip_range", "analyze_weights_interval", "extra_kwargs", "clip_mode", "validate"]),
+        (
+            "init_mixin",
+            ["clip_range", "analyze_weights_interval", "extra_kwargs", *OPTIONS],
+        ),
         ("clip_weights", []),
         ("set_tensordict_fields", ["td", "observations", "training"]),
         ("handle_training_mode", ["td", "action", "logits_list", "value"]),

@@ -43,6 +43,7 @@ class Report:
         self.word: Tensor | None = None
         # The same memory as a NumPy array, which is faster to read.
         self.view: Any = None
+        self.actions = 0
 
     def take(self) -> int:
         """A reported code, 0 for none; it is cleared."""
@@ -52,8 +53,13 @@ class Report:
             code = int(self.view[place])
             if code:
                 self.view[place] = 0
+                self.actions += place == 0
                 return code
         return 0
+
+    def actions_reported(self) -> int:
+        """Reports of bad actions so far, one that was not read yet included."""
+        return self.actions + (self.view is not None and int(self.view[0]) != 0)
 
 
 class _Current(threading.local):

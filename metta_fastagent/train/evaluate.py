@@ -4,6 +4,7 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,8 @@ def learned_policy(agent: Any, reset_state_every_step: bool = False, greedy: boo
     def act(observations: Tensor, dones: Tensor, truncateds: Tensor) -> Tensor:
         starts = torch.ones_like(dones) if reset_state_every_step else dones
         entries: dict[str, Any] = {"env_obs": observations, "dones": starts, "truncateds": truncateds}
-        td = agent(TensorDict(entries, batch_size=dones.shape))
-        return agent.action_index_tensor[td["full_log_probs"].argmax(-1)] if greedy else td["actions"]
+        with agent.greedy() if greedy else nullcontext():
+            return agent(TensorDict(entries, batch_size=dones.shape))["actions"]
 
     return act
 

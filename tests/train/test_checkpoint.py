@@ -53,6 +53,26 @@ def test_a_resumed_run_ends_with_the_same_parameters(tmp_path, changes):
         assert torch.equal(ours, theirs)
 
 
+def test_a_corrupted_action_stops_the_next_update_and_the_checkpoint_before_it_resumes(tmp_path):
+    run, path = trainer(), tmp_path / "checkpoint.pt"
+    run.train_update()
+    save_checkpoint(path, run.state_dict())
+    collect = run.collect
+
+    def corrupted():
+        episodes = collect()
+        run.experience.actions[3, 4] = torch.tensor([1, 7])
+        return episodes
+
+    run.collect = corrupted
+    with pytest.raises(ValueError, match=r"actions\[\d+\]: got parameter 7 for action type 1, expected 0 to 3"):
+        run.train_update()
+    resumed = trainer()
+    resumed.load_state_dict(load_checkpoint(path))
+    resumed.run(lambda row: None)
+    assert resumed.updates == 8
+
+
 def test_the_file_holds_what_the_next_update_depends_on(saved):
     made, path = saved
     state = load_checkpoint(path)
