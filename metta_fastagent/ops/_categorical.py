@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metta_fastagent._triton import cdiv, jit, launch, next_power_of_2, tl
+from metta_fastagent._triton import cdiv, jit, launch_with, next_power_of_2, tl
 
 # Above this the columns of one row no longer fit a thread's registers without spilling (96 at 64, 168 at 128 of 255,
 # and instructions per row grow past the tile's from about there on).
@@ -42,17 +42,17 @@ def launch_rows(
     rows: int,
     num_actions: int,
     tensors: Sequence[Tensor],
-    numbers: Sequence[int],
+    numbers: Sequence[float],
     **constants: Any,
 ) -> None:
     """Launch the kernel of the layout for logits [rows, num_actions]; its own constants follow the given ones."""
     if num_actions <= MAX_COLUMNS:
         constants["ROWS"] = ROWS_PER_PROGRAM
-        launch(columns_kernel, cdiv(rows, ROWS_PER_PROGRAM), tensors, numbers, **constants)
+        launch_with(constants, columns_kernel, cdiv(rows, ROWS_PER_PROGRAM), tensors, numbers)
     else:
         tile_rows, columns, warps = tile_shape(num_actions)
         constants |= {"ROWS": tile_rows, "BLOCK_A": columns}
-        launch(tile_kernel, cdiv(rows, tile_rows), tensors, numbers, warps, **constants)
+        launch_with(constants, tile_kernel, cdiv(rows, tile_rows), tensors, numbers, warps)
 
 
 @jit
