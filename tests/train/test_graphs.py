@@ -15,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from metta_fastagent.train import graphs, ranks
+from metta_fastagent.train.checkpoint import save_checkpoint
 from metta_fastagent.train.cli import resumed_config
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.environments.memory import MemoryEnvironment
+from metta_fastagent.train.evaluate import load_agent
 from metta_fastagent.train.graphs import WARM_UPS, Captured
 from metta_fastagent.train.trainer import Trainer
 
@@ -214,6 +216,14 @@ def test_graphs_need_cuda_and_one_process(monkeypatch):
 def test_a_resumed_run_may_turn_graphs_off_with_the_device():
     saved = TrainConfig().to_dict() | {"device": "cuda", "cuda_graphs": True}
     assert not resumed_config(saved, {"device": "cpu", "cuda_graphs": False}).cuda_graphs
+
+
+def test_the_agent_of_a_run_with_graphs_acts_on_the_cpu(tmp_path):
+    state = trainer(False, MemoryEnvironment).state_dict()
+    state["config"] |= {"device": "cuda", "cuda_graphs": True}
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
+    _, env, config = load_agent(tmp_path / "checkpoint.pt")
+    assert (env.device.type, config.device, config.cuda_graphs) == ("cpu", "cpu", False)
 
 
 @pytest.mark.gpu
