@@ -39,7 +39,7 @@ def close(got, expected, dtype):
 
 
 def rounded_quotient(logits, temperature, dtype):
-    """logits / temperature in float64, rounded as the arithmetic of their dtype does: large logits lose digits there."""
+    """logits / temperature in float64, rounded as their dtype's arithmetic does: large logits lose digits."""
     exact = logits / float(temperature)
     if dtype == torch.float64:
         return exact
