@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled  # pyright: ignore[reportPrivateImportUsage]
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -17,7 +18,7 @@ def profiled(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+        if torch.compiler.is_compiling() or not _profiler_enabled():
             return function(*args, **kwargs)
         with torch.profiler.record_function(name):
             return function(*args, **kwargs)

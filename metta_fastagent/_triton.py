@@ -95,16 +95,30 @@ def launch(
     launch itself. Here it is looked up by what it depends on if all tensors start on 16-byte addresses. `constants` are
     in the order of the kernel's parameters.
     """
+    launch_with(constants, kernel, programs, tensors, numbers, num_warps, num_stages)
+
+
+def launch_with(
+    constants: dict[str, Any],
+    kernel: Any,
+    programs: int,
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    num_warps: int = 4,
+    num_stages: int | None = None,
+) -> None:
+    """`launch` with the constants in a dict."""
     device = tensors[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return launch(kernel, programs, tensors, numbers, num_warps, num_stages, **constants)
+            return launch_with(constants, kernel, programs, tensors, numbers, num_warps, num_stages)
+    values = constants.values()
     addresses = list(map(_addresses_of, tensors))
     aligned = functools.reduce(operator.or_, addresses) % 16 == 0
     # By identity: a kernel's own hash is that of its source.
-    key = (id(kernel), device, num_warps, num_stages, *map(_dtype_of, tensors), *constants.values())
+    key = (id(kernel), device, num_warps, num_stages, *map(_dtype_of, tensors), *values)
     kept = _kept.get(key) if _kept and aligned and max(numbers, default=0) < 2**31 else None
-    if kept is None or not _launch_kept(kept[1], programs, [*addresses, *numbers, *constants.values()]):
+    if kept is None or not _launch_kept(kept[1], programs, [*addresses, *numbers, *values]):
         options = {"num_warps": num_warps} if num_stages is None else {"num_warps": num_warps, "num_stages": num_stages}
         compiled = kernel[(programs,)](*tensors, *numbers, **constants, **options)
         if aligned and _kept is not None and hasattr(compiled, "packed_metadata"):

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metta_fastagent._triton import cdiv, jit, launch, next_power_of_2, tl
+from metta_fastagent._triton import cdiv, jit, launch_with, next_power_of_2, tl
 
 # The compiler takes about a second for a kernel at this many, several at twice as many.
 MAX_COLUMNS = 32
@@ -45,22 +45,14 @@ def launch_rows(
     rows: int,
     num_actions: int,
     tensors: Sequence[Tensor],
-    numbers: Sequence[int],
+    numbers: Sequence[float],
     **constants: Any,
 ) -> None:
     """Launch the kernel of the layout for logits [rows, num_actions]; its own constants follow the given ones."""
     kernel = columns_kernel if num_actions <= MAX_COLUMNS else tile_kernel
     block_rows, block_columns, warps = block_shape(num_actions)
-    launch(
-        kernel,
-        cdiv(rows, block_rows),
-        tensors,
-        numbers,
-        warps,
-        **constants,
-        ROWS=block_rows,
-        BLOCK_A=block_columns,
-    )
+    constants |= {"ROWS": block_rows, "BLOCK_A": block_columns}
+    launch_with(constants, kernel, cdiv(rows, block_rows), tensors, numbers, warps)
 
 
 @jit

@@ -11,6 +11,8 @@ NATIVE_DTYPES = (torch.float32, torch.float64)
 # Integer dtypes that they read; others are converted first.
 _NATIVE_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
+_INTEGERS = frozenset((*_NATIVE_INTEGERS, torch.uint16, torch.uint32, torch.uint64))
+
 
 def describe(value: object) -> str:
     """A short description of `value` for an error message."""
@@ -73,7 +75,7 @@ def require_integer(name: str, value: object, expected: str, minimum: int | None
 
 def is_integer(dtype: torch.dtype) -> bool:
     """Whether `dtype` holds integers (bool does not count)."""
-    return not dtype.is_floating_point and not dtype.is_complex and dtype != torch.bool
+    return dtype in _INTEGERS
 
 
 def require_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

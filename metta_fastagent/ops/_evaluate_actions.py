@@ -70,8 +70,7 @@ from metta_fastagent.ops._checks import (
 from metta_fastagent.ops._masking import (
     ARGUMENTS,
     MaskLike,
-    check_mask,
-    check_temperature,
+    checked_conditions,
     condition,
     gradient_of_logits,
     kernel_arguments,
@@ -580,20 +579,28 @@ evaluate_actions_backward = register(
 class _EvaluateActions(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None, strict: bool, *conditions):
-        *outputs, index = _evaluate_actions_forward(logits, actions, cum_action_max_params, strict, *conditions)
+        log_prob, entropy, full_log_probs, index = _evaluate_actions_forward(
+            logits, actions, cum_action_max_params, strict, *conditions
+        )
         save_for_gradient(ctx, logits, index, *conditions)
-        return tuple(outputs)
+        return log_prob, entropy, full_log_probs
 
     @staticmethod
     def backward(ctx, *grads):
-        return logits_gradient(ctx, *grads), *[None] * 6
+        return logits_gradient(ctx, *grads), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def save_for_gradient(
-    ctx, logits: Tensor, index: Tensor, mask: Tensor | None, temperature_tensor: Tensor | None, temperature: float
+    ctx,
+    logits: Tensor,
+    index: Tensor,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> None:
     """Keep in `ctx` what `logits_gradient` needs."""
-    ctx.save_for_backward(logits, index, mask, temperature_tensor)
+    tensors = () if mask is None and temperature_tensor is None else (mask, temperature_tensor)
+    ctx.save_for_backward(logits, index, *tensors)
     ctx.temperature = temperature
     ctx.set_materialize_grads(False)
     ctx.backend = chosen_backend()
@@ -602,15 +609,23 @@ def save_for_gradient(
 def logits_gradient(ctx, *grads: Tensor | None) -> Tensor:
     """Gradient of the saved logits [N, A] for upstream gradients of log_prob, entropy and full_log_probs."""
     logits, index, *tensors = ctx.saved_tensors
-    conditions = *tensors, ctx.temperature
+    conditions: tuple[Any, ...] = ()
+    if tensors or ctx.temperature != 1:
+        conditions = *(tensors or (None, None)), ctx.temperature
     if not needs_graph():
         return run_backward(ctx.backend, evaluate_actions_backward, logits, index, *grads, *conditions)
     return gradients_with_graph(lambda x: _formula(x, index, *conditions), (logits,), grads)[0]
 
 
-def _formula(logits: Tensor, index: Tensor, *conditions: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _formula(
+    logits: Tensor,
+    index: Tensor,
+    mask: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log_prob, entropy, full_log_probs) of logit indices, differentiable any number of times."""
-    full_log_probs = torch.log_softmax(condition(logits, *conditions), dim=-1)
+    full_log_probs = torch.log_softmax(condition(logits, mask, temperature_tensor, temperature), dim=-1)
     legal = (index >= 0) & (index < logits.shape[1])
     known = index.clamp(0, logits.shape[1] - 1).unsqueeze(1)
     log_prob = torch.where(legal, full_log_probs.gather(1, known).squeeze(1), torch.nan)
@@ -620,7 +635,7 @@ def _formula(logits: Tensor, index: Tensor, *conditions: Any) -> tuple[Tensor, T
 
 def float32_under_autocast(logits: Tensor) -> Tensor:
     """Logits in float32 under CUDA autocast, which runs log_softmax in float32; else unchanged."""
-    if logits.device.type == "cuda" and under_autocast(logits.device):
+    if logits.is_cuda and under_autocast(logits.device):
         return logits.float()
     return logits
 
@@ -672,7 +687,7 @@ def evaluate_actions(
         )
     require_same_device("actions", actions, "logits", logits)
     logits = float32_under_autocast(logits)
-    conditions = check_mask(mask, logits, cum_action_max_params), *check_temperature(temperature, logits)
+    conditions = checked_conditions(logits, mask, temperature, cum_action_max_params)
     if in_plain_pytorch():
         return evaluate_actions_forward_eager(logits, actions, cum_action_max_params, strict, *conditions)[:3]
     if not records_graph(logits):

@@ -18,6 +18,7 @@ from metta_fastagent.ops._autograd import checks_values
 from metta_fastagent.ops._checks import compute_dtype, contiguous, describe, is_number
 
 MaskLike = Tensor | tuple[Tensor, Tensor] | None
+_PLAIN = {"MASKED": False, "TEMPERATURE": 0}
 # Of the operators' schemas.
 ARGUMENTS = "Tensor? mask=None, Tensor? temperature_tensor=None, float temperature=1.0"
 
@@ -45,7 +46,21 @@ def gradient_of_logits(
     return grad / temperature if temperature != 1 else grad
 
 
-def check_temperature(temperature: object, logits: Tensor) -> tuple[Tensor | None, float]:
+def checked_conditions(
+    logits: Tensor,
+    mask: MaskLike,
+    temperature: object,
+    cum_action_max_params: Tensor | None = None,
+    action_index_tensor: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """The operators' arguments (mask, temperature as a tensor or None, as a float); none if they change nothing."""
+    if mask is None and temperature.__class__ is float and temperature == 1:
+        return ()
+    mask = _checked_mask(mask, logits, cum_action_max_params, action_index_tensor)
+    return mask, *_checked_temperature(temperature, logits)
+
+
+def _checked_temperature(temperature: object, logits: Tensor) -> tuple[Tensor | None, float]:
     """The temperature as (tensor or None, float); the operators read a tensor on the CPU only."""
     expected = "a finite number > 0 or a tensor with one such number"
     if is_number(temperature):
@@ -72,11 +87,8 @@ def _require_positive(temperature: Any) -> float:
     return float(temperature)
 
 
-def check_mask(
-    mask: MaskLike,
-    logits: Tensor,
-    cum_action_max_params: Tensor | None = None,
-    action_index_tensor: Tensor | None = None,
+def _checked_mask(
+    mask: MaskLike, logits: Tensor, cum_action_max_params: Tensor | None, action_index_tensor: Tensor | None
 ) -> Tensor | None:
     """The mask as a bool tensor [N, A] or None; a pair of masks is combined, which takes the table of the actions."""
     if mask is None:
@@ -85,13 +97,14 @@ def check_mask(
         return _require_mask("mask", mask, logits, logits.shape[1])
     if not isinstance(mask, tuple) or len(mask) != 2:
         raise TypeError(f"mask: got {describe(mask)}, expected a bool tensor or a pair of them")
-    if cum_action_max_params is None and action_index_tensor is None:
-        raise ValueError("mask: got a pair of masks without an action table, expected a bool tensor [N, A]")
+    width = None
     if action_index_tensor is not None:
         kinds, params = action_index_tensor.long().unbind(1)
-    else:
+    elif cum_action_max_params is not None:
         kinds, params = _pairs_of(cum_action_max_params, logits.shape[1])
-    width = None if cum_action_max_params is None else cum_action_max_params.numel() - 1
+        width = cum_action_max_params.numel() - 1
+    else:
+        raise ValueError("mask: got a pair of masks without an action table, expected a bool tensor [N, A]")
     return _allowed("mask[0]", mask[0], logits, kinds, width) & _allowed("mask[1]", mask[1], logits, params)
 
 
@@ -126,6 +139,8 @@ def kernel_arguments(
     logits: Tensor, mask: Tensor | None, temperature_tensor: Tensor | None, temperature: float
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
     """The kernels' tensors, for which the logits stand in if there are none, and their constants."""
+    if mask is None and temperature_tensor is None and temperature == 1:
+        return (logits, logits), _PLAIN
     masked = mask is not None
     tempered = 2 if temperature_tensor is not None else int(temperature != 1)
     tensors = mask.contiguous() if masked else logits, logits if temperature_tensor is None else temperature_tensor

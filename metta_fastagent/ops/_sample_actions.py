@@ -11,6 +11,7 @@ differ between backends. The gradient is that of `evaluate_actions` at the drawn
 
 # pyright: reportInvalidTypeForm=false
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,8 +53,7 @@ from metta_fastagent.ops._evaluate_actions import (
 from metta_fastagent.ops._masking import (
     ARGUMENTS,
     MaskLike,
-    check_mask,
-    check_temperature,
+    checked_conditions,
     condition,
     kernel_arguments,
     native_arguments,
@@ -200,7 +200,7 @@ def _sample_actions_cuda(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     conditions = strict, greedy, mask, temperature_tensor, temperature
     if logits.shape[1] > MAX_ACTIONS:
-        return sample_actions_eager(logits, action_index_tensor, *conditions, generator)
+        return sample_actions_eager(logits, action_index_tensor, *conditions, generator=generator)
     uniform = None if greedy else _uniform(logits, generator)
     return _draw_cuda(logits, action_index_tensor, uniform, *conditions)
 
@@ -365,7 +365,11 @@ _sample_actions = register(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
 )
 
-_DRAWS = {"triton": _sample_actions_cuda, "native": _sample_actions_native, "eager": sample_actions_eager}
+_DRAWS: dict[str, Callable] = {
+    "triton": _sample_actions_cuda,
+    "native": _sample_actions_native,
+    "eager": sample_actions_eager,
+}
 
 
 def _draw(
@@ -374,7 +378,7 @@ def _draw(
     if generator is None:
         return _sample_actions(logits, action_index_tensor, *conditions)
     # A traced graph cannot hold a generator, so this call bypasses the operator.
-    return _DRAWS[backend(logits.device)](logits, action_index_tensor, *conditions, generator)
+    return _DRAWS[backend(logits.device)](logits, action_index_tensor, *conditions, generator=generator)
 
 
 class _SampleActions(torch.autograd.Function):
@@ -382,14 +386,15 @@ class _SampleActions(torch.autograd.Function):
     def forward(ctx, logits: Tensor, *arguments: Any):
         outputs = _draw(logits, *arguments)
         index, _, _, _, pair = outputs
-        _, _, _, _, *conditions = arguments
+        conditions = arguments[4:]
         save_for_gradient(ctx, logits, index, *conditions)
         ctx.mark_non_differentiable(index, pair)
         return outputs
 
     @staticmethod
     def backward(ctx, _grad_index, grad_log_prob, grad_entropy, grad_full_log_probs, _grad_pair):
-        return logits_gradient(ctx, grad_log_prob, grad_entropy, grad_full_log_probs), *[None] * 7
+        grad = logits_gradient(ctx, grad_log_prob, grad_entropy, grad_full_log_probs)
+        return grad, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def sample_actions(
@@ -433,9 +438,9 @@ def sample_actions(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: got {describe(generator)}, expected a torch.Generator or None")
     logits = float32_under_autocast(logits)
-    conditions = check_mask(mask, logits, None, action_index_tensor), *check_temperature(temperature, logits)
+    conditions = checked_conditions(logits, mask, temperature, None, action_index_tensor)
     if in_plain_pytorch():
-        outputs = sample_actions_eager(logits, action_index_tensor, strict, greedy, *conditions, generator)
+        outputs = sample_actions_eager(logits, action_index_tensor, strict, greedy, *conditions, generator=generator)
     elif not records_graph(logits):
         outputs = _draw(logits, action_index_tensor, generator, strict, greedy, *conditions)
     else:

@@ -32,7 +32,7 @@ CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
 # few, as training waits for them
 BEST_WORLDS = 4
 # options that a resumed run may change; the others must match, so that it equals an uninterrupted run
-RESUMABLE = ("steps", "device", "threads", "evaluation_interval", "checkpoint_interval", "check_ranks")
+RESUMABLE = ("steps", "device", "cuda_graphs", "threads", "evaluation_interval", "checkpoint_interval", "check_ranks")
 
 
 class UsageError(ValueError):
@@ -266,7 +266,7 @@ def resumed_config(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
     for name, value in given.items():
         if name not in RESUMABLE and value != saved.get(name):
             raise UsageError(f"{name}: got {value!r}, expected {saved.get(name)!r} as in the checkpoint")
-    return replace(TrainConfig.from_dict(saved), **given)
+    return TrainConfig.from_dict({**saved, **given})
 
 
 def _unused_folder(folder: Path) -> Path:

@@ -84,6 +84,7 @@ class TrainConfig:
     evaluation_interval: int = option(50, "updates between evaluations that keep best.pt, 0 for none", NON_NEGATIVE_INT)
     checkpoint_interval: int = option(50, "updates between checkpoints, 0 for one at the end only", NON_NEGATIVE_INT)
     check_ranks: int = option(0, "updates between comparisons of all ranks' parameters, 0 for none", NON_NEGATIVE_INT)
+    cuda_graphs: bool = option(False, "replay the steps of agent and optimizer from CUDA graphs", FLAG)
     # batches are too small for a second thread to gain much, and it waits for a busy core; also, results then do not
     # depend on the number of cores
     threads: int = option(1, "CPU threads of torch, 0 for torch's default", NON_NEGATIVE_INT)
@@ -113,7 +114,9 @@ class TrainConfig:
         rows = self.num_envs // self.minibatches
         if rows % self.accumulate:
             raise ValueError(f"accumulate: got {self.accumulate}, expected a divisor of a minibatch's rows ({rows})")
-        require_device("device", self.device)
+        device = require_device("device", self.device)
+        if self.cuda_graphs and device.type != "cuda":
+            raise ValueError(f"cuda_graphs: got True with device {self.device}, expected a CUDA device")
 
     def steps_per_update(self, ranks: int = 1) -> int:
         """Environment steps per update with `ranks` ranks."""

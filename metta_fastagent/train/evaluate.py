@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def load_agent(
     Raises CheckpointError if the file is unusable or of another network, and the errors of `make_agent`.
     """
     state = load_checkpoint(Path(path))
-    config = replace(TrainConfig.from_dict(state["config"]), device=device)
+    config = TrainConfig.from_dict({**state["config"], "device": device, "cuda_graphs": False})
     env = make_environment(make_env or config.env, num_envs, torch.device(device))
     agent = agents.make_agent(config, env, make_agent)
     try:

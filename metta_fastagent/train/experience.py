@@ -54,9 +54,10 @@ class Experience:
 
     def store_valid(self, t: int, valid: Tensor | None) -> None:
         """Store `valid`, bool [B], at time t; None counts every row."""
-        if valid is not None:
-            self.valid = torch.ones_like(self.terminals) if self.valid is None else self.valid
-            self.valid[:, t] = valid
+        if valid is not None and self.valid is None:
+            self.valid = torch.ones_like(self.terminals)
+        if self.valid is not None:
+            self.valid[:, t] = True if valid is None else valid
 
     def valid_rows(self, rows: Tensor) -> Tensor | None:
         """`valid` of `rows`."""

@@ -5,7 +5,9 @@ Schulman et al. 2016 (https://arxiv.org/abs/1506.02438) for the advantages, Schu
 (https://github.com/openai/baselines/blob/master/baselines/ppo2/model.py) for the value clip.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -138,22 +140,24 @@ def update(
     returns: Tensor,
     config: TrainConfig,
     timer: PhaseTimer,
+    step: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, int]:
     """Up to `config.epochs` passes of PPO over the rollout.
 
     A minibatch is a random set of whole segments, each of which starts from the LSTM state that the rollout stored.
     With `config.target_kl`, all ranks stop after a pass whose approximate KL exceeds it: the mean over minibatches and
     ranks, each computed before its optimizer step. That comparison is the only host sync.
+    `step` replaces `optimizer_step` and takes the tensors of a Minibatch.
 
     Returns:
         float [len(STATISTICS)] on the device, this rank's means over minibatches; and the number of passes.
     """
+    step = step or partial(optimizer_step, learner, optimizer, experience, config, timer)
     total, epochs = torch.zeros(len(STATISTICS), device=advantages.device), 0
     while epochs < config.epochs:
         order = torch.randperm(config.num_envs, device=advantages.device).view(config.minibatches, -1)
-        minibatches = map(Minibatch, order, normalized(advantages[order], experience.valid_rows(order)), returns[order])
-        steps = [_step(learner, optimizer, experience, minibatch, config, timer) for minibatch in minibatches]
-        statistics = torch.stack(steps).mean(0)
+        scaled = normalized(advantages[order], experience.valid_rows(order))
+        statistics = torch.stack(list(map(step, order, scaled, returns[order]))).mean(0)
         total, epochs = total + statistics, epochs + 1
         if config.target_kl and epochs < config.epochs and ranks.mean(statistics[KL]).item() > config.target_kl:
             break
@@ -172,18 +176,18 @@ class Minibatch(NamedTuple):
         return list(map(Minibatch, *(each.chunk(number) for each in self)))
 
 
-def _step(
+def optimizer_step(
     learner: MettaAgent | DistributedMettaAgent,
     optimizer: torch.optim.Optimizer,
     experience: Experience,
-    minibatch: Minibatch,
     config: TrainConfig,
-    timer: PhaseTimer,
+    timer: Callable[[str], Any],
+    *minibatch: Tensor,
 ) -> Tensor:
     """One optimizer step on the mean gradient over micro-batches and ranks; returns float [len(STATISTICS)]."""
     with timer("learning"):
         optimizer.zero_grad()
-        *before, last = minibatch.parts(config.accumulate)
+        *before, last = Minibatch(*minibatch).parts(config.accumulate)
         with ranks.no_sync(learner):
             losses = [_backward(learner, experience, part, config, 0.0) for part in before]
         distance = learner.l2_init_loss() if config.l2_init_coef else torch.zeros((), device=last.returns.device)

@@ -3,6 +3,8 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from metta_fastagent.train.checkpoint import CheckpointError
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.environments import Step, make_environment
 from metta_fastagent.train.experience import Experience
+from metta_fastagent.train.graphs import Captured
 from metta_fastagent.train.timer import PHASES, PhaseTimer
 
 # Fast's LSTM starts almost saturated (biases of 1) and its first gradients are tiny: PPO's usual 1e-5 slows it down.
@@ -53,10 +56,13 @@ class Trainer:
         seconds, cpu_seconds: wall and process CPU time of all updates, those before a resume included.
 
     Seeds torch's global generators, see `ranks.seed`. Does not apply `config.threads`, which affects the whole process.
-    Raises TypeError or ValueError for an environment or agent that breaks the protocol or an unavailable device.
+    Raises TypeError or ValueError for an environment or agent that breaks the protocol or a device or launch that does
+    not fit `config`.
     """
 
     def __init__(self, config: TrainConfig, make_env: Any = None, make_policy: Any = None) -> None:
+        if config.cuda_graphs and ranks.world_size() > 1:
+            raise ValueError(f"cuda_graphs: got True with {ranks.world_size()} ranks, expected a single process")
         torch.manual_seed(config.seed)
         self.config, self.make_env = config, make_env or config.env
         self.device = ranks.run_on_all_ranks(lambda: ranks.device(config.device))
@@ -66,14 +72,16 @@ class Trainer:
         self.learner = ranks.wrap_ddp(self.agent, self.device)
         if not ranks.is_first():
             torch.manual_seed(seed)
-        self.optimizer = torch.optim.Adam(
-            self.agent.parameters(), lr=config.lr, eps=ADAM_EPSILON, fused=self.device.type in ("cpu", "cuda")
-        )
+        # a graph reads the rate of each step from a tensor
+        lr = torch.tensor(config.lr, device=self.device) if config.cuda_graphs else config.lr
+        options: dict[str, Any] = {"fused": self.device.type in ("cpu", "cuda"), "capturable": config.cuda_graphs}
+        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=lr, eps=ADAM_EPSILON, **options)
         self.timer = PhaseTimer(self.device)
         self.last_update = config.updates(ranks.world_size())
         self.updates, self.steps, self.seconds, self.cpu_seconds, self.best_return = 0, 0, 0.0, 0.0, -math.inf
         self._reset_environment(seed)
         self.experience = Experience(self.observations, config.segment_length, self.memory())
+        self._prepare_steps()
         if ranks.world_size() > 1:
             self._warm_up_ddp()
 
@@ -87,6 +95,15 @@ class Trainer:
         out = self.learner(segments, action=torch.zeros_like(self.experience.actions[:, :1]))
         (out["act_log_prob"].sum() + out["value"].sum()).backward()
         self.optimizer.zero_grad()
+
+    def _prepare_steps(self) -> None:
+        """Make the steps of agent and optimizer; with `config.cuda_graphs` their next calls capture them."""
+        self.act, self.value, self.optimizer_steps = self._act, self._value, {}
+        if self.config.cuda_graphs:
+            self.act, self.value = Captured(self._act), Captured(self._value)
+            # timed from outside, as a graph cannot hold a timer's events; one for each branch on `valid`
+            step = partial(ppo.optimizer_step, self.learner, self.optimizer, self.experience, self.config, nullcontext)
+            self.optimizer_steps = {kind: self.timer("learning")(Captured(step)) for kind in (True, False)}
 
     def run(self, after_update: Callable[[dict[str, float]], None]) -> None:
         """Train until `last_update`; call `after_update` with the row of COLUMNS of each update."""
@@ -103,17 +120,17 @@ class Trainer:
         left = 1 - self.updates / self.last_update
         lr = config.lr * (min(1.0, left / config.anneal_lr) if config.anneal_lr else 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["lr"].fill_(lr) if config.cuda_graphs else lr
         episodes = self.collect()
         advantages = self.advantages()
         returns = advantages + self.experience.values
         self.agent.train()
-        statistics, epochs = ppo.update(
-            self.learner, self.optimizer, self.experience, advantages, returns, config, self.timer
-        )
+        rollout, step = (self.experience, advantages, returns), self.optimizer_steps.get(self.experience.valid is None)
+        statistics, epochs = ppo.update(self.learner, self.optimizer, *rollout, config, self.timer, step)
         explained = ppo.explained_variance(self.experience.values, returns, self.experience.valid)
-        # the only host sync of the update besides that of target_kl
+        # the only host sync of the update besides that of target_kl, after which all actions have been checked
         values = ranks.mean(torch.cat([statistics, explained.view(1), episodes])).tolist()
+        ops.raise_if_reported(self.agent.cum_action_max_params)
         self.updates += 1
         self.steps += config.steps_per_update(ranks.world_size())
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -158,10 +175,8 @@ class Trainer:
         finished = torch.zeros(2, device=self.device)
         for t in range(experience.length):
             with self.timer("inference"):
-                starts = self._episode_starts()
-                td = self.agent(TensorDict({"env_obs": self.observations, **starts}, batch_size=self.dones.shape))
-                actions, log_probs, values = td["actions"], td["act_log_prob"], td["values"]
-                seen = {"observations": self.observations, **starts}
+                seen = {"observations": self.observations, **self._episode_starts()}
+                actions, log_probs, values = self.act(*seen.values())
                 experience.store(t, **seen, actions=actions, log_probs=log_probs, values=values)
             with self.timer("environment"):
                 step = self.env.step(actions)
@@ -180,21 +195,15 @@ class Trainer:
     def advantages(self) -> Tensor:
         """Generalized advantages of the collected rollout, float [B, T]; see `ppo.generalized_advantages`."""
         experience = self.experience
-        return ppo.generalized_advantages(
-            experience.rewards,
-            experience.values,
-            experience.terminals | experience.truncations,
-            self.next_value(),
-            experience.bootstrap_values,
-            self.config.gamma,
-            self.config.gae_lambda,
-        )
+        ends = experience.terminals | experience.truncations
+        rollout = experience.rewards, experience.values, ends, self.next_value(), experience.bootstrap_values
+        return ppo.generalized_advantages(*rollout, self.config.gamma, self.config.gae_lambda)
 
     @torch.no_grad()
     def next_value(self) -> Tensor:
         """Value of the observation after the rollout, float [B]."""
         with self.timer("inference"):
-            return self._value(self.observations, self.memory(), self._episode_starts())
+            return self.value(self.observations, *self._episode_starts().values())
 
     def _bootstrap_values(self, step: Step) -> Tensor:
         """Values of the final observations of truncated episodes, float [B]; 0 for other rows.
@@ -207,22 +216,29 @@ class Trainer:
         with self.timer("inference"):
             if self.device.type != "cpu":
                 # all rows: selecting the truncated ones would need a host sync
-                all_values = self._value(step.final_observations, self.memory(), self._no_episode_starts(len(values)))
+                all_values = self.value(step.final_observations, *self._no_episode_starts(len(values)).values())
                 return torch.where(step.truncations, all_values, values)
             rows = step.truncations.nonzero().squeeze(1)
             if len(rows):
-                h, c = self.memory()
-                state = h[:, rows], c[:, rows]
-                values[rows] = self._value(step.final_observations[rows], state, self._no_episode_starts(len(rows)))
+                state = tuple(part[:, rows] for part in self.memory())
+                starts = self._no_episode_starts(len(rows)).values()
+                values[rows] = self._value(step.final_observations[rows], *starts, state=state)
         return values
 
-    def _value(self, observations: Tensor, memory: tuple[Tensor, Tensor], starts: dict[str, Tensor]) -> Tensor:
-        """Values, float [b], of observations [b, ...] given the LSTM state `memory`.
+    def _act(self, observations: Tensor, dones: Tensor, truncateds: Tensor) -> tuple[Tensor, ...]:
+        """Actions [B, 2], their log-probabilities [B] and values [B]; advances the rollout memory."""
+        inputs: dict[str, Any] = {"env_obs": observations, "dones": dones, "truncateds": truncateds}
+        td = self.agent(TensorDict(inputs, batch_size=dones.shape))
+        return td["actions"], td["act_log_prob"], td["values"]
+
+    def _value(self, observations: Tensor, dones: Tensor, truncateds: Tensor, state: Any = None) -> Tensor:
+        """Values, float [b], of observations [b, ...] given the LSTM state (h, c); None is the rollout memory.
 
         Uses segments of one step: the training mode neither changes the rollout memory nor draws random numbers.
         """
         any_action = torch.zeros_like(self.experience.actions[: len(observations), :1])
-        out = self.agent(one_step_segments(observations, memory, starts), action=any_action)
+        starts = {"dones": dones, "truncateds": truncateds}
+        out = self.agent(one_step_segments(observations, state or self.memory(), starts), action=any_action)
         return out["value"].reshape(-1)
 
     def memory(self) -> tuple[Tensor, Tensor]:
@@ -288,7 +304,9 @@ class Trainer:
         self._check_compatible(state)
         try:
             self.agent.policy.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            # the groups of this run: the checkpoint's may be those of another device
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
             self.agent.policy.initial_weights = {k: v.to(self.device) for k, v in state["initial_weights"].items()}
             self.agent.policy.initial_weight_magnitudes = dict(state["initial_weight_magnitudes"])
             for name, value in state["counters"].items():
@@ -300,6 +318,7 @@ class Trainer:
             else:
                 self._restore_environment(own)
             _set_random_state(own["random"], self.device)
+            self._prepare_steps()
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             came = f"an incompatible state ({first_line(error)})"
             raise CheckpointError(f"checkpoint: got {came}, expected one of this network and environment") from error

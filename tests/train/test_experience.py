@@ -40,6 +40,17 @@ def test_store_refuses_an_unknown_name():
         experience.store(0, reward=torch.zeros(ROWS))
 
 
+def test_a_step_without_valid_counts_every_row():
+    experience, _ = filled()
+    experience.store_valid(1, None)
+    assert experience.valid is None
+    experience.store_valid(1, torch.arange(ROWS) > 2)
+    assert experience.valid.sum() == ROWS * LENGTH - 3
+    # the next rollout reuses the storage
+    experience.store_valid(1, None)
+    assert experience.valid.all()
+
+
 def test_the_initial_state_is_copied():
     experience, _ = filled()
     h, c = torch.randn(LAYERS, ROWS, HIDDEN), torch.randn(LAYERS, ROWS, HIDDEN)
