@@ -276,6 +276,8 @@ def test_a_row_without_distribution_is_nan(device, actions):
     index, log_prob, _, _ = ops.sample_actions(logits)
     assert log_prob.isnan().tolist() == [False, True, True, False]
     assert ((index >= 0) & (index < actions)).all()
+    with pytest.raises(ValueError, match=r"sample_actions: logits\[[12]\]"):
+        ops.raise_if_reported(synchronize=True)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
