@@ -2,7 +2,8 @@
 
     python -m benchmarks.kernel_report [--json FILE] [--targets sm_80,sm_90]
 
-Prints registers, spills, the widest loads and stores, and machine instructions for each kernel and target.
+Prints registers, spills, barriers, the widest loads and stores, and machine instructions for each kernel and target;
+for kernels that store values of all actions, also the 32-byte sectors that their stores of 32 rows touch.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +32,7 @@ from metta_fastagent.ops import (
     _tokens_to_grid,
 )
 from metta_fastagent.ops._bad_action import CONVERT_INDEX, CONVERT_PAIR
-from metta_fastagent.ops._categorical import MAX_COLUMNS, ROWS_PER_PROGRAM, tile_shape
+from metta_fastagent.ops._categorical import MAX_COLUMNS, block_shape
 from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS
 
 TARGETS = {
@@ -70,14 +72,17 @@ class Figures(NamedTuple):
     load_bits: int
     store_bits: int
     instructions: int
+    barriers: int
     instructions_per_row: float
+    # Of 32 rows [A]; 0 for kernels that store none.
+    store_sectors: int
 
 
 def cases() -> Iterator[Case]:
     """The specialisations that users meet: float32 at several numbers of actions, and the other dtypes once."""
     for dtype in ("fp32", "bf16", "fp16", "fp64"):
         yield _clip_case(dtype)
-    for num_actions in (5, 9, 21, 37, 64, 128, 1024, 4096):
+    for num_actions in (5, 9, 21, 32, 33, 64, 128, 1024, 4096):
         yield from _categorical_cases(num_actions, "fp32")
     for dtype in ("bf16", "fp64"):
         yield from _categorical_cases(21, dtype)
@@ -102,11 +107,9 @@ def _clip_case(dtype: str) -> Case:
 
 
 def _categorical_cases(num_actions: int, dtype: str) -> Iterator[Case]:
-    columns = num_actions <= MAX_COLUMNS
-    kind = "columns" if columns else "tile"
-    rows, block, warps = (ROWS_PER_PROGRAM, 0, 4) if columns else tile_shape(num_actions)
-    layout = {"ROWS": rows} if columns else {"ROWS": rows, "BLOCK_A": block}
-    constants = {"A": num_actions, "COMPUTE": TRITON_DTYPES[dtype], **layout}
+    kind = "columns" if num_actions <= MAX_COLUMNS else "tile"
+    rows, block, warps = block_shape(num_actions)
+    constants = {"A": num_actions, "COMPUTE": TRITON_DTYPES[dtype], "ROWS": rows, "BLOCK_A": block}
     outputs = {"log_prob": dtype, "entropy": dtype, "full_log_probs": dtype}
     suffix = f"A={num_actions} {dtype}"
     conditions = {"word": "i64", "mask": "i1", "temperature_tensor": dtype}
@@ -256,14 +259,40 @@ def figures(case: Case, target_name: str) -> Figures:
     """Compile one case for one target and read its machine code."""
     compiled = compile_case(case, TARGETS[target_name])
     read = _read_amd if target_name.startswith("gfx") else _read_nvidia
-    registers, spills, load_bits, store_bits, instructions = read(compiled)
-    lanes = 64 if target_name.startswith("gfx") else 32
-    per_row = instructions * case.num_warps * lanes / case.rows_per_program / lanes
-    shared = compiled.metadata.shared
-    return Figures(case.name, target_name, registers, spills, shared, load_bits, store_bits, instructions, per_row)
+    registers, spills, *counts = read(compiled)
+    return Figures(
+        case.name,
+        target_name,
+        registers,
+        spills,
+        compiled.metadata.shared,
+        *counts,
+        counts[2] * case.num_warps / case.rows_per_program,
+        store_sectors(compiled.asm["ttgir"], case.constants["A"]) if "A" in case.constants else 0,
+    )
 
 
-def _read_nvidia(compiled: Any) -> tuple[int, int, int, int, int]:
+def store_sectors(ttgir: str, num_actions: int) -> int:
+    """32-byte sectors that the stores of 32 rows of an output [N, num_actions] touch, by the layout of the lanes."""
+    store = re.search(r"store .*tensor<\d+x\d+x(?:!tt\.ptr<)?[a-z]+(\d+)>?, (#\w+)>", ttgir)
+    if store is None:
+        raise RuntimeError("the kernel stores no rows")
+    layout = re.search(
+        rf"^{store[2]} = .*sizePerThread = \[1, (\d+)\], threadsPerWarp = \[(\d+), (\d+)\]", ttgir, re.MULTILINE
+    )
+    if layout is None:
+        raise RuntimeError(f"the kernel's listing lacks the layout {store[2]}")
+    adjacent, row_lanes, column_lanes = map(int, layout.groups())
+    element, width, sectors = int(store[1]) // 8, adjacent * column_lanes, 0
+    # 64 rows: a wave of AMD may store as many at once.
+    for top in range(0, 64, row_lanes):
+        for left in range(0, num_actions, width):
+            row_columns = product(range(top, top + row_lanes), range(left, min(left + width, num_actions)))
+            sectors += len({(row * num_actions + column) * element // 32 for row, column in row_columns})
+    return sectors // 2
+
+
+def _read_nvidia(compiled: Any) -> tuple[int, int, int, int, int, int]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -274,7 +303,8 @@ def _read_nvidia(compiled: Any) -> tuple[int, int, int, int, int]:
     spills = _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage)
     opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", code, flags=re.MULTILINE)
     useful = [opcode for opcode in opcodes if opcode != "NOP" and not opcode.startswith("BRA")]
-    return registers, spills, _widest(opcodes, "LDG"), _widest(opcodes, "STG"), len(useful)
+    barriers = sum(opcode.startswith("BAR.SYNC") for opcode in opcodes)
+    return registers, spills, _widest(opcodes, "LDG"), _widest(opcodes, "STG"), len(useful), barriers
 
 
 def _number(pattern: str, text: str) -> int:
@@ -293,7 +323,7 @@ def _widest(opcodes: list[str], kind: str) -> int:
     return max(widths, default=0)
 
 
-def _read_amd(compiled: Any) -> tuple[int, int, int, int, int]:
+def _read_amd(compiled: Any) -> tuple[int, int, int, int, int, int]:
     code = compiled.asm["amdgcn"]
     registers = _number(r"\.vgpr_count:\s+(\d+)", code)
     spills = _number(r"\.vgpr_spill_count:\s+(\d+)", code)
@@ -302,7 +332,8 @@ def _read_amd(compiled: Any) -> tuple[int, int, int, int, int]:
     widths = {"dwordx4": 128, "dwordx2": 64, "dword": 32}
     loads = [widths.get(o.rsplit("_", 1)[-1], 16) for o in opcodes if o.startswith(("global_load", "buffer_load"))]
     stores = [widths.get(o.rsplit("_", 1)[-1], 16) for o in opcodes if o.startswith(("global_store", "buffer_store"))]
-    return registers, spills, max(loads, default=0), max(stores, default=0), len(opcodes)
+    barriers = opcodes.count("s_barrier")
+    return registers, spills, max(loads, default=0), max(stores, default=0), len(opcodes), barriers
 
 
 def _output(*command: object) -> str:
@@ -317,11 +348,12 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [figures(case, target) for target in arguments.targets.split(",") for case in cases()]
     print(f"Triton {triton.__version__}")
-    print("kernel".ljust(42), "target  regs spill shared load store  instr per row")
+    print("kernel".ljust(42), "target  regs spill shared load store  instr bars per row sectors")
     for row in rows:
         print(
             f"{row.case:42} {row.target:7} {row.registers:4} {row.spills:5} {row.shared_bytes:6} {row.load_bits:4} "
-            f"{row.store_bits:5} {row.instructions:6} {row.instructions_per_row:7.2f}"
+            f"{row.store_bits:5} {row.instructions:6} {row.barriers:4} {row.instructions_per_row:7.2f} "
+            f"{row.store_sectors:7}"
         )
     if arguments.json:
         figures_by_name = {"triton": triton.__version__, "rows": [row._asdict() for row in rows]}

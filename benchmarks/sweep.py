@@ -75,9 +75,9 @@ SEGMENTS = sizes("segments time resets", (512, 64, 3), (4096, 16, 3), (3, 2, 3))
 TOKENS = sizes("rows tokens", (4096, 200), (16384, 200), (2, 40))
 EXPERIMENTS = {
     # With 0, every row of logits is a tile.
-    "layout": Experiment([_categorical], {"MAX_COLUMNS": (64, 0)}, HEADS, head_sizes(9, 21, 32, 48, 64)),
+    "layout": Experiment([_categorical], {"MAX_COLUMNS": (32, 64, 0)}, HEADS, head_sizes(9, 21, 32, 33, 48, 64)),
     "rows": Experiment([_categorical], {"ROWS_PER_PROGRAM": (64, 128, 256, 512)}, HEADS, head_sizes(9, 21)),
-    "tile": Experiment([_categorical], {"TILE_ELEMENTS": (1024, 2048, 4096)}, HEADS, head_sizes(128, 1024, tiny=70)),
+    "tile": Experiment([_categorical], {"WARP_ELEMENTS": (256, 512, 1024)}, HEADS, head_sizes(128, 1024, tiny=70)),
     "chunk": Experiment(
         CHUNK_MODULES,
         {"CHUNK": (2048, 4096, 8192, 16384), "CHUNK_WARPS": (4, 8)},

@@ -20,9 +20,9 @@ TRITON_3_8 = _triton.triton.__version__.startswith("3.8.")
 LIMITS = [
     ("clip_weights fp32", 1.5, 128, 128),
     ("clip_weights bf16", 2.0, 128, 128),
-    ("evaluate_actions forward A=9 fp32", 10.5, 32, 32),
-    ("evaluate_actions backward A=9 fp32", 10.0, 32, 32),
-    ("sample_actions A=9 fp32", 10.0, 32, 32),
+    ("evaluate_actions forward A=9 fp32", 15.0, 32, 32),
+    ("evaluate_actions backward A=9 fp32", 15.0, 32, 32),
+    ("sample_actions A=9 fp32", 15.0, 32, 32),
     ("evaluate_actions forward A=128 fp32", 270.0, 128, 128),
     ("evaluate_actions backward A=128 fp32", 200.0, 128, 128),
     ("sample_actions A=128 fp32", 270.0, 128, 128),
@@ -40,6 +40,10 @@ ELSEWHERE = [
     "sample_actions A=128 fp32",
     "tokens_to_grid fp32",
 ]
+
+
+# Kernels of few actions: most registers, 32-byte sectors that the stores of 32 rows touch, and instructions a row.
+FEW_ACTIONS = {9: (64, 56, 15), 21: (96, 120, 30), 32: (MAX_REGISTERS, 128, 32)}
 
 
 # A batch has fewer row blocks than a large GPU has multiprocessors: on AMD one program of 4 waves may fill one.
@@ -76,6 +80,34 @@ def test_machine_code_for_other_targets(name, target):
     assert figures.registers <= MAX_REGISTERS
     if name.startswith("clip_weights"):
         assert figures.load_bits == figures.store_bits == 128
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("actions", FEW_ACTIONS)
+@pytest.mark.parametrize("kernel", ["evaluate_actions forward", "evaluate_actions backward", "sample_actions"])
+def test_rows_of_few_actions_are_stored_by_neighbouring_lanes(kernel, actions, target):
+    registers, sectors, instructions = FEW_ACTIONS[actions]
+    figures = kernel_report.figures(CASES[f"{kernel} A={actions} fp32"], target)
+    assert figures.spills == 0
+    assert figures.registers <= registers
+    assert figures.store_sectors <= sectors
+    assert figures.instructions_per_row <= instructions
+    assert figures.barriers <= (7 if actions == 32 else 1)
+
+
+@pytest.mark.parametrize("actions", FEW_ACTIONS)
+def test_rows_of_few_actions_are_stored_by_neighbouring_lanes_on_amd(actions):
+    figures = kernel_report.figures(CASES[f"evaluate_actions backward A={actions} fp32"], "gfx942")
+    assert figures.spills == 0
+    assert figures.store_sectors <= FEW_ACTIONS[actions][1]
+
+
+def test_sectors_of_a_store():
+    store = "    tt.store %1, %2, %3 : tensor<128x16x!tt.ptr<f32>, #blocked> loc(#loc)"
+    layout = "#blocked = #ttg.blocked<{{sizePerThread = [1, 1], threadsPerWarp = [{}], warpsPerCTA = [4, 1]}}>\n"
+    # Rows of 64 bytes: two sectors each, or a lane for each row, which touches one sector for each of its 16 elements.
+    assert kernel_report.store_sectors(layout.format("2, 16") + store, 16) == 64
+    assert kernel_report.store_sectors(layout.format("32, 1") + store, 16) == 512
 
 
 @pytest.mark.parametrize("target", list(LSTM_REGISTERS))

@@ -1,9 +1,9 @@
 """Row-wise softmax statistics shared by the kernels of `evaluate_actions` and `sample_actions`.
 
-Two layouts. Few actions: a tuple of A columns, one row in each thread; no shuffles, 7.8 machine instructions a row at A
-= 9 where a padded tile takes 52. Many actions: a tile [ROWS, BLOCK_A], reduced along its rows. Sums are those of the
-shifted exponentials e_j = exp(x_j - max): s = sum e_j and w = sum e_j (x_j - max), a term with e_j = 0 counting 0, so
-that
+Two layouts. Few actions: a tuple of A columns, one row in each thread, without shuffles; what is stored for all actions
+goes through shared memory, so that neighbouring lanes store neighbours: 22 machine instructions a row at A = 21. Many
+actions: a tile [ROWS, BLOCK_A], reduced along its rows. Sums are those of the shifted exponentials e_j = exp(x_j -
+max): s = sum e_j and w = sum e_j (x_j - max), a term with e_j = 0 counting 0, so that
 
     log_prob_j = x_j - max - log s          entropy = log s - w / s
 
@@ -19,21 +19,24 @@ from torch import Tensor
 
 from metta_fastagent._triton import cdiv, jit, launch_with, next_power_of_2, tl
 
-# Above this the columns of one row no longer fit a thread's registers without spilling (96 at 64, 168 at 128 of 255,
-# and instructions per row grow past the tile's from about there on).
-MAX_COLUMNS = 64
+# The compiler takes about a second for a kernel at this many, several at twice as many.
+MAX_COLUMNS = 32
 # Above this a row no longer fits one program; the eager twin takes over.
 MAX_ACTIONS = 4096
+# Triton reads a global of the module only if it is a constexpr.
+_LEVELS = tl.constexpr(MAX_ACTIONS.bit_length() - 1)
 # One row per thread and four warps: enough programs at small batches, enough rows in flight at large ones.
 ROWS_PER_PROGRAM = 128
-# Elements of a tile: 16 per thread of four warps.
-TILE_ELEMENTS = 2048
+# Elements of a tile in each warp, 16 a thread. No reduction crosses warps in rows up to this long.
+WARP_ELEMENTS = 512
 
 
-def tile_shape(num_actions: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of the tile for this number of actions."""
+def block_shape(num_actions: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of a program for this number of actions."""
     columns = next_power_of_2(num_actions)
-    return max(1, TILE_ELEMENTS // columns), columns, 8 if columns > TILE_ELEMENTS else 4
+    if num_actions <= MAX_COLUMNS:
+        return ROWS_PER_PROGRAM, columns, 4
+    return max(1, WARP_ELEMENTS // columns), columns, max(1, columns // WARP_ELEMENTS)
 
 
 def launch_rows(
@@ -46,13 +49,10 @@ def launch_rows(
     **constants: Any,
 ) -> None:
     """Launch the kernel of the layout for logits [rows, num_actions]; its own constants follow the given ones."""
-    if num_actions <= MAX_COLUMNS:
-        constants["ROWS"] = ROWS_PER_PROGRAM
-        launch_with(constants, columns_kernel, cdiv(rows, ROWS_PER_PROGRAM), tensors, numbers)
-    else:
-        tile_rows, columns, warps = tile_shape(num_actions)
-        constants |= {"ROWS": tile_rows, "BLOCK_A": columns}
-        launch_with(constants, tile_kernel, cdiv(rows, tile_rows), tensors, numbers, warps)
+    kernel = columns_kernel if num_actions <= MAX_COLUMNS else tile_kernel
+    block_rows, block_columns, warps = block_shape(num_actions)
+    constants |= {"ROWS": block_rows, "BLOCK_A": block_columns}
+    launch_with(constants, kernel, cdiv(rows, block_rows), tensors, numbers, warps)
 
 
 @jit
@@ -102,6 +102,27 @@ def condition_tile(
         inside = live[:, None] & (column < A)[None, :]
         x = tl.where(tl.load(mask + row[:, None] * A + column[None, :], mask=inside, other=1), x, float("-inf"))
     return x
+
+
+@jit
+def store_columns(out, xs, N, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr):
+    """Store A columns [ROWS] in the program's rows of out [N, A], through shared memory: lanes store neighbours."""
+    for _ in tl.static_range(BLOCK_A - A):
+        xs = xs + (xs[A - 1],)  # noqa: RUF005
+    # Joined are columns half of all apart, then a quarter, and so on: the last join brings neighbours together.
+    for level in tl.static_range(_LEVELS):
+        if (2 << level) <= BLOCK_A:
+            pairs = ()
+            for j in tl.static_range(BLOCK_A >> (level + 1)):
+                pairs = pairs + (tl.join(xs[j], xs[j + (BLOCK_A >> (level + 1))]),)  # noqa: RUF005
+            xs = pairs
+    block = xs[0].reshape(ROWS, BLOCK_A).to(out.dtype.element_ty)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    # Offsets within the program are 32-bit.
+    local = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK_A)[None, :]
+    inside = (local < tl.minimum(N - first, ROWS).to(tl.int32)) & (column < A)
+    tl.store(out + first * A + (local * A + column), block, mask=inside)
 
 
 @jit

@@ -52,6 +52,7 @@ from metta_fastagent.ops._categorical import (
     load_columns,
     load_temperature,
     load_tile,
+    store_columns,
     tile_sums,
 )
 from metta_fastagent.ops._checks import (
@@ -125,6 +126,7 @@ def _evaluate_actions_fwd_columns_kernel(
     TEMPERATURE: tl.constexpr,
     STRICT: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCK_A: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < N
@@ -137,10 +139,11 @@ def _evaluate_actions_fwd_columns_kernel(
         report_logits(word, live & (s != s), row, top, MASKED, _EVALUATE_LOGITS)
     log_s = tl.log(s)
     selected = tl.full([ROWS], float("nan"), COMPUTE)
+    values = ()
     for j in tl.static_range(A):
-        value = xs[j] - top - log_s
-        selected = tl.where(chosen == j, value, selected)
-        tl.store(full_log_probs + row * A + j, value, mask=live)
+        values = values + (xs[j] - top - log_s,)  # noqa: RUF005
+        selected = tl.where(chosen == j, values[j], selected)
+    store_columns(full_log_probs, values, N, A, ROWS, BLOCK_A)
     tl.store(log_prob + row, selected, mask=live)
     tl.store(entropy + row, log_s - w / s, mask=live)
     tl.store(index + row, chosen, mask=live)
@@ -213,6 +216,7 @@ def _evaluate_actions_bwd_columns_kernel(
     MASKED: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCK_A: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < N
@@ -233,19 +237,23 @@ def _evaluate_actions_bwd_columns_kernel(
         fs = load_columns(grad_full, row, live, A, COMPUTE)
         for j in tl.static_range(A):
             total += fs[j]
+    inverse = 1.0 / s
+    information = w * inverse
+    grads = ()
     for j in tl.static_range(A):
         shifted = xs[j] - top
-        p = tl.exp(shifted) / s
+        p = tl.exp(shifted) * inverse
         grad = tl.where(chosen == j, from_log_prob, 0.0) - p * total
         if HAS_ENTROPY:
-            grad -= from_entropy * tl.where(p == 0, 0.0, p * (shifted - w / s))
+            grad -= from_entropy * tl.where(p == 0, 0.0, p * (shifted - information))
         if HAS_FULL:
             grad += fs[j]
         if TEMPERATURE > 0:
             grad = grad / t
         if MASKED:
             grad = tl.where(tl.load(mask + row * A + j, mask=live, other=0), grad, 0.0)
-        tl.store(grad_logits + row * A + j, tl.where(chosen < 0, 0.0, grad), mask=live)
+        grads = grads + (tl.where(chosen < 0, 0.0, grad),)  # noqa: RUF005
+    store_columns(grad_logits, grads, N, A, ROWS, BLOCK_A)
 
 
 @jit(varying=("N",))

@@ -32,6 +32,7 @@ from metta_fastagent.ops._categorical import (
     load_columns,
     load_temperature,
     load_tile,
+    store_columns,
     tile_sums,
 )
 from metta_fastagent.ops._checks import (
@@ -98,6 +99,7 @@ def _sample_actions_columns_kernel(
     STRICT: tl.constexpr,
     GREEDY: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCK_A: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < N
@@ -114,6 +116,7 @@ def _sample_actions_columns_kernel(
     running = tl.zeros([ROWS], COMPUTE)
     chosen = tl.full([ROWS], A, tl.int32)
     selected = tl.full([ROWS], float("nan"), COMPUTE)
+    values = ()
     for j in tl.static_range(A):
         shifted = xs[j] - top
         if GREEDY:
@@ -123,8 +126,9 @@ def _sample_actions_columns_kernel(
             running += tl.exp(shifted)
             here = (chosen == A) & (running > threshold)
         chosen = tl.where(here, j, chosen)
-        selected = tl.where(here, shifted - log_s, selected)
-        tl.store(full_log_probs + row * A + j, shifted - log_s, mask=live)
+        values = values + (shifted - log_s,)  # noqa: RUF005
+        selected = tl.where(here, values[j], selected)
+    store_columns(full_log_probs, values, N, A, ROWS, BLOCK_A)
     chosen = tl.where(chosen == A, 0, chosen)
     _store_draw(index, log_prob, entropy, pair, table, row, live, chosen, selected, log_s - w / s, PAIRS)
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from metta_fastagent import LSTMWrapper, PyTorchAgentMixin, ops
+from metta_fastagent import LSTMWrapper, PyTorchAgentMixin, _triton, ops
+from metta_fastagent._triton import tl
 from metta_fastagent.ops import _bad_action, _chunk_table, _l2_init_loss, _lstm_layer, _sample_actions
-from metta_fastagent.ops._categorical import MAX_ACTIONS, MAX_COLUMNS
+from metta_fastagent.ops._categorical import MAX_ACTIONS, MAX_COLUMNS, load_columns, store_columns
 
 CUM = [0, 0, 3, 6]
 PAIRS = [[0, 0], [1, 0], [1, 1], [1, 2], [1, 3], [2, 0], [2, 1], [2, 2], [2, 3]]
@@ -15,10 +16,13 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 5e-3, tor
 SIZES = [
     (1, 3),
     (2, 1),
+    (3, 127),
     (9, 130),
     (21, 5),
+    (31, 128),
     (MAX_COLUMNS, 3),
-    (MAX_COLUMNS + 1, 5),
+    (MAX_COLUMNS, 129),
+    (MAX_COLUMNS + 1, 65),
     (100, 40),
     (1000, 3),
     (MAX_ACTIONS, 1),
@@ -62,6 +66,23 @@ def reference(logits, index):
     return full.gather(1, index.unsqueeze(1)).squeeze(1), entropy, full
 
 
+@_triton.jit
+def _copy_columns(source, out, N, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    store_columns(out, load_columns(source, row, row < N, A, tl.float32), N, A, ROWS, BLOCK_A)
+
+
+@pytest.mark.parametrize("actions", [1, 2, 3, 9, 21, 31, 32])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 50])
+def test_columns_are_stored_in_order_within_the_rows(device, actions, rows):
+    source = torch.arange(rows * actions, dtype=torch.float32, device=device)
+    out = torch.full((40 * 32 * 2,), -1.0, device=device)
+    block = _triton.next_power_of_2(actions)
+    _copy_columns[(_triton.cdiv(rows, 16),)](source, out, rows, A=actions, ROWS=16, BLOCK_A=block)
+    assert torch.equal(out[: rows * actions], source)
+    assert (out[rows * actions :] == -1).all()
+
+
 @pytest.mark.parametrize(("actions", "rows"), SIZES)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_evaluate_actions(device, actions, rows, dtype):
@@ -72,7 +93,7 @@ def test_evaluate_actions(device, actions, rows, dtype):
         close(got, expected, dtype)
 
 
-@pytest.mark.parametrize(("actions", "rows"), [(9, 130), (100, 5)])
+@pytest.mark.parametrize(("actions", "rows"), [(9, 130), (31, 127), (32, 129), (33, 3), (100, 5)])
 @pytest.mark.parametrize("used", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)])
 def test_evaluate_actions_gradients(device, actions, rows, used):
     logits = make_logits(rows, actions, device, torch.float64).requires_grad_()
@@ -255,6 +276,8 @@ def test_a_row_without_distribution_is_nan(device, actions):
     index, log_prob, _, _ = ops.sample_actions(logits)
     assert log_prob.isnan().tolist() == [False, True, True, False]
     assert ((index >= 0) & (index < actions)).all()
+    with pytest.raises(ValueError, match=r"sample_actions: logits\[[12]\]"):
+        ops.raise_if_reported(synchronize=True)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
