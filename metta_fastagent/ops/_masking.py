@@ -147,10 +147,10 @@ def kernel_arguments(
     return tensors, {"MASKED": masked, "TEMPERATURE": tempered}
 
 
-def native_arguments(
-    mask: Tensor | None, temperature_tensor: Tensor | None, temperature: float
-) -> tuple[Tensor | None, float]:
-    """The mask and the temperature as the C++ operators take them."""
+def native_arguments(mask: Tensor | None, temperature_tensor: Tensor | None, temperature: float) -> tuple[Any, ...]:
+    """The mask and the temperature as the C++ operators take them; none if they change nothing."""
+    if mask is None and temperature_tensor is None and temperature == 1:
+        return ()
     return contiguous(mask), temperature if temperature_tensor is None else _read(temperature_tensor)
 
 
