@@ -73,6 +73,8 @@ class Figures(NamedTuple):
     store_bits: int
     instructions: int
     barriers: int
+    # Runs of loads into registers that barriers separate, in the order of the code: each may wait for memory.
+    load_runs: int
     instructions_per_row: float
     # Of 32 rows [A]; 0 for kernels that store none.
     store_sectors: int
@@ -211,7 +213,7 @@ def _lstm_cases(size: int, dtype: str) -> Iterator[Case]:
         module._lstm_layer_fwd_kernel,
         forward,
         {"H": size, "HAS_RESETS": True},
-        module.FORWARD_BLOCK_K,
+        module.FORWARD_SHAPES,
     )
     upstream = ("grad_output", "grad_last_h", "grad_last_c")
     backward = dict.fromkeys(("weight_hh", "c", "cells", "gates", *upstream, "grad_projected", "grad_h"), dtype)
@@ -220,22 +222,22 @@ def _lstm_cases(size: int, dtype: str) -> Iterator[Case]:
         module._lstm_layer_bwd_kernel,
         {**backward, "grad_c": "fp32"},
         {"H": size, "HAS_RESETS": True, "HAS_OUTPUT": True, "HAS_LAST_H": True, "HAS_LAST_C": True},
-        module.BACKWARD_BLOCK_K,
+        module.BACKWARD_SHAPES,
     )
 
 
 def _lstm_case(
-    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], block_k: Mapping[int, int]
+    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], shapes: Mapping[str, Any]
 ) -> Case:
-    def launched(options: Mapping[str, Any], on_amd: Case | None = None) -> Case:
-        layout = _lstm_layer._layout(block_k, TORCH_DTYPES[pointers["weight_hh"]], options)
+    def launched(platform: str, on_amd: Case | None = None) -> Case:
+        layout = _lstm_layer._layout(shapes, TORCH_DTYPES[pointers["weight_hh"]], platform)
         warps, stages = layout.pop("num_warps"), layout.pop("num_stages")
         scalars = {"T": "i32", "B": "i32", "width": "i32"}
         everything = {**pointers, "resets": "i1"}
         rows = _lstm_layer.BLOCK_B
         return Case(name, kernel, everything, scalars, {**constants, **layout}, warps, rows, stages, on_amd)
 
-    return launched(_lstm_layer.NVIDIA_OPTIONS, launched(_lstm_layer.AMD_OPTIONS))
+    return launched("cuda", launched("hip"))
 
 
 def compile_case(case: Case, target: GPUTarget) -> Any:
@@ -292,7 +294,7 @@ def store_sectors(ttgir: str, num_actions: int) -> int:
     return sectors // 2
 
 
-def _read_nvidia(compiled: Any) -> tuple[int, int, int, int, int, int]:
+def _read_nvidia(compiled: Any) -> tuple[int, ...]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -303,8 +305,8 @@ def _read_nvidia(compiled: Any) -> tuple[int, int, int, int, int, int]:
     spills = _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage)
     opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", code, flags=re.MULTILINE)
     useful = [opcode for opcode in opcodes if opcode != "NOP" and not opcode.startswith("BRA")]
-    barriers = sum(opcode.startswith("BAR.SYNC") for opcode in opcodes)
-    return registers, spills, _widest(opcodes, "LDG"), _widest(opcodes, "STG"), len(useful), barriers
+    stops = _runs(opcodes, ("BAR.SYNC",), ("LDG.",))
+    return registers, spills, _widest(opcodes, "LDG"), _widest(opcodes, "STG"), len(useful), *stops
 
 
 def _number(pattern: str, text: str) -> int:
@@ -323,7 +325,13 @@ def _widest(opcodes: list[str], kind: str) -> int:
     return max(widths, default=0)
 
 
-def _read_amd(compiled: Any) -> tuple[int, int, int, int, int, int]:
+def _runs(opcodes: list[str], barriers: tuple[str, ...], loads: tuple[str, ...]) -> tuple[int, int]:
+    """(barriers, runs of loads between them)."""
+    kinds = "".join("b" if o.startswith(barriers) else "l" if o.startswith(loads) else "" for o in opcodes)
+    return kinds.count("b"), sum(run != "" for run in kinds.split("b"))
+
+
+def _read_amd(compiled: Any) -> tuple[int, ...]:
     code = compiled.asm["amdgcn"]
     registers = _number(r"\.vgpr_count:\s+(\d+)", code)
     spills = _number(r"\.vgpr_spill_count:\s+(\d+)", code)
@@ -332,8 +340,8 @@ def _read_amd(compiled: Any) -> tuple[int, int, int, int, int, int]:
     widths = {"dwordx4": 128, "dwordx2": 64, "dword": 32}
     loads = [widths.get(o.rsplit("_", 1)[-1], 16) for o in opcodes if o.startswith(("global_load", "buffer_load"))]
     stores = [widths.get(o.rsplit("_", 1)[-1], 16) for o in opcodes if o.startswith(("global_store", "buffer_store"))]
-    barriers = opcodes.count("s_barrier")
-    return registers, spills, max(loads, default=0), max(stores, default=0), len(opcodes), barriers
+    stops = _runs(opcodes, ("s_barrier",), ("global_load", "buffer_load"))
+    return registers, spills, max(loads, default=0), max(stores, default=0), len(opcodes), *stops
 
 
 def _output(*command: object) -> str:
@@ -348,12 +356,12 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [figures(case, target) for target in arguments.targets.split(",") for case in cases()]
     print(f"Triton {triton.__version__}")
-    print("kernel".ljust(42), "target  regs spill shared load store  instr bars per row sectors")
+    print("kernel".ljust(42), "target  regs spill shared load store  instr bars runs per row sectors")
     for row in rows:
         print(
             f"{row.case:42} {row.target:7} {row.registers:4} {row.spills:5} {row.shared_bytes:6} {row.load_bits:4} "
-            f"{row.store_bits:5} {row.instructions:6} {row.barriers:4} {row.instructions_per_row:7.2f} "
-            f"{row.store_sectors:7}"
+            f"{row.store_bits:5} {row.instructions:6} {row.barriers:4} {row.load_runs:4} "
+            f"{row.instructions_per_row:7.2f} {row.store_sectors:7}"
         )
     if arguments.json:
         figures_by_name = {"triton": triton.__version__, "rows": [row._asdict() for row in rows]}

@@ -14,7 +14,7 @@ from benchmarks import kernel_report
 CASES = {case.name: case for case in kernel_report.cases()}
 # Registers a kernel may use at most: 65536 in an SM over these leave at least 4 blocks of 128 threads resident.
 MAX_REGISTERS = 128
-# Triton 3.8 spills registers of the LSTM's float32 forward and needs a quarter more instructions than 3.7 and 3.9.
+# Triton 3.8 loads the hidden state of the LSTM's float32 forward into registers, not asynchronously.
 TRITON_3_8 = _triton.triton.__version__.startswith("3.8.")
 # Name, most machine instructions a row (or element) on sm_90, least width of the widest load and store in bits.
 LIMITS = [
@@ -31,8 +31,8 @@ LIMITS = [
     ("l2_init_loss forward fp32", 1.0, 32, 32),
     ("l2_init_loss backward fp32", 1.0, 32, 32),
     ("tokens_to_grid fp32", 2500.0, 8, 32),
-    ("lstm_layer forward H=128 fp32", 700.0 if TRITON_3_8 else 560.0, 128, 128),
-    ("lstm_layer backward H=128 fp32", 620.0, 128, 128),
+    ("lstm_layer forward H=128 fp32", 620.0, 64, 64),
+    ("lstm_layer backward H=128 fp32", 500.0, 128, 128),
 ]
 ELSEWHERE = [
     "clip_weights fp32",
@@ -52,11 +52,6 @@ LSTM_REGISTERS = {"sm_80": MAX_REGISTERS, "sm_90": MAX_REGISTERS, "sm_100": MAX_
 SHARED_BYTES = {"sm_80": 101376, "sm_90": 101376, "sm_100": 101376, "gfx942": 65536}
 
 
-def most_spilled(name):
-    """Bytes of spilled registers that a case may have."""
-    return 16 if TRITON_3_8 and name.startswith("lstm_layer forward") and name.endswith("fp32") else 0
-
-
 @pytest.fixture(autouse=True)
 def fp_fusion(monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
@@ -65,7 +60,7 @@ def fp_fusion(monkeypatch):
 @pytest.mark.parametrize(("name", "instructions", "load_bits", "store_bits"), LIMITS, ids=[row[0] for row in LIMITS])
 def test_machine_code_for_sm_90(name, instructions, load_bits, store_bits):
     figures = kernel_report.figures(CASES[name], "sm_90")
-    assert figures.spills <= most_spilled(name)
+    assert figures.spills == 0
     assert figures.registers <= MAX_REGISTERS
     assert figures.instructions_per_row <= instructions
     assert figures.load_bits >= load_bits
@@ -112,11 +107,14 @@ def test_sectors_of_a_store():
 
 @pytest.mark.parametrize("target", list(LSTM_REGISTERS))
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("lstm_layer")])
-def test_lstm_layer_neither_spills_nor_overflows_shared_memory(name, target):
+def test_lstm_layer_neither_spills_nor_waits_for_each_load(name, target):
     figures = kernel_report.figures(CASES[name], target)
-    assert figures.spills <= most_spilled(name)
+    assert figures.spills == 0
     assert figures.registers <= LSTM_REGISTERS[target]
     assert figures.shared_bytes <= SHARED_BYTES[target]
+    if target != "gfx942":
+        # All loads of a step are under way together; in the backward pass all but those of the cell's gradient.
+        assert figures.load_runs <= (2 if "backward" in name or TRITON_3_8 else 1)
 
 
 def test_a_kernel_over_its_limit_is_seen():

@@ -53,15 +53,15 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BLOCK_B = 16
 # Hidden columns at a time, of all four gates in the forward kernel.
 BLOCK_N = 64
-# Depth of a product, by bytes of an element. With these, warps and stages no kernel spills registers on any target of
+# Depth of a product, warps and stages, by bytes of an element. With these no kernel spills registers on any target of
 # benchmarks/kernel_report.py if H is a multiple of 32; AMD's shared memory holds two stages.
-FORWARD_BLOCK_K, BACKWARD_BLOCK_K = {4: 32, 2: 64}, {4: 32, 2: 128}
+FORWARD_SHAPES = {"cuda": {4: (16, 16, 5), 2: (32, 8, 5)}, "hip": {4: (32, 4, 2), 2: (32, 4, 2)}}
+BACKWARD_SHAPES = {"cuda": {4: (16, 8, 5), 2: (64, 8, 5)}, "hip": {4: (32, 4, 2), 2: (128, 4, 2)}}
 # Three products of tf32 parts are as exact as one of float32: over 64 steps of 128 columns, emulated on a CPU, both are
 # off by 2e-7 in the hidden state, plain tf32 by 8e-5, with which importance ratios are not 1 within 1e-5. "ieee" would
 # leave NVIDIA's matrix units idle; AMD's multiply float32 as it is.
-NVIDIA_OPTIONS = {"PRECISION": "tf32x3", "num_warps": 8, "num_stages": 3}
-AMD_OPTIONS = {"PRECISION": "ieee", "num_warps": 4, "num_stages": 2}
-OPTIONS = NVIDIA_OPTIONS if torch.version.hip is None else AMD_OPTIONS
+PRECISIONS = {"cuda": "tf32x3", "hip": "ieee"}
+PLATFORM = "cuda" if torch.version.hip is None else "hip"
 # Offsets into weight_hh are 32-bit.
 MAX_HIDDEN = 23170
 # Gradient of x from that of y and y itself: autograd's own, each one pass over memory.
@@ -106,6 +106,34 @@ def _store_gates(gates, gate_i, gate_f, gate_g, gate_o, mask, H: tl.constexpr):
     tl.store(gates + 3 * H, gate_o.to(dtype), mask=mask)
 
 
+@jit
+def _gate_product(
+    hidden,  # [B, H], from the program's first row on
+    weight_hh,  # [4H, H]
+    rows,
+    first,
+    width,
+    H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """hidden W_hh^T [BLOCK_B, 4 BLOCK_N] from column `first` on, the four gates of a hidden column side by side."""
+    part = tl.arange(0, 4 * BLOCK_N)
+    column = first + part // 4
+    local = tl.arange(0, BLOCK_B)
+    product = tl.zeros([BLOCK_B, 4 * BLOCK_N], tl.float32)
+    for k in range(0, width, BLOCK_K):
+        depth = k + tl.arange(0, BLOCK_K)
+        known = rows[:, None] & (depth < H)[None, :]
+        state = tl.load(hidden + local[:, None] * H + depth[None, :], mask=known, other=0.0)
+        used = (depth < H)[:, None] & (column < H)[None, :]
+        weight = tl.load(weight_hh + ((part % 4) * H + column)[None, :] * H + depth[:, None], mask=used, other=0.0)
+        product = tl.dot(state, weight, product, input_precision=PRECISION)
+    return product
+
+
 @jit(varying=("T", "B", "width"))
 def _lstm_layer_fwd_kernel(
     projected,  # [T, B, 4H]
@@ -140,22 +168,17 @@ def _lstm_layer_fwd_kernel(
             inside = live[:, None] & (column < H)[None, :]
             state = local[:, None] * H + column[None, :]
             place = local[:, None] * (4 * H) + column[None, :]
+            # These loads are under way together during the product.
             cell = tl.load(last_c + state, mask=inside & kept[:, None], other=0.0).to(tl.float32)
             gate_i, gate_f, gate_g, gate_o = _load_gates(projected + row * (4 * H) + place, inside, H)
-            for k in range(0, width, BLOCK_K):
-                depth = k + tl.arange(0, BLOCK_K)
-                known = kept[:, None] & (depth < H)[None, :]
-                hidden = tl.load(last_h + local[:, None] * H + depth[None, :], mask=known, other=0.0)
-                weight = weight_hh + column[None, :] * H + depth[:, None]
-                used = (depth < H)[:, None] & (column < H)[None, :]
-                weight_i = tl.load(weight, mask=used, other=0.0)
-                gate_i = tl.dot(hidden, weight_i, gate_i, input_precision=PRECISION)
-                weight_f = tl.load(weight + H * H, mask=used, other=0.0)
-                gate_f = tl.dot(hidden, weight_f, gate_f, input_precision=PRECISION)
-                weight_g = tl.load(weight + 2 * H * H, mask=used, other=0.0)
-                gate_g = tl.dot(hidden, weight_g, gate_g, input_precision=PRECISION)
-                weight_o = tl.load(weight + 3 * H * H, mask=used, other=0.0)
-                gate_o = tl.dot(hidden, weight_o, gate_o, input_precision=PRECISION)
+            product = _gate_product(last_h, weight_hh, kept, first, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
+            even, odd = product.reshape(BLOCK_B, BLOCK_N, 2, 2).split()
+            product_i, product_g = even.split()
+            product_f, product_o = odd.split()
+            gate_i += product_i
+            gate_f += product_f
+            gate_g += product_g
+            gate_o += product_o
             gate_i, gate_f, gate_g, gate_o = _sigmoid(gate_i), _sigmoid(gate_f), _tanh(gate_g), _sigmoid(gate_o)
             cell = gate_f * cell + gate_i * gate_g
             hidden = gate_o * _tanh(cell)
@@ -239,23 +262,32 @@ def _lstm_layer_bwd_kernel(
             inside = live[:, None] & (column < H)[None, :]
             state = local[:, None] * H + column[None, :]
             place = local[:, None] * (4 * H) + column[None, :]
-            d_h = _state_gradient(after, weight_hh, followed, column, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
-            d_c = tl.load(grad_c + top * H + state, mask=inside & (is_last == 0), other=0.0)
+            # These loads are under way together during the product.
+            d_h = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
             if HAS_OUTPUT:
-                d_h += tl.load(grad_output + row * H + state, mask=inside, other=0.0).to(tl.float32)
+                d_h = tl.load(grad_output + row * H + state, mask=inside, other=0.0).to(tl.float32)
             if HAS_LAST_H:
                 d_h += tl.load(grad_last_h + top * H + state, mask=inside & is_last, other=0.0).to(tl.float32)
+            gate_i, gate_f, gate_g, gate_o = _load_gates(gates + row * (4 * H) + place, inside, H)
+            cell = tl.load(cells + row * H + state, mask=inside, other=0.0).to(tl.float32)
+            carried = inside & kept[:, None]
+            previous = tl.load(last_c + state, mask=carried, other=0.0).to(tl.float32)
+            through = _state_gradient(
+                after, weight_hh, followed, column, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
+            )
+            d_c = tl.load(grad_c + top * H + state, mask=inside & (is_last == 0), other=0.0)
             if HAS_LAST_C:
                 d_c += tl.load(grad_last_c + top * H + state, mask=inside & is_last, other=0.0).to(tl.float32)
-            gate_i, gate_f, gate_g, gate_o = _load_gates(gates + row * (4 * H) + place, inside, H)
-            squashed = _tanh(tl.load(cells + row * H + state, mask=inside, other=0.0).to(tl.float32))
-            carried = inside & kept[:, None]
-            cell = tl.load(last_c + state, mask=carried, other=0.0).to(tl.float32)
+            # Joined with a load, the product takes the layout of the loads; otherwise they would take the product's,
+            # one after the other between barriers.
+            through, d_c = tl.join(through, d_c).split()
+            d_h += through
+            squashed = _tanh(cell)
             d_c += d_h * gate_o * (1.0 - squashed * squashed)
             _store_gates(
                 grad_projected + row * (4 * H) + place,
                 d_c * gate_g * gate_i * (1.0 - gate_i),
-                d_c * cell * gate_f * (1.0 - gate_f),
+                d_c * previous * gate_f * (1.0 - gate_f),
                 d_c * gate_i * (1.0 - gate_g * gate_g),
                 d_h * squashed * gate_o * (1.0 - gate_o),
                 inside,
@@ -280,9 +312,13 @@ def _fits_kernel(weight_hh: Tensor) -> bool:
     return weight_hh.dtype != torch.float64 and weight_hh.shape[1] <= MAX_HIDDEN
 
 
-def _layout(block_k: Mapping[int, int], dtype: torch.dtype, options: Mapping[str, Any] = OPTIONS) -> dict[str, Any]:
+def _layout(
+    shapes: Mapping[str, Mapping[int, tuple[int, int, int]]], dtype: torch.dtype, platform: str = PLATFORM
+) -> dict[str, Any]:
     """Blocks, precision, warps and stages of a launch."""
-    return {**options, "BLOCK_B": BLOCK_B, "BLOCK_N": BLOCK_N, "BLOCK_K": block_k[dtype.itemsize]}
+    block_k, warps, stages = shapes[platform][dtype.itemsize]
+    blocks = {"BLOCK_B": BLOCK_B, "BLOCK_N": BLOCK_N, "BLOCK_K": block_k}
+    return {"PRECISION": PRECISIONS[platform], **blocks, "num_warps": warps, "num_stages": stages}
 
 
 def _lstm_layer_forward_cuda(
@@ -311,7 +347,7 @@ def _lstm_layer_forward_cuda(
             (steps, rows, size),
             H=size,
             HAS_RESETS=resets is not None,
-            **_layout(FORWARD_BLOCK_K, projected.dtype),
+            **_layout(FORWARD_SHAPES, projected.dtype),
         )
     return output, cells, gates
 
@@ -355,7 +391,7 @@ def _lstm_layer_backward_cuda(
             HAS_OUTPUT=grad_output is not None,
             HAS_LAST_H=grad_last_h is not None,
             HAS_LAST_C=grad_last_c is not None,
-            **_layout(BACKWARD_BLOCK_K, gates.dtype),
+            **_layout(BACKWARD_SHAPES, gates.dtype),
         )
     return grad_projected, grad_h, grad_c.to(c.dtype)
 
