@@ -75,4 +75,16 @@ METTA_INLINE Sums<T> shift_and_sum(T* columns, Vec<T> top, T* exponentials, int6
   return total;
 }
 
+// Reports the first of the rows [begin, end) whose entropy is NaN, if a lane of `known` is 0: its row holds NaN or +inf,
+// or only -inf.
+template <class T>
+METTA_INLINE void report_unknown(typename Lanes<T>::I known, const T* entropy, int64_t begin, int64_t end,
+                                 FirstBad& bad) {
+  bool all = true;
+  for (int64_t l = 0; l < Lanes<T>::W; ++l) all = all && known[l] != 0;
+  for (int64_t row = begin; !all && row < end; ++row) {
+    if (entropy[row] != entropy[row]) return bad.report(row);
+  }
+}
+
 }  // namespace metta_fastagent

@@ -17,22 +17,21 @@ int64_t forward_rows(const T* logits, const Condition& condition, const int64_t*
                      T* full, int64_t N, int64_t A) {
   constexpr int64_t W = Lanes<T>::W;
   FirstBad bad;
-  parallel((N + W - 1) / W, W * A, [&](int64_t begin, int64_t end) {
+  parallel((N + W - 1) / W, W * A, [=, &bad](int64_t begin, int64_t end) {
     const std::unique_ptr<T[]> columns(new T[A * W]);
+    typename Lanes<T>::I known = ~typename Lanes<T>::I{};
     for (int64_t group = begin; group < end; ++group) {
       const int64_t row = group * W, live = std::min(W, N - row);
       const Vec<T> top = load_conditioned(logits, condition, row, live, A, columns.get());
       const Sums<T> sums = shift_and_sum<T>(columns.get(), top, nullptr, A);
+      known &= sums.s > Vec<T>{};
       const Vec<T> log_s = log<T>(sums.s);
       const auto value = [&](int64_t j) METTA_LAMBDA { return load(columns.get() + j * W) - log_s; };
       store_columns<T>(live, A, full + row * A, value);
       store_live<T>(entropy + row, log_s - sums.w / sums.s, live);
-      for (int64_t l = 0; l < live; ++l) {
-        // The sum is NaN if the row holds NaN or +inf, or only -inf.
-        if (!(sums.s[l] > T(0))) bad.report(row + l);
-        log_prob[row + l] = columns[index[row + l] * W + l] - log_s[l];
-      }
+      for (int64_t l = 0; l < live; ++l) log_prob[row + l] = columns[index[row + l] * W + l] - log_s[l];
     }
+    report_unknown<T>(known, entropy, begin * W, std::min(end * W, N), bad);
   });
   return bad.row();
 }

@@ -52,11 +52,13 @@ METTA_INLINE typename Lanes<T>::I first_zero(const T* shifted, int64_t A) {
 
 template <class T>
 void draw_rows(const Draw<T>& d, FirstBad& bad) {
+  using I = typename Lanes<T>::I;
   constexpr int64_t W = Lanes<T>::W;
   const int64_t N = d.N, A = d.A;
-  parallel((N + W - 1) / W, W * A, [&](int64_t begin, int64_t end) {
+  parallel((N + W - 1) / W, W * A, [=, &bad](int64_t begin, int64_t end) {
     const std::unique_ptr<T[]> scratch(new T[2 * A * W]);
     T *columns = scratch.get(), *e = columns + A * W;
+    I known = ~I{};
     for (int64_t group = begin; group < end; ++group) {
       const int64_t row = group * W, live = std::min(W, N - row);
       const Vec<T> top = load_conditioned(d.logits, d.condition, row, live, A, columns);
@@ -68,16 +70,17 @@ void draw_rows(const Draw<T>& d, FirstBad& bad) {
       Vec<T> u{};
       if (d.uniform != nullptr)
         for (int64_t l = 0; l < live; ++l) u[l] = d.uniform[row + l];
-      const typename Lanes<T>::I drawn = d.uniform == nullptr ? first_zero<T>(columns, A) : first_above<T>(e, u, A);
+      // The sum is NaN if the row holds NaN or +inf, or only -inf: then action 0.
+      const I positive = sums.s > Vec<T>{};
+      const I drawn = positive & (d.uniform == nullptr ? first_zero<T>(columns, A) : first_above<T>(e, u, A));
+      known &= positive;
       for (int64_t l = 0; l < live; ++l) {
-        // The sum is NaN if the row holds NaN or +inf, or only -inf.
-        const bool distribution = sums.s[l] > T(0);
-        if (!distribution) bad.report(row + l);
-        const int64_t chosen = distribution ? std::min<int64_t>(drawn[l], A - 1) : 0;
+        const int64_t chosen = std::min<int64_t>(drawn[l], A - 1);
         d.index[row + l] = chosen;
         d.log_prob[row + l] = columns[chosen * W + l] - log_s[l];
       }
     }
+    report_unknown<T>(known, d.entropy, begin * W, std::min(end * W, N), bad);
   });
 }
 

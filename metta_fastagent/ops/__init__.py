@@ -2,6 +2,7 @@
 
 from metta_fastagent.ops._action_index import action_to_logit_index, logit_index_to_action
 from metta_fastagent.ops._bad_action import raise_if_reported
+from metta_fastagent.ops._checks import BadRowError
 from metta_fastagent.ops._clip_weights import clip_weights_
 from metta_fastagent.ops._evaluate_actions import evaluate_actions
 from metta_fastagent.ops._l2_init_loss import l2_init_loss
@@ -12,6 +13,7 @@ from metta_fastagent.ops._tokens_conv2d import tokens_conv2d
 from metta_fastagent.ops._tokens_to_grid import tokens_to_grid
 
 __all__ = [
+    "BadRowError",
     "action_to_logit_index",
     "clip_weights_",
     "evaluate_actions",

@@ -21,6 +21,7 @@ from metta_fastagent.ops import _bad_action
 from metta_fastagent.ops._autograd import checks_values, in_plain_pytorch
 from metta_fastagent.ops._bad_action import report_index, report_pair
 from metta_fastagent.ops._checks import (
+    BadRowError,
     describe,
     is_integer,
     native_integers,
@@ -153,14 +154,14 @@ def action_to_logit_index_eager(actions: Tensor, cum_action_max_params: Tensor) 
     return torch.where(legal, action_type + first + action_param, -1).contiguous()
 
 
-def _illegal_pair(actions: Tensor, legal: Tensor, limit: Tensor, last_type: int) -> ValueError:
+def _illegal_pair(actions: Tensor, legal: Tensor, limit: Tensor, last_type: int) -> BadRowError:
     position = tuple((~legal).nonzero()[0].tolist())
     action_type, action_param = actions[position].tolist()
     where = f"actions[{', '.join(map(str, position))}]"
     if not 0 <= action_type <= last_type:
-        return ValueError(f"{where}: got action type {action_type}, expected 0 to {last_type}")
+        return BadRowError(f"{where}: got action type {action_type}, expected 0 to {last_type}")
     highest = int(limit[position])
-    return ValueError(f"{where}: got parameter {action_param} for action type {action_type}, expected 0 to {highest}")
+    return BadRowError(f"{where}: got parameter {action_param} for action type {action_type}, expected 0 to {highest}")
 
 
 def logit_index_to_action_eager(index: Tensor, action_index_tensor: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ def logit_index_to_action_eager(index: Tensor, action_index_tensor: Tensor) -> T
         if not bool(legal.all()):
             position = tuple((~legal).nonzero()[0].tolist())
             where = f"action_logit_index[{', '.join(map(str, position))}]"
-            raise ValueError(f"{where}: got {int(index[position])}, expected 0 to {last}")
+            raise BadRowError(f"{where}: got {int(index[position])}, expected 0 to {last}")
         return action_index_tensor[index].contiguous()
     return torch.where(legal.unsqueeze(-1), action_index_tensor[known], -1).contiguous()
 

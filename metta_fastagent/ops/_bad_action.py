@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from metta_fastagent._triton import jit, tl
+from metta_fastagent.ops._checks import BadRowError
 from metta_fastagent.ops._masking import NO_ACTION, NO_DISTRIBUTION
 
 EVALUATE_PAIR, EVALUATE_INDEX, CONVERT_PAIR, CONVERT_INDEX, EVALUATE_LOGITS, SAMPLE_LOGITS = 1, 2, 3, 4, 5, 6
@@ -136,8 +137,8 @@ def raise_if_reported(
         report: whose report is read; None reads all of them.
 
     Raises:
-        ValueError: an action was out of range, and the message names operation, row, type and parameter, and the limit;
-            or a row's logits were no distribution.
+        BadRowError: an action was out of range, and the message names operation, row, type, parameter and limit; or a
+            row's logits were no distribution.
         RuntimeError: `synchronize` while a CUDA graph is captured.
     """
     if not _in_use:
@@ -155,12 +156,12 @@ def raise_if_reported(
     operation, row = code >> 60, (code >> 28) & 0xFFFFFFFF
     if operation in (EVALUATE_LOGITS, SAMPLE_LOGITS):
         found = f"mask[{row}]: {NO_ACTION}" if code & 1 else f"logits[{row}]: {NO_DISTRIBUTION}"
-        raise ValueError(f"{OPERATION_NAMES[operation]}: {found} (reported by an earlier launch)")
+        raise BadRowError(f"{OPERATION_NAMES[operation]}: {found} (reported by an earlier launch)")
     if operation in (EVALUATE_INDEX, CONVERT_INDEX):
         found = f"logit index {(code & 0xFFFFFFF) - 134217728}, expected one of the actions"
     else:
         found = _describe_pair(((code >> 14) & 0x3FFF) - 8192, (code & 0x3FFF) - 8192, cum_action_max_params)
-    raise ValueError(f"{OPERATION_NAMES[operation]}: actions[{row}]: got {found} (reported by an earlier launch)")
+    raise BadRowError(f"{OPERATION_NAMES[operation]}: actions[{row}]: got {found} (reported by an earlier launch)")
 
 
 def _describe_pair(kind: int, param: int, cum_action_max_params: Tensor | None) -> str:

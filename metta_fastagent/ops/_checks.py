@@ -14,6 +14,10 @@ _NATIVE_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uin
 _INTEGERS = frozenset((*_NATIVE_INTEGERS, torch.uint16, torch.uint32, torch.uint64))
 
 
+class BadRowError(ValueError):
+    """A row's action is out of range or its logits are no distribution; the message names the row."""
+
+
 def describe(value: object) -> str:
     """A short description of `value` for an error message."""
     if isinstance(value, Tensor):

@@ -57,6 +57,7 @@ from metta_fastagent.ops._categorical import (
 )
 from metta_fastagent.ops._checks import (
     NATIVE_DTYPES,
+    BadRowError,
     compute_dtype,
     contiguous,
     describe,
@@ -468,7 +469,7 @@ def _checked_index(index: Tensor, num_actions: int) -> Tensor:
     legal = (index >= 0) & (index < num_actions)
     if checks_values(index) and not bool(legal.all()):
         row = int((~legal).nonzero()[0])
-        raise ValueError(f"actions[{row}]: got logit index {int(index[row])}, expected 0 to {num_actions - 1}")
+        raise BadRowError(f"actions[{row}]: got logit index {int(index[row])}, expected 0 to {num_actions - 1}")
     return index
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metta_fastagent._dispatch import needs_operator
 from metta_fastagent.ops._autograd import checks_values
-from metta_fastagent.ops._checks import compute_dtype, contiguous, describe, is_number
+from metta_fastagent.ops._checks import BadRowError, compute_dtype, contiguous, describe, is_number
 
 MaskLike = Tensor | tuple[Tensor, Tensor] | None
 _PLAIN = {"MASKED": False, "TEMPERATURE": 0}
@@ -147,21 +147,21 @@ def kernel_arguments(
     return tensors, {"MASKED": masked, "TEMPERATURE": tempered}
 
 
-def native_arguments(
-    mask: Tensor | None, temperature_tensor: Tensor | None, temperature: float
-) -> tuple[Tensor | None, float]:
-    """The mask and the temperature as the C++ operators take them."""
+def native_arguments(mask: Tensor | None, temperature_tensor: Tensor | None, temperature: float) -> tuple[Any, ...]:
+    """The mask and the temperature as the C++ operators take them; none if they change nothing."""
+    if mask is None and temperature_tensor is None and temperature == 1:
+        return ()
     return contiguous(mask), temperature if temperature_tensor is None else _read(temperature_tensor)
 
 
 def refuse_rows_without_distribution(entropy: Tensor, logits: Tensor, mask: Tensor | None) -> None:
-    """Raise a ValueError for the first row whose entropy is NaN: its logits z are NaN, +inf or -inf throughout."""
+    """Raise a BadRowError for the first row whose entropy is NaN: its logits z are NaN, +inf or -inf throughout."""
     bad = entropy.isnan()
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         if mask is not None and not bool((mask[row] & (logits[row] != -torch.inf)).any()):
-            raise ValueError(f"mask[{row}]: {NO_ACTION}")
-        raise ValueError(f"logits[{row}]: {NO_DISTRIBUTION}")
+            raise BadRowError(f"mask[{row}]: {NO_ACTION}")
+        raise BadRowError(f"logits[{row}]: {NO_DISTRIBUTION}")
 
 
 NO_ACTION = "got no allowed action with a logit above -inf, expected at least one"

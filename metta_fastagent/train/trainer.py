@@ -35,7 +35,7 @@ COLUMNS = (
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss or the gradient norm is not finite."""
+    """A loss or the gradient norm is not finite, an action is out of range, or logits are no distribution."""
 
 
 class Trainer:
@@ -108,7 +108,11 @@ class Trainer:
     def run(self, after_update: Callable[[dict[str, float]], None]) -> None:
         """Train until `last_update`; call `after_update` with the row of COLUMNS of each update."""
         while self.updates < self.last_update:
-            after_update(self.train_update())
+            try:
+                row = self.train_update()
+            except ops.BadRowError as error:
+                raise TrainingDiverged(f"update {self.updates + 1}: {error}") from error
+            after_update(row)
 
     def train_update(self) -> dict[str, float]:
         """One rollout and one PPO update. Returns the row of COLUMNS, equal on all ranks except for the times.

@@ -75,7 +75,7 @@ def test_constants_are_patched_in_every_module_and_restored(monkeypatch):
 
 def _launched_layout(monkeypatch):
     launched = []
-    monkeypatch.setattr(_categorical, "launch", lambda kernel, *args, **constants: launched.append(kernel))
+    monkeypatch.setattr(_categorical, "launch_with", lambda constants, kernel, *args: launched.append(kernel))
     _categorical.launch_rows("columns", "tile", 5, 9, (), ())
     return launched[0]
 

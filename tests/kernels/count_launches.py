@@ -118,6 +118,13 @@ def calls() -> dict[str, Callable[[int], Any]]:
         "lstm": lstm,
         "lstm with gradient": differentiated_lstm,
         # Rows of nine numbers from the second on: not on a 16-byte address.
+        "evaluate masked": lambda rows: ops.evaluate_actions(
+            logits(rows), actions(rows), table, mask=logits(rows) == 0, temperature=1 + rows / 7, strict=True
+        ),
+        "sample masked": lambda rows: ops.sample_actions(
+            logits(rows), pairs, mask=logits(rows) == 0, temperature=torch.ones(())
+        ),
+        "greedy": lambda rows: ops.sample_actions(logits(rows), pairs, temperature=1 + rows / 7, greedy=True),
         "evaluate a view": lambda rows: ops.evaluate_actions(logits(rows + 1)[1:], actions(rows), table),
     }
 

@@ -8,7 +8,7 @@ import torch
 from metta_fastagent.train import checkpoint
 from metta_fastagent.train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from metta_fastagent.train.config import TrainConfig
-from metta_fastagent.train.trainer import Trainer
+from metta_fastagent.train.trainer import Trainer, TrainingDiverged
 
 SMALL = {"num_envs": 8, "segment_length": 6, "minibatches": 2, "steps": 8 * 6 * 8}
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,8 +65,9 @@ def test_a_corrupted_action_stops_the_next_update_and_the_checkpoint_before_it_r
         return episodes
 
     run.collect = corrupted
-    with pytest.raises(ValueError, match=r"actions\[\d+\]: got parameter 7 for action type 1, expected 0 to 3"):
-        run.train_update()
+    message = r"update 2: actions\[\d+\]: got parameter 7 for action type 1, expected 0 to 3"
+    with pytest.raises(TrainingDiverged, match=message):
+        run.run(lambda row: None)
     resumed = trainer()
     resumed.load_state_dict(load_checkpoint(path))
     resumed.run(lambda row: None)
