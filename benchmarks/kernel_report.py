@@ -212,7 +212,7 @@ def _lstm_cases(size: int, dtype: str) -> Iterator[Case]:
         f"lstm_layer forward H={size} {dtype}",
         module._lstm_layer_fwd_kernel,
         forward,
-        {"H": size, "HAS_RESETS": True},
+        {"H": size, "HAS_RESETS": True, "KEEP_GATES": True},
         module.FORWARD_SHAPES,
     )
     upstream = ("grad_output", "grad_last_h", "grad_last_c")
