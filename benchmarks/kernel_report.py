@@ -130,7 +130,7 @@ def _categorical_cases(num_actions: int, dtype: str) -> Iterator[Case]:
         getattr(_evaluate_actions, f"_evaluate_actions_bwd_{kind}_kernel"),
         {"logits": dtype, "index": "i64", "grad_log_prob": dtype, "grad_entropy": dtype, "grad_full": dtype}
         | {"grad_logits": dtype, "mask": "i1", "temperature_tensor": dtype},
-        {"N": "i32", "temperature": "fp32"},
+        {"N": "i32", "stride_log_prob": "i32", "stride_entropy": "i32", "temperature": "fp32"},
         {**constants, "HAS_LOG_PROB": True, "HAS_ENTROPY": True, "HAS_FULL": False},
         warps,
         rows,
@@ -212,7 +212,7 @@ def _lstm_cases(size: int, dtype: str) -> Iterator[Case]:
         f"lstm_layer forward H={size} {dtype}",
         module._lstm_layer_fwd_kernel,
         forward,
-        {"H": size, "HAS_RESETS": True},
+        {"H": size, "HAS_RESETS": True, "KEEP_GATES": True},
         module.FORWARD_SHAPES,
     )
     upstream = ("grad_output", "grad_last_h", "grad_last_c")

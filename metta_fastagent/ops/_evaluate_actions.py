@@ -196,17 +196,19 @@ def _evaluate_actions_fwd_tile_kernel(
     tl.store(index + row, chosen, mask=live)
 
 
-@jit(varying=("N",))
+@jit(varying=("N", "stride_log_prob", "stride_entropy"))
 def _evaluate_actions_bwd_columns_kernel(
     logits,  # [N, A]
     index,  # [N] int64, -1 if out of range
-    grad_log_prob,  # [N]
-    grad_entropy,  # [N]
+    grad_log_prob,  # [N], of any stride: a mean's gradient is one number
+    grad_entropy,  # [N], of any stride
     grad_full,  # [N, A]
     grad_logits,  # [N, A]
     mask,  # [N, A] bool; unused without MASKED
     temperature_tensor,  # [1]; unused unless TEMPERATURE = 2
     N,
+    stride_log_prob,
+    stride_entropy,
     temperature,
     A: tl.constexpr,
     HAS_LOG_PROB: tl.constexpr,
@@ -227,10 +229,10 @@ def _evaluate_actions_bwd_columns_kernel(
     top, s, w = columns_sums(xs, A)
     from_log_prob = tl.zeros([ROWS], COMPUTE)
     if HAS_LOG_PROB:
-        from_log_prob = tl.load(grad_log_prob + row, mask=live, other=0.0).to(COMPUTE)
+        from_log_prob = tl.load(grad_log_prob + row * stride_log_prob, mask=live, other=0.0).to(COMPUTE)
     from_entropy = tl.zeros([ROWS], COMPUTE)
     if HAS_ENTROPY:
-        from_entropy = tl.load(grad_entropy + row, mask=live, other=0.0).to(COMPUTE)
+        from_entropy = tl.load(grad_entropy + row * stride_entropy, mask=live, other=0.0).to(COMPUTE)
     total = from_log_prob
     fs = ()
     if HAS_FULL:
@@ -256,17 +258,19 @@ def _evaluate_actions_bwd_columns_kernel(
     store_columns(grad_logits, grads, N, A, ROWS, BLOCK_A)
 
 
-@jit(varying=("N",))
+@jit(varying=("N", "stride_log_prob", "stride_entropy"))
 def _evaluate_actions_bwd_tile_kernel(
     logits,  # [N, A]
     index,  # [N] int64, -1 if out of range
-    grad_log_prob,  # [N]
-    grad_entropy,  # [N]
+    grad_log_prob,  # [N], of any stride: a mean's gradient is one number
+    grad_entropy,  # [N], of any stride
     grad_full,  # [N, A]
     grad_logits,  # [N, A]
     mask,  # [N, A] bool; unused without MASKED
     temperature_tensor,  # [1]; unused unless TEMPERATURE = 2
     N,
+    stride_log_prob,
+    stride_entropy,
     temperature,
     A: tl.constexpr,
     HAS_LOG_PROB: tl.constexpr,
@@ -290,10 +294,10 @@ def _evaluate_actions_bwd_tile_kernel(
     p = e / s[:, None]
     grad = tl.zeros([ROWS, BLOCK_A], COMPUTE)
     if HAS_LOG_PROB:
-        from_log_prob = tl.load(grad_log_prob + row, mask=live, other=0.0).to(COMPUTE)[:, None]
+        from_log_prob = tl.load(grad_log_prob + row * stride_log_prob, mask=live, other=0.0).to(COMPUTE)[:, None]
         grad += tl.where(chosen[:, None] == column[None, :], from_log_prob, 0.0) - p * from_log_prob
     if HAS_ENTROPY:
-        from_entropy = tl.load(grad_entropy + row, mask=live, other=0.0).to(COMPUTE)[:, None]
+        from_entropy = tl.load(grad_entropy + row * stride_entropy, mask=live, other=0.0).to(COMPUTE)[:, None]
         grad -= from_entropy * tl.where(p == 0, 0.0, p * (x - top[:, None] - (w / s)[:, None]))
     if HAS_FULL:
         f = tl.load(grad_full + row[:, None] * A + column[None, :], mask=inside, other=0.0).to(COMPUTE)
@@ -386,13 +390,18 @@ def _evaluate_actions_backward_cuda(
             (
                 logits,
                 index,
-                logits if grad_log_prob is None else grad_log_prob.contiguous(),
-                logits if grad_entropy is None else grad_entropy.contiguous(),
+                logits if grad_log_prob is None else grad_log_prob,
+                logits if grad_entropy is None else grad_entropy,
                 logits if grad_full_log_probs is None else grad_full_log_probs.contiguous(),
                 grad_logits,
                 *tensors,
             ),
-            (rows, temperature),
+            (
+                rows,
+                0 if grad_log_prob is None else grad_log_prob.stride(0),
+                0 if grad_entropy is None else grad_entropy.stride(0),
+                temperature,
+            ),
             A=num_actions,
             HAS_LOG_PROB=grad_log_prob is not None,
             HAS_ENTROPY=grad_entropy is not None,

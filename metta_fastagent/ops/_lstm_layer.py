@@ -143,12 +143,13 @@ def _lstm_layer_fwd_kernel(
     resets,  # [T, B] bool; unused without HAS_RESETS
     output,  # [T, B, H]
     cells,  # [T, B, H]
-    gates,  # [T, B, 4H]
+    gates,  # [T, B, 4H]; unused without KEEP_GATES
     T,
     B,
     width,  # H once more, as the bound of loops: unrolled, they would spill registers
     H: tl.constexpr,
     HAS_RESETS: tl.constexpr,
+    KEEP_GATES: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -182,7 +183,8 @@ def _lstm_layer_fwd_kernel(
             gate_i, gate_f, gate_g, gate_o = _sigmoid(gate_i), _sigmoid(gate_f), _tanh(gate_g), _sigmoid(gate_o)
             cell = gate_f * cell + gate_i * gate_g
             hidden = gate_o * _tanh(cell)
-            _store_gates(gates + row * (4 * H) + place, gate_i, gate_f, gate_g, gate_o, inside, H)
+            if KEEP_GATES:
+                _store_gates(gates + row * (4 * H) + place, gate_i, gate_f, gate_g, gate_o, inside, H)
             tl.store(cells + row * H + state, cell.to(cells.dtype.element_ty), mask=inside)
             tl.store(output + row * H + state, hidden.to(output.dtype.element_ty), mask=inside)
         row += B
@@ -322,14 +324,14 @@ def _layout(
 
 
 def _lstm_layer_forward_cuda(
-    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
+    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None, keep_gates: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not _fits_kernel(weight_hh):
-        return lstm_layer_forward_eager(projected, weight_hh, h, c, resets)
+        return lstm_layer_forward_eager(projected, weight_hh, h, c, resets, keep_gates)
     projected = projected.contiguous()
     steps, (rows, size) = projected.shape[0], h.shape
     output, cells = projected.new_empty(steps, rows, size), projected.new_empty(steps, rows, size)
-    gates = torch.empty_like(projected)
+    gates = projected.new_empty(projected.shape if keep_gates else 0)
     if rows > 0:
         launch(
             _lstm_layer_fwd_kernel,
@@ -347,6 +349,7 @@ def _lstm_layer_forward_cuda(
             (steps, rows, size),
             H=size,
             HAS_RESETS=resets is not None,
+            KEEP_GATES=keep_gates,
             **_layout(FORWARD_SHAPES, projected.dtype),
         )
     return output, cells, gates
@@ -404,9 +407,12 @@ def _without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 def lstm_layer_forward_eager(
-    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
+    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None, keep_gates: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(output [T, B, H], cells [T, B, H], activated gates [T, B, 4H]) in plain PyTorch, step by step."""
+    """(output [T, B, H], cells [T, B, H], activated gates [T, B, 4H]) in plain PyTorch, step by step.
+
+    Without `keep_gates`, which only the backward pass needs, gates is an empty tensor [0].
+    """
     dtype, exact = projected.dtype, compute_dtype(projected.dtype)
     gates = torch.empty(projected.shape, dtype=exact, device=projected.device)
     cells = gates.new_empty(projected.shape[0], *h.shape)
@@ -427,7 +433,7 @@ def lstm_layer_forward_eager(
             torch.mul(gate_f, cell, out=cells[t]).addcmul_(gate_i, gate_g)
             torch.tanh(cells[t], out=output[t]).mul_(gate_o)
             hidden, cell = output[t].to(dtype).to(exact), cells[t].to(dtype).to(exact)
-    return output.to(dtype), cells.to(dtype), gates.to(dtype)
+    return output.to(dtype), cells.to(dtype), gates.to(dtype) if keep_gates else projected.new_empty(0)
 
 
 def lstm_layer_backward_eager(
@@ -479,13 +485,14 @@ def _step_backward(
 
 
 def _lstm_layer_forward_native(
-    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
+    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None, keep_gates: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     if projected.dtype not in NATIVE_DTYPES:
-        return lstm_layer_forward_eager(projected, weight_hh, h, c, resets)
-    return torch.ops.metta_fastagent_native.lstm_layer_forward.default(
+        return lstm_layer_forward_eager(projected, weight_hh, h, c, resets, keep_gates)
+    output, cells, gates = torch.ops.metta_fastagent_native.lstm_layer_forward.default(
         projected.contiguous(), weight_hh.contiguous(), h.contiguous(), c.contiguous(), contiguous(resets)
     )
+    return output, cells, gates if keep_gates else gates.new_empty(0)
 
 
 def _lstm_layer_backward_native(
@@ -507,10 +514,11 @@ def _lstm_layer_backward_native(
 
 
 def _forward_fake(
-    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
+    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None, keep_gates: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (projected.shape[0], *h.shape)
-    return projected.new_empty(shape), projected.new_empty(shape), projected.new_empty(projected.shape)
+    gates = projected.new_empty(projected.shape if keep_gates else 0)
+    return projected.new_empty(shape), projected.new_empty(shape), gates
 
 
 def _backward_fake(
@@ -527,7 +535,7 @@ def _backward_fake(
 
 
 _lstm_layer_forward = register(
-    "lstm_layer_forward(Tensor projected, Tensor weight_hh, Tensor h, Tensor c, Tensor? resets)"
+    "lstm_layer_forward(Tensor projected, Tensor weight_hh, Tensor h, Tensor c, Tensor? resets, bool keep_gates=True)"
     " -> (Tensor output, Tensor cells, Tensor gates)",
     lstm_layer_forward_eager,
     _forward_fake,
@@ -638,7 +646,7 @@ def lstm_layer(
     if in_plain_pytorch():
         return _formula(projected, weight_hh, h, c, resets)
     if not records_graph(projected, weight_hh, h, c):
-        return _last_state(*_lstm_layer_forward(projected, weight_hh, h, c, resets)[:2])
+        return _last_state(*_lstm_layer_forward(projected, weight_hh, h, c, resets, False)[:2])
     return _LSTMLayer.apply(projected, weight_hh, h, c, resets)
 
 

@@ -6,7 +6,14 @@ from tensordict import TensorDict
 
 from metta_fastagent import LSTMWrapper, PyTorchAgentMixin, _triton, ops
 from metta_fastagent._triton import tl
-from metta_fastagent.ops import _bad_action, _chunk_table, _l2_init_loss, _lstm_layer, _sample_actions
+from metta_fastagent.ops import (
+    _bad_action,
+    _chunk_table,
+    _evaluate_actions,
+    _l2_init_loss,
+    _lstm_layer,
+    _sample_actions,
+)
 from metta_fastagent.ops._categorical import MAX_ACTIONS, MAX_COLUMNS, load_columns, store_columns
 
 CUM = [0, 0, 3, 6]
@@ -105,6 +112,25 @@ def test_evaluate_actions_gradients(device, actions, rows, used):
         return torch.autograd.grad([o for o, _ in chosen], logits, [g for _, g in chosen])[0]
 
     close(gradient(ops.evaluate_actions(logits, index)), gradient(reference(logits, index)), torch.float64)
+
+
+@pytest.mark.parametrize("actions", [9, 70])
+def test_upstream_gradients_of_any_stride_are_read_in_place(device, actions, monkeypatch):
+    logits = make_logits(130, actions, device)
+    index = torch.randint(actions, (130,), device=device)
+    strided = torch.randn(130, 3, device=device)[:, 1], torch.tensor(0.3, device=device).expand(130)
+    expected = _evaluate_actions._evaluate_actions_backward_cuda(logits, index, *(g.clone() for g in strided), None)
+    launched = []
+
+    def launch_rows(*args, **kwargs):
+        launched.extend(args[4])
+        return original(*args, **kwargs)
+
+    original = _evaluate_actions.launch_rows
+    monkeypatch.setattr(_evaluate_actions, "launch_rows", launch_rows)
+    got = _evaluate_actions._evaluate_actions_backward_cuda(logits, index, *strided, None)
+    assert torch.equal(got, expected)
+    assert all(any(tensor is grad for tensor in launched) for grad in strided)
 
 
 @pytest.mark.parametrize("actions", [5, 70])
@@ -315,6 +341,8 @@ def test_clip_follows_moved_data_and_changed_bounds(device):
 def test_l2_init_loss(device, dtype):
     shapes = [(3,), (70, 90), (1,), (5000,), (8, 4, 3, 3)]
     params = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+    # A full chunk that starts on no 16-byte address.
+    params.append(torch.randn(8195, dtype=dtype, device=device)[1:8193].requires_grad_())
     initial = [torch.randn_like(param) for param in params]
     loss = ops.l2_init_loss(params, initial, 0.25)
     expected = 0.25 * sum((p.double() - q.double()).square().sum() for p, q in zip(params, initial, strict=True))
@@ -385,6 +413,9 @@ def check_lstm_layer(inputs, resets, subset=(0, 1, 2)):
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     leaves = [tensor.detach().double().requires_grad_() for tensor in inputs]
     outputs, expected = ops.lstm_layer(*inputs, resets), lstm_reference(*leaves, resets)
+    with torch.no_grad():
+        # A rollout keeps no gates, and its results are those of training to the last bit.
+        assert all(map(torch.equal, ops.lstm_layer(*inputs, resets), outputs))
     for got, want in zip(outputs, expected, strict=True):
         assert got.dtype == dtype
         close(got, want, dtype)

@@ -32,7 +32,7 @@ EXPECTED = {
     "l2 with gradient": (2, ["_l2_init_loss_fwd_kernel", "_l2_init_loss_bwd_kernel"]),
     "tokens to grid": (1, ["_tokens_to_grid_kernel"]),
     "lstm": (1, ["_lstm_layer_fwd_kernel"]),
-    "lstm with gradient": (2, ["_lstm_layer_bwd_kernel"]),
+    "lstm with gradient": (2, ["_lstm_layer_fwd_kernel", "_lstm_layer_bwd_kernel"]),
     "evaluate masked": (1, ["_evaluate_actions_fwd_columns_kernel"]),
     "sample masked": (1, ["_sample_actions_columns_kernel"]),
     "greedy": (1, ["_sample_actions_columns_kernel"]),

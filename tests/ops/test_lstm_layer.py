@@ -212,6 +212,7 @@ def test_opcheck(dtype, kind):
     torch.library.opcheck(OPERATORS.lstm_layer_forward.default, (projected, weight_hh, h, c, resets))
     strided = projected.transpose(0, 1).contiguous().transpose(0, 1)
     torch.library.opcheck(OPERATORS.lstm_layer_forward.default, (strided, weight_hh, h, c, resets))
+    torch.library.opcheck(OPERATORS.lstm_layer_forward.default, (projected, weight_hh, h, c, resets, False))
     output, cells, gates = OPERATORS.lstm_layer_forward(projected, weight_hh, h, c, resets)
     strided = output.transpose(0, 1).contiguous().transpose(0, 1)
     for upstream in ((output, h, c), (None, None, c), (strided, None, None)):
