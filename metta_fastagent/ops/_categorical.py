@@ -79,7 +79,7 @@ def load_temperature(at, number, TEMPERATURE: tl.constexpr, COMPUTE: tl.constexp
 def condition_columns(
     xs, mask, temperature, row, live, A: tl.constexpr, MASKED: tl.constexpr, TEMPERATURE: tl.constexpr
 ):
-    """The columns z_j: divided by the temperature, -inf where the mask [N, A] is False."""
+    """The columns z_j: divided by the temperature, -inf if the mask [N, A] is False."""
     zs = ()
     for j in tl.static_range(A):
         z = xs[j]

@@ -219,6 +219,13 @@ def test_what_a_mask_forbids_may_be_nan(name):
     assert entropy.isfinite().all()
 
 
+def test_a_temperature_of_three_dimensions(name):
+    logits, index = torch.randn(2, 3), torch.tensor([1, 2])
+    outputs = ops.evaluate_actions(logits, index, temperature=torch.full((1, 1, 1), 2.0))
+    for got, expected in zip(outputs, reference(logits, index, None, 2.0), strict=True):
+        close(got, expected, torch.float32)
+
+
 def test_a_pair_of_masks(name):
     types = torch.tensor([[True, False, True], [False, True, True]])
     params = torch.tensor([[True, False, True], [True, True, False]])
