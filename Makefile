@@ -22,6 +22,7 @@ TRAIN_FLAGS = $(call flag,ENV,env) $(call flag,DEVICE,device) $(call flag,SEED,s
 
 # The C++ operators for the CPU. A failure prints one line, and eager PyTorch runs instead.
 BUILD = $(RUN) metta_fastagent build --quiet
+KERNEL_TESTS = tests/kernels tests/ops/test_masking.py tests/train/test_ratio.py
 # The tests that run operators; those of the build and of the vector header do not.
 NATIVE_TESTS = tests/ops tests/native tests/test_mixin_tensordict.py tests/train/test_ratio.py \
 	--ignore tests/native/test_build.py --ignore tests/native/test_vec.py
@@ -58,7 +59,7 @@ train: ## train the Fast agent, for example: make train ENV=mettagrid DEVICE=cud
 # Status 3 of the build: no compiler. Any other failure to build fails in CI.
 test: setup ## run the tests, then the kernels' in Triton's interpreter, then the operators' in C++
 	@METTA_FASTAGENT_BACKEND=$${METTA_FASTAGENT_BACKEND:-eager} $(TWO_PROCESSES) -m "not slow" $(PYTEST_ARGS)
-	@$(if $(PYTEST_ARGS),,TRITON_INTERPRET=1 $(TWO_PROCESSES) tests/kernels tests/train/test_ratio.py)
+	@$(if $(PYTEST_ARGS),,TRITON_INTERPRET=1 $(TWO_PROCESSES) $(KERNEL_TESTS))
 	@$(if $(PYTEST_ARGS),,status=0; $(BUILD) || status=$$?; \
 	if [ $$status = 0 ]; then METTA_FASTAGENT_BACKEND=native $(TWO_PROCESSES) $(NATIVE_TESTS); \
 	else [ $$status = 3 ] || [ -z "$$CI" ]; fi)
@@ -87,7 +88,7 @@ test-versions: ## run the tests with the oldest and the newest PyTorch; download
 	$$run pip install --quiet torch==$$torch $$(echo $$others | tr , ' ') -e '.[train,test]'; \
 	export OMP_NUM_THREADS=1; \
 	METTA_FASTAGENT_BACKEND=eager $$run pytest --numprocesses 2 $(VERSION_TESTS); \
-	TRITON_INTERPRET=1 $$run pytest --numprocesses 2 tests/kernels tests/train/test_ratio.py; \
+	TRITON_INTERPRET=1 $$run pytest --numprocesses 2 $(KERNEL_TESTS); \
 	if $(subst $(RUN),$$run,$(BUILD)); then METTA_FASTAGENT_BACKEND=native $$run pytest --numprocesses 2 $(NATIVE_TESTS); fi; \
 	done
 

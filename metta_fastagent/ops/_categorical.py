@@ -81,7 +81,7 @@ def load_temperature(at, number, TEMPERATURE: tl.constexpr, COMPUTE: tl.constexp
 def condition_columns(
     xs, mask, temperature, row, live, A: tl.constexpr, MASKED: tl.constexpr, TEMPERATURE: tl.constexpr
 ):
-    """The columns z_j: divided by the temperature, -inf where the mask [N, A] is False."""
+    """The columns z_j: divided by the temperature, -inf if the mask [N, A] is False."""
     zs = ()
     for j in tl.static_range(A):
         z = xs[j]
@@ -118,7 +118,7 @@ def store_columns(out, xs, N, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.c
             for j in tl.static_range(BLOCK_A >> (level + 1)):
                 pairs = pairs + (tl.join(xs[j], xs[j + (BLOCK_A >> (level + 1))]),)  # noqa: RUF005
             xs = pairs
-    block = xs[0].reshape(ROWS, BLOCK_A).to(out.dtype.element_ty)
+    block = xs[0].reshape(ROWS, BLOCK_A).to(out.dtype.element_ty)  # pyright: ignore[reportGeneralTypeIssues]
     first = tl.program_id(0).to(tl.int64) * ROWS
     # Offsets within the program are 32-bit.
     local = tl.arange(0, ROWS)[:, None]

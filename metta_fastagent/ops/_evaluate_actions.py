@@ -12,7 +12,7 @@ so a masked logit (-inf) does not make the entropy or its gradient NaN. Arithmet
 results are cast once, at the store. A row with an index out of range (off the CPU only) has log_prob NaN, gradient 0.
 With a mask or a temperature all of it is that of the logits z of `_masking`, and
 
-    d logits_j = d z_j / temperature where the mask allows j, else 0
+    d logits_j = d z_j / temperature if the mask allows j, else 0
 """
 
 # pyright: reportInvalidTypeForm=false

@@ -74,7 +74,7 @@ def _checked_temperature(temperature: object, logits: Tensor) -> tuple[Tensor | 
     if temperature.numel() != 1 or temperature.requires_grad or temperature.device != logits.device:
         found = f"{describe(temperature)}{' that requires a gradient' if temperature.requires_grad else ''}"
         raise ValueError(f"temperature: got {found}, expected {expected} on {logits.device}, without a gradient")
-    return temperature, 1.0
+    return temperature.reshape(()), 1.0
 
 
 def _read(temperature: Tensor) -> float:

@@ -52,6 +52,10 @@ def make_agent(config: TrainConfig, env: Environment, make: Callable[..., Any] |
     for name, source in METHODS.items():
         if not hasattr(policy, name):
             raise TypeError(f"agent: got {type(policy).__name__} without {name}, expected a subclass of {source}")
+    if getattr(policy, "action_format", "pair") != "pair":
+        raise ValueError(
+            f"agent: got action_format={policy.action_format!r}, expected 'pair', as environments take them"
+        )
     agent = MettaAgent(env, policy, env.device)
     agent.initialize_to_environment(env.features, env.action_names, env.max_action_args, env.device)
     agent.policy.allocate_memory(env.num_envs)

@@ -10,9 +10,15 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from metta_fastagent import _native, _triton, ops, use_backend
+from metta_fastagent._dispatch import requested
 from metta_fastagent.ops._categorical import MAX_COLUMNS
 
-BACKENDS = ["triton"] if _triton.INTERPRETED else ["eager", *(["native"] if _native.load() else [])]
+if _triton.INTERPRETED:
+    BACKENDS = ["triton"]
+elif requested() == "auto":
+    BACKENDS = ["eager", *(["native"] if _native.load() else [])]
+else:
+    BACKENDS = [requested()]
 CASES = 300 if _triton.INTERPRETED else 2000
 TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-11, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 # bfloat16 arithmetic and rounding are wrong in the interpreter.
@@ -211,6 +217,13 @@ def test_what_a_mask_forbids_may_be_nan(name):
     assert index.tolist() == [2, 1]
     _, entropy, _ = ops.evaluate_actions(logits, index, mask=mask, strict=True)
     assert entropy.isfinite().all()
+
+
+def test_a_temperature_of_three_dimensions(name):
+    logits, index = torch.randn(2, 3), torch.tensor([1, 2])
+    outputs = ops.evaluate_actions(logits, index, temperature=torch.full((1, 1, 1), 2.0))
+    for got, expected in zip(outputs, reference(logits, index, None, 2.0), strict=True):
+        close(got, expected, torch.float32)
 
 
 def test_a_pair_of_masks(name):

@@ -237,6 +237,10 @@ WRONG_AGENTS = {
     "no clip_weights": (NoMixin, "agent: got NoMixin without clip_weights, expected a subclass of PyTorchAgentMixin"),
     "no module": (lambda env: [], "agent: got a list of length 0 from <lambda>(env), expected a torch.nn.Module"),
     "no argument": (lambda: None, "agent: got too many positional arguments for <lambda>(env), expected an agent that"),
+    "actions as indices": (
+        lambda env: VectorAgent(env, action_format="index"),
+        "agent: got action_format='index', expected 'pair'",
+    ),
     "wide logits": (
         Wide,
         "agent: Wide failed on a float32 tensor of shape [8, 1, 4] on cpu with an action (logits_list: got a "
