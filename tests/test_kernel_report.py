@@ -32,8 +32,8 @@ LIMITS = [
     ("l2_init_loss backward fp32", 1.0, 128, 128),
     ("l2_init_loss backward bf16", 1.0, 128, 128),
     ("tokens_to_grid fp32", 2500.0, 8, 32),
-    ("lstm_layer forward H=128 fp32", 620.0, 64, 64),
-    ("lstm_layer backward H=128 fp32", 500.0, 128, 128),
+    ("lstm_layer forward H=128 fp32", 640.0 if TRITON_3_8 else 560.0, 128, 128),
+    ("lstm_layer backward H=128 fp32", 580.0, 128, 128),
 ]
 ELSEWHERE = [
     "clip_weights fp32",
@@ -47,8 +47,8 @@ ELSEWHERE = [
 FEW_ACTIONS = {9: (64, 56, 15), 21: (96, 120, 30), 32: (MAX_REGISTERS, 128, 32)}
 
 
-# A batch has fewer row blocks than a large GPU has multiprocessors: on AMD one program of 4 waves may fill one.
-LSTM_REGISTERS = {"sm_80": MAX_REGISTERS, "sm_90": MAX_REGISTERS, "sm_100": MAX_REGISTERS, "gfx942": 256}
+# A batch has fewer row blocks than a large GPU has multiprocessors: one program may fill one.
+LSTM_REGISTERS = {"sm_80": 224, "sm_90": 224, "sm_100": 224, "gfx942": 256}
 # Bytes that the smallest GPU of the kind gives one program: 99 KB (sm_86, sm_89, sm_120), 64 KB on AMD.
 SHARED_BYTES = {"sm_80": 101376, "sm_90": 101376, "sm_100": 101376, "gfx942": 65536}
 
@@ -62,7 +62,7 @@ def fp_fusion(monkeypatch):
 def test_machine_code_for_sm_90(name, instructions, load_bits, store_bits):
     figures = kernel_report.figures(CASES[name], "sm_90")
     assert figures.spills == 0
-    assert figures.registers <= MAX_REGISTERS
+    assert figures.registers <= (LSTM_REGISTERS["sm_90"] if name.startswith("lstm_layer") else MAX_REGISTERS)
     assert figures.instructions_per_row <= instructions
     assert figures.load_bits >= load_bits
     assert figures.store_bits >= store_bits
