@@ -109,8 +109,14 @@ def _clip_case(dtype: str) -> Case:
 
 
 def _categorical_cases(num_actions: int, dtype: str) -> Iterator[Case]:
+    on_amd = _categorical_cases_of(num_actions, dtype, lanes=64)
+    for case, other in zip(_categorical_cases_of(num_actions, dtype, lanes=32), on_amd, strict=True):
+        yield case._replace(on_amd=other)
+
+
+def _categorical_cases_of(num_actions: int, dtype: str, lanes: int) -> Iterator[Case]:
     kind = "columns" if num_actions <= MAX_COLUMNS else "tile"
-    rows, block, warps = block_shape(num_actions)
+    rows, block, warps = block_shape(num_actions, lanes)
     constants = {"A": num_actions, "COMPUTE": TRITON_DTYPES[dtype], "ROWS": rows, "BLOCK_A": block}
     outputs = {"log_prob": dtype, "entropy": dtype, "full_log_probs": dtype}
     suffix = f"A={num_actions} {dtype}"
@@ -242,7 +248,6 @@ def _lstm_case(
 
 def compile_case(case: Case, target: GPUTarget) -> Any:
     """The compiled kernel, every pointer known to be 16-byte aligned as PyTorch's allocator makes it."""
-    case = case.on_amd or case if target.backend == "hip" else case
     names = case.kernel.arg_names
     types = {
         **{n: f"*{t}" for n, t in case.pointers.items()},
@@ -259,7 +264,9 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
 
 def figures(case: Case, target_name: str) -> Figures:
     """Compile one case for one target and read its machine code."""
-    compiled = compile_case(case, TARGETS[target_name])
+    target = TARGETS[target_name]
+    case = case.on_amd or case if target.backend == "hip" else case
+    compiled = compile_case(case, target)
     read = _read_amd if target_name.startswith("gfx") else _read_nvidia
     registers, spills, *counts = read(compiled)
     return Figures(

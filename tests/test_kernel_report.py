@@ -78,24 +78,19 @@ def test_machine_code_for_other_targets(name, target):
         assert figures.load_bits == figures.store_bits == 128
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("actions", FEW_ACTIONS)
 @pytest.mark.parametrize("kernel", ["evaluate_actions forward", "evaluate_actions backward", "sample_actions"])
 def test_rows_of_few_actions_are_stored_by_neighbouring_lanes(kernel, actions, target):
     registers, sectors, instructions = FEW_ACTIONS[actions]
     figures = kernel_report.figures(CASES[f"{kernel} A={actions} fp32"], target)
     assert figures.spills == 0
-    assert figures.registers <= registers
+    # AMD's lanes have twice as many registers.
+    assert figures.registers <= (2 * registers if target == "gfx942" else registers)
     assert figures.store_sectors <= sectors
     assert figures.instructions_per_row <= instructions
+    # At A = 32 NVIDIA's lanes store 128 bits each, through less shared memory.
     assert figures.barriers <= (7 if actions == 32 else 1)
-
-
-@pytest.mark.parametrize("actions", FEW_ACTIONS)
-def test_rows_of_few_actions_are_stored_by_neighbouring_lanes_on_amd(actions):
-    figures = kernel_report.figures(CASES[f"evaluate_actions backward A={actions} fp32"], "gfx942")
-    assert figures.spills == 0
-    assert figures.store_sectors <= FEW_ACTIONS[actions][1]
 
 
 def test_sectors_of_a_store():

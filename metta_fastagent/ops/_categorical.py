@@ -15,6 +15,7 @@ With a mask or a temperature, x_j is z_j of `_masking`.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metta_fastagent._triton import cdiv, jit, launch_with, next_power_of_2, tl
@@ -25,17 +26,18 @@ MAX_COLUMNS = 32
 MAX_ACTIONS = 4096
 # Triton reads a global of the module only if it is a constexpr.
 _LEVELS = tl.constexpr(MAX_ACTIONS.bit_length() - 1)
-# One row per thread and four warps: enough programs at small batches, enough rows in flight at large ones.
+# One row per thread, four warps or two of AMD's: enough programs at small batches, enough rows in flight at large ones.
 ROWS_PER_PROGRAM = 128
+LANES = 32 if torch.version.hip is None else 64
 # Elements of a tile in each warp, 16 a thread. No reduction crosses warps in rows up to this long.
 WARP_ELEMENTS = 512
 
 
-def block_shape(num_actions: int) -> tuple[int, int, int]:
+def block_shape(num_actions: int, lanes: int = LANES) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program for this number of actions."""
     columns = next_power_of_2(num_actions)
     if num_actions <= MAX_COLUMNS:
-        return ROWS_PER_PROGRAM, columns, 4
+        return ROWS_PER_PROGRAM, columns, ROWS_PER_PROGRAM // lanes
     return max(1, WARP_ELEMENTS // columns), columns, max(1, columns // WARP_ELEMENTS)
 
 

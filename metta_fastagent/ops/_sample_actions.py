@@ -128,9 +128,9 @@ def _sample_actions_columns_kernel(
         chosen = tl.where(here, j, chosen)
         values = values + (shifted - log_s,)  # noqa: RUF005
         selected = tl.where(here, values[j], selected)
-    store_columns(full_log_probs, values, N, A, ROWS, BLOCK_A)
     chosen = tl.where(chosen == A, 0, chosen)
     _store_draw(index, log_prob, entropy, pair, table, row, live, chosen, selected, log_s - w / s, PAIRS)
+    store_columns(full_log_probs, values, N, A, ROWS, BLOCK_A)
 
 
 @jit(varying=("N",))

@@ -79,11 +79,11 @@ def _copy_columns(source, out, N, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: 
     store_columns(out, load_columns(source, row, row < N, A, tl.float32), N, A, ROWS, BLOCK_A)
 
 
-@pytest.mark.parametrize("actions", [1, 2, 3, 9, 21, 31, 32])
+@pytest.mark.parametrize("actions", [1, 2, 3, 9, 21, 31, 32, 33])
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 50])
 def test_columns_are_stored_in_order_within_the_rows(device, actions, rows):
     source = torch.arange(rows * actions, dtype=torch.float32, device=device)
-    out = torch.full((40 * 32 * 2,), -1.0, device=device)
+    out = torch.full((64 * 33 + 64,), -1.0, device=device)
     block = _triton.next_power_of_2(actions)
     _copy_columns[(_triton.cdiv(rows, 16),)](source, out, rows, A=actions, ROWS=16, BLOCK_A=block)
     assert torch.equal(out[: rows * actions], source)
