@@ -108,17 +108,19 @@ class Trainer:
     def run(self, after_update: Callable[[dict[str, float]], None]) -> None:
         """Train until `last_update`; call `after_update` with the row of COLUMNS of each update."""
         while self.updates < self.last_update:
-            try:
-                row = self.train_update()
-            except ops.BadRowError as error:
-                raise TrainingDiverged(f"update {self.updates + 1}: {error}") from error
-            after_update(row)
+            after_update(self.train_update())
 
     def train_update(self) -> dict[str, float]:
         """One rollout and one PPO update. Returns the row of COLUMNS, equal on all ranks except for the times.
 
         Raises TrainingDiverged, and ranks.RanksDiffer every `config.check_ranks` updates; on all ranks.
         """
+        try:
+            return self._train_update()
+        except ops.BadRowError as error:
+            raise TrainingDiverged(f"update {self.updates + 1}: {error}") from error
+
+    def _train_update(self) -> dict[str, float]:
         config = self.config
         wall, cpu = time.perf_counter(), time.process_time()
         left = 1 - self.updates / self.last_update

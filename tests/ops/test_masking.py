@@ -27,7 +27,10 @@ DTYPES = [dtype for dtype in TOLERANCES if not (_triton.INTERPRETED and dtype ==
 PAIRS = torch.tensor([[0, 0], [0, 1], [1, 0], [2, 0], [2, 1], [2, 2]], dtype=torch.int32)
 CUM = torch.tensor([0, 1, 1, 3])
 
-pytestmark = pytest.mark.parametrize("name", BACKENDS)
+pytestmark = [
+    pytest.mark.parametrize("name", BACKENDS),
+    pytest.mark.skipif(BACKENDS == ["native"] and not _native.load(), reason=f"native operators: {_native.reason()}"),
+]
 
 
 @pytest.fixture(autouse=True)

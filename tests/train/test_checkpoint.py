@@ -67,7 +67,7 @@ def test_a_corrupted_action_stops_the_next_update_and_the_checkpoint_before_it_r
     run.collect = corrupted
     message = r"update 2: actions\[\d+\]: got parameter 7 for action type 1, expected 0 to 3"
     with pytest.raises(TrainingDiverged, match=message):
-        run.run(lambda row: None)
+        run.train_update()
     resumed = trainer()
     resumed.load_state_dict(load_checkpoint(path))
     resumed.run(lambda row: None)
