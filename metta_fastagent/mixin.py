@@ -425,12 +425,7 @@ class PyTorchAgentMixin(_Module):
         }
 
     def _calls(self) -> Calls:
-        cache = self.__dict__.get("_calls_cache")
-        if cache is None:
-            cache = self._calls_cache = Transient()
-        if cache.value is None:
-            cache.value = Calls()
-        return cache.value
+        return self._transient("_calls_cache", Calls)
 
     def _conditions(self, td: TensorDictBase, logits: Tensor) -> dict[str, Any]:
         """Arguments of the operations: mask, temperature and whether bad logits are errors."""
@@ -454,11 +449,16 @@ class PyTorchAgentMixin(_Module):
 
     def _report(self) -> Report:
         """Where kernels report this agent's bad actions."""
-        cache = self.__dict__.get("_report_cache")
+        return self._transient("_report_cache", Report)
+
+    def _transient(self, name: str, make: Callable[[], Any]) -> Any:
+        """The value of a cache slot that copies and pickles leave behind, made at its first use."""
+        cache = self.__dict__.get(name)
         if cache is None:
-            cache = self._report_cache = Transient()
+            cache = Transient()
+            setattr(self, name, cache)
         if cache.value is None:
-            cache.value = Report()
+            cache.value = make()
         return cache.value
 
     def _reporting(self) -> AbstractContextManager:

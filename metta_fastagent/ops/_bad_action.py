@@ -1,9 +1,9 @@
 """Two words of host memory, a pair for each agent, in which kernels report bad rows without a host sync.
 
 A kernel never stops on an action out of range, or on logits that are no distribution: it sets the row's log-probability
-to NaN and writes the first word, or the second, in pinned memory.
-`raise_if_reported` reads it. A report that a running kernel has not written yet is found by a later call, so an error
-comes one call late unless the caller synchronises first.
+to NaN and writes the first word, or the second, in pinned memory. `raise_if_reported` reads them. A report that a
+running kernel has not written yet is found by a later call, so an error comes one call late unless the caller
+synchronises first.
 
     bits 60..62: operation    28..59: row    14..27: action type + 8192    0..13: parameter + 8192
                                              0..27: index + 2^27, in operations that take an index
