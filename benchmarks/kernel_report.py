@@ -72,8 +72,9 @@ class Figures(NamedTuple):
     load_bits: int
     store_bits: int
     instructions: int
+    # In the longest loop, the one over time of an LSTM layer; without loops, in the whole code.
     barriers: int
-    # Runs of loads into registers that barriers separate, in the order of the code: each may wait for memory.
+    # Runs of loads into registers that barriers separate there, in the order of the code: each may wait for memory.
     load_runs: int
     instructions_per_row: float
     # Of 32 rows [A]; 0 for kernels that store none.
@@ -213,35 +214,56 @@ def _tokens_case(dtype: str) -> Case:
 
 def _lstm_cases(size: int, dtype: str) -> Iterator[Case]:
     module = _lstm_layer
-    forward = dict.fromkeys(("projected", "weight_hh", "h", "c", "output", "cells", "gates"), dtype)
-    yield _lstm_case(
-        f"lstm_layer forward H={size} {dtype}",
-        module._lstm_layer_fwd_kernel,
-        forward,
-        {"H": size, "HAS_RESETS": True, "KEEP_GATES": True},
-        module.FORWARD_SHAPES,
-    )
     upstream = ("grad_output", "grad_last_h", "grad_last_c")
     backward = dict.fromkeys(("weight_hh", "c", "cells", "gates", *upstream, "grad_projected", "grad_h"), dtype)
-    yield _lstm_case(
-        f"lstm_layer backward H={size} {dtype}",
-        module._lstm_layer_bwd_kernel,
-        {**backward, "grad_c": "fp32"},
-        {"H": size, "HAS_RESETS": True, "HAS_OUTPUT": True, "HAS_LAST_H": True, "HAS_LAST_C": True},
-        module.BACKWARD_SHAPES,
-    )
+    # Steps and whether rows are many: a rollout's step keeps no gates.
+    for kind, steps, many_rows in (("forward", 64, False), ("forward, many rows,", 64, True), ("step", 1, False)):
+        for_each = ("projected", "weight_hh", "h", "c", "output", "cells", "gates")
+        constants = {"H": size, "HAS_RESETS": steps > 1, "KEEP_GATES": steps > 1}
+        yield _lstm_case(
+            f"lstm_layer {kind} H={size} {dtype}",
+            module._lstm_layer_fwd_kernel,
+            {**dict.fromkeys(for_each, dtype), "parts": "fp16"},
+            constants,
+            module.FORWARD_SHAPES,
+            many_rows,
+            steps,
+        )
+    # In float32 many rows change nothing backwards, but few steps do.
+    for kind, steps, many_rows in (
+        ("backward", 64, False),
+        ("backward, few steps,", 1, False) if dtype == "fp32" else ("backward, many rows,", 64, True),
+    ):
+        yield _lstm_case(
+            f"lstm_layer {kind} H={size} {dtype}",
+            module._lstm_layer_bwd_kernel,
+            {**backward, "grad_c": "fp32", "parts": "bf16"},
+            {"H": size, "HAS_RESETS": True, "HAS_OUTPUT": True, "HAS_LAST_H": True, "HAS_LAST_C": True},
+            module.BACKWARD_SHAPES,
+            many_rows,
+            steps,
+        )
 
 
 def _lstm_case(
-    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], shapes: Mapping[str, Any]
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    shapes: Mapping[str, Any],
+    many_rows: bool,
+    steps: int,
 ) -> Case:
+    dtype = TORCH_DTYPES[pointers["weight_hh"]]
+    rows = _lstm_layer.MANY_ROWS_BLOCK_B if many_rows else _lstm_layer.BLOCK_B
+
     def launched(platform: str, on_amd: Case | None = None) -> Case:
-        layout = _lstm_layer._layout(shapes, TORCH_DTYPES[pointers["weight_hh"]], platform)
-        warps, stages = layout.pop("num_warps"), layout.pop("num_stages")
+        in_parts = _lstm_layer._in_parts(dtype, steps, many_rows, platform)
+        layout = _lstm_layer._layout(shapes, dtype, in_parts, rows, platform)
+        warps, num_stages = layout.pop("num_warps"), layout.pop("num_stages")
         scalars = {"T": "i32", "B": "i32", "width": "i32"}
         everything = {**pointers, "resets": "i1"}
-        rows = _lstm_layer.BLOCK_B
-        return Case(name, kernel, everything, scalars, {**constants, **layout}, warps, rows, stages, on_amd)
+        return Case(name, kernel, everything, scalars, {**constants, **layout}, warps, rows, num_stages, on_amd)
 
     return launched("cuda", launched("hip"))
 
@@ -310,10 +332,27 @@ def _read_nvidia(compiled: Any) -> tuple[int, ...]:
         code = _output(tools / "nvdisasm", "-c", cubin.name)
     registers = _number(r"REG:(\d+)", usage)
     spills = _number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage)
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", code, flags=re.MULTILINE)
+    opcodes, loop = _opcodes(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", code)
     useful = [opcode for opcode in opcodes if opcode != "NOP" and not opcode.startswith("BRA")]
-    stops = _runs(opcodes, ("BAR.SYNC",), ("LDG.",))
+    stops = _runs(loop, ("BAR.SYNC",), ("LDG.",))
     return registers, spills, _widest(opcodes, "LDG"), _widest(opcodes, "STG"), len(useful), *stops
+
+
+def _opcodes(instruction: str, listing: str) -> tuple[list[str], list[str]]:
+    """All opcodes, and those of the longest loop: from a label to the last branch back to it; all without one."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in listing.splitlines():
+        label, found = re.match(r"(\.L\w+):", line), re.match(instruction, line)
+        if label:
+            labels[label[1]] = len(opcodes)
+        elif found:
+            opcodes.append(found[1])
+            loops += [opcodes[labels[target] :] for target in re.findall(r"\.L\w+", line) if target in labels]
+    longest = max(loops, key=len, default=[])
+    # A branch to itself ends the code.
+    return opcodes, longest if len(longest) > 1 else opcodes
 
 
 def _number(pattern: str, text: str) -> int:
@@ -342,12 +381,11 @@ def _read_amd(compiled: Any) -> tuple[int, ...]:
     code = compiled.asm["amdgcn"]
     registers = _number(r"\.vgpr_count:\s+(\d+)", code)
     spills = _number(r"\.vgpr_spill_count:\s+(\d+)", code)
-    body = code[: code.index("s_endpgm")]
-    opcodes = re.findall(r"^\s+([a-z]\w+)", body, flags=re.MULTILINE)
+    opcodes, loop = _opcodes(r"\s+([a-z]\w+)", code[: code.index("s_endpgm")])
     widths = {"dwordx4": 128, "dwordx2": 64, "dword": 32}
     loads = [widths.get(o.rsplit("_", 1)[-1], 16) for o in opcodes if o.startswith(("global_load", "buffer_load"))]
     stores = [widths.get(o.rsplit("_", 1)[-1], 16) for o in opcodes if o.startswith(("global_store", "buffer_store"))]
-    stops = _runs(opcodes, ("s_barrier",), ("global_load", "buffer_load"))
+    stops = _runs(loop, ("s_barrier",), ("global_load", "buffer_load"))
     return registers, spills, max(loads, default=0), max(stores, default=0), len(opcodes), *stops
 
 

@@ -20,6 +20,7 @@ state is rounded to the tensors' dtype after each step, as between the calls of 
 
 # pyright: reportInvalidTypeForm=false
 
+import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from metta_fastagent._dispatch import register
-from metta_fastagent._triton import cdiv, jit, launch, tl, triton
+from metta_fastagent._triton import INTERPRETED, cdiv, jit, launch, tl, triton
 from metta_fastagent.ops._autograd import (
     chosen_backend,
     in_plain_pytorch,
@@ -51,39 +52,53 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Rows of a program, the fewest that the matrix units of every target take, so that small batches have many programs.
 # All steps of a row run in one program, which reads weight_hh from L2 at each step and waits for no other program.
 BLOCK_B = 16
+# If that makes more programs than multiprocessors, twice the rows read weight_hh half as often; 64 spill registers, and
+# so do 32 in the float32 backward kernel.
+MANY_ROWS_BLOCK_B = 32
 # Hidden columns at a time, of all four gates in the forward kernel.
 BLOCK_N = 64
-# Triton 3.8 keeps as many blocks of weights in shared memory as there are stages, earlier versions one fewer. Three of
-# 34 KB do not fit the smaller GPUs.
+# Triton 3.8 keeps as many blocks of weights in shared memory as there are stages, earlier versions one fewer; the
+# smaller GPUs have room for 99 KB.
 _OLDER_TRITON = triton is None or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
-# Depth of a product, warps and stages, by bytes of an element. With these no kernel spills registers on any target of
-# benchmarks/kernel_report.py if H is a multiple of 32; AMD's shared memory holds two stages. In float32, twice the
-# warps or half the depth would take fewer registers, but more instructions.
+# Depth of a product, warps and stages, by bytes of an element, or for float32 in parts. With these no kernel spills
+# registers on any target of benchmarks/kernel_report.py if H is a multiple of 32; AMD's shared memory holds two stages.
+# In float32, twice the warps or half the depth would take fewer registers, but more instructions. For 32 rows a program
+# has twice the warps.
 FORWARD_SHAPES = {
-    "cuda": {4: (32, 8, 3 if _OLDER_TRITON else 2), 2: (32, 8, 5)},
+    "cuda": {"parts": (32, 8, 3 if _OLDER_TRITON else 2), 4: (32, 8, 3 if _OLDER_TRITON else 2), 2: (32, 8, 5)},
     "hip": {4: (32, 4, 2), 2: (32, 4, 2)},
 }
-BACKWARD_SHAPES = {"cuda": {4: (32, 8, 5), 2: (64, 8, 5)}, "hip": {4: (32, 4, 2), 2: (128, 4, 2)}}
+BACKWARD_SHAPES = {
+    "cuda": {"parts": (64, 8, 4 if _OLDER_TRITON else 3), 4: (32, 8, 5), 2: (64, 8, 5)},
+    "hip": {4: (32, 4, 2), 2: (128, 4, 2)},
+}
 # Three products of tf32 parts are as exact as one of float32: over 64 steps of 128 columns, emulated on a CPU, both are
 # off by 2e-7 in the hidden state, plain tf32 by 8e-5, with which importance ratios are not 1 within 1e-5. "ieee" would
 # leave NVIDIA's matrix units idle; AMD's multiply float32 as it is.
 PRECISIONS = {"cuda": "tf32x3", "hip": "ieee"}
 PLATFORM = "cuda" if torch.version.hip is None else "hip"
-# Offsets into weight_hh are 32-bit.
-MAX_HIDDEN = 23170
+# From this many steps on, the weights are split once, for products as exact of 16-bit parts: three of two float16 parts
+# forward; six of three bfloat16 parts backward, as gradients exceed float16's range. Splitting takes about as long as two
+# steps save.
+PARTS_STEPS = 4
+# Powers of two before the split: weights up to 4095, and states up to 1023, are then exact to 2^-22 of themselves or to
+# 2^-29 and 2^-31; larger ones give NaN. Triton reads globals of this type only.
+STATE_SCALE, WEIGHT_SCALE = tl.constexpr(64.0), tl.constexpr(16.0)
+# Offsets into the parts of weight_hh are 32-bit.
+MAX_HIDDEN = 13377
 # Gradient of x from that of y and y itself: autograd's own, each one pass over memory.
 _SIGMOID_BACKWARD, _TANH_BACKWARD = torch.ops.aten.sigmoid_backward.default, torch.ops.aten.tanh_backward.default
 
 
 @jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
 
 
 @jit
 def _tanh(x):
     # Its error is some 2^-22 of 1, not of a small result. Triton's interpreter lacks libdevice's tanh.
-    return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+    return 2.0 / (1.0 + tl.exp2(-2.8853900817779268 * x)) - 1.0
 
 
 @jit
@@ -141,6 +156,62 @@ def _gate_product(
     return product
 
 
+@jit
+def _store_parts(parts, x, mask, distance: tl.constexpr):
+    """Write float32 x as a sum of two float16 numbers or three of bfloat16, by the type of `parts`, `distance` apart."""
+    dtype = parts.dtype.element_ty
+    high = x.to(dtype)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(dtype)
+    tl.store(parts, high, mask=mask)
+    tl.store(parts + distance, middle, mask=mask)
+    if dtype == tl.bfloat16:
+        tl.store(parts + 2 * distance, (rest - middle.to(tl.float32)).to(dtype), mask=mask)
+
+
+@jit
+def _split(source, scale, parts, size, H: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the parts of `size` scaled elements: of each row of H, the COUNT parts one after the other."""
+    for start in range(0, size, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        inside = offset < size
+        x = tl.load(source + offset, mask=inside, other=0.0) * scale
+        _store_parts(parts + (offset // H) * ((COUNT - 1) * H) + offset, x, inside, H)
+
+
+@jit
+def _gate_product_of_parts(
+    hidden,  # [B, 2, H] float16, from the program's first row on
+    weight_hh,  # [4H, 2, H] float16
+    rows,
+    first,
+    width,
+    H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`_gate_product` of scaled float32 factors in parts; the product of both low parts would be below rounding."""
+    part = tl.arange(0, 4 * BLOCK_N)
+    column = first + part // 4
+    local = tl.arange(0, BLOCK_B)
+    product = tl.zeros([BLOCK_B, 4 * BLOCK_N], tl.float32)
+    for k in range(0, width, BLOCK_K):
+        depth = k + tl.arange(0, BLOCK_K)
+        known = rows[:, None] & (depth < H)[None, :]
+        state = hidden + local[:, None] * (2 * H) + depth[None, :]
+        state_high = tl.load(state, mask=known, other=0.0)
+        state_low = tl.load(state + H, mask=known, other=0.0)
+        used = (depth < H)[:, None] & (column < H)[None, :]
+        weight = weight_hh + ((part % 4) * H + column)[None, :] * (2 * H) + depth[:, None]
+        weight_high = tl.load(weight, mask=used, other=0.0)
+        weight_low = tl.load(weight + H, mask=used, other=0.0)
+        product = tl.dot(state_low, weight_high, product)
+        product = tl.dot(state_high, weight_low, product)
+        product = tl.dot(state_high, weight_high, product)
+    return product
+
+
 @jit(varying=("T", "B", "width"))
 def _lstm_layer_fwd_kernel(
     projected,  # [T, B, 4H]
@@ -151,12 +222,14 @@ def _lstm_layer_fwd_kernel(
     output,  # [T, B, H]
     cells,  # [T, B, H]
     gates,  # [T, B, 4H]; unused without KEEP_GATES
+    parts,  # float16, to work in: of weight_hh [4H, 2, H], of two steps' state [2, B, 2, H]; unused without IN_PARTS
     T,
     B,
     width,  # H once more, as the bound of loops: unrolled, they would spill registers
     H: tl.constexpr,
     HAS_RESETS: tl.constexpr,
     KEEP_GATES: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -167,8 +240,18 @@ def _lstm_layer_fwd_kernel(
     live = local < B - top
     # The program's first row of the step, counted through all steps.
     row = top
-    for _ in range(T):
-        kept = _kept_rows(resets + row, live, HAS_RESETS, BLOCK_B)
+    before = parts + 8 * H * H + top * (2 * H)
+    after = before + tl.cast(B, tl.int64) * (2 * H)
+    if IN_PARTS:
+        # All programs write the same parts of weight_hh, so that none waits for another.
+        _split(weight_hh, WEIGHT_SCALE, parts, 4 * width * width, H, 2, 4096)
+        _split(h + top * H, STATE_SCALE, before, tl.minimum(B - top, BLOCK_B).to(tl.int32) * width, H, 2, 1024)
+        tl.debug_barrier()
+    kept = _kept_rows(resets + row, live, HAS_RESETS, BLOCK_B)
+    for t in range(T):
+        # A step ahead: Triton lays out a product's factors by the narrowest load that their masks depend on within an
+        # iteration, and for one of bytes it would leave out ldmatrix. No row follows the last step.
+        following = _kept_rows(resets + row + B, live & (t + local < T - 1 + local), HAS_RESETS, BLOCK_B)
         last_h = tl.where(row == top, h + top * H, output + (row - B) * H)
         last_c = tl.where(row == top, c + top * H, cells + (row - B) * H)
         for first in range(0, H, BLOCK_N):
@@ -179,7 +262,11 @@ def _lstm_layer_fwd_kernel(
             # These loads are under way together during the product.
             cell = tl.load(last_c + state, mask=inside & kept[:, None], other=0.0).to(tl.float32)
             gate_i, gate_f, gate_g, gate_o = _load_gates(projected + row * (4 * H) + place, inside, H)
-            product = _gate_product(last_h, weight_hh, kept, first, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
+            if IN_PARTS:
+                product = _gate_product_of_parts(before, parts, kept, first, width, H, BLOCK_B, BLOCK_N, BLOCK_K)
+                product *= 1.0 / (STATE_SCALE * WEIGHT_SCALE)
+            else:
+                product = _gate_product(last_h, weight_hh, kept, first, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
             even, odd = product.reshape(BLOCK_B, BLOCK_N, 2, 2).split()
             product_i, product_g = even.split()
             product_f, product_o = odd.split()
@@ -194,7 +281,11 @@ def _lstm_layer_fwd_kernel(
                 _store_gates(gates + row * (4 * H) + place, gate_i, gate_f, gate_g, gate_o, inside, H)
             tl.store(cells + row * H + state, cell.to(cells.dtype.element_ty), mask=inside)
             tl.store(output + row * H + state, hidden.to(output.dtype.element_ty), mask=inside)
+            if IN_PARTS:
+                _store_parts(after + local[:, None] * (2 * H) + column[None, :], hidden * STATE_SCALE, inside, H)
         row += B
+        before, after = after, before
+        kept = following
         # Every warp of the next step reads the stores of all warps of this one.
         tl.debug_barrier()
 
@@ -226,6 +317,41 @@ def _state_gradient(
     return grad
 
 
+@jit
+def _state_gradient_of_parts(
+    grad_gates,  # [BLOCK_B, 3, 4H] bfloat16, of the step after
+    weight_hh,  # [4H, 3, H] bfloat16
+    rows,
+    column,
+    width,
+    H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`_state_gradient` of float32 factors in three parts each; the products left out would be below rounding."""
+    grad = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+    for k in range(0, 4 * width, BLOCK_K):
+        depth = k + tl.arange(0, BLOCK_K)
+        known = rows[:, None] & (depth < 4 * H)[None, :]
+        upstream = grad_gates + tl.arange(0, BLOCK_B)[:, None] * (12 * H) + depth[None, :]
+        grad_high = tl.load(upstream, mask=known, other=0.0)
+        grad_middle = tl.load(upstream + 4 * H, mask=known, other=0.0)
+        grad_low = tl.load(upstream + 8 * H, mask=known, other=0.0)
+        used = (depth < 4 * H)[:, None] & (column < H)[None, :]
+        weight = weight_hh + depth[:, None] * (3 * H) + column[None, :]
+        weight_high = tl.load(weight, mask=used, other=0.0)
+        weight_middle = tl.load(weight + H, mask=used, other=0.0)
+        weight_low = tl.load(weight + 2 * H, mask=used, other=0.0)
+        grad = tl.dot(grad_low, weight_high, grad)
+        grad = tl.dot(grad_middle, weight_middle, grad)
+        grad = tl.dot(grad_high, weight_low, grad)
+        grad = tl.dot(grad_middle, weight_high, grad)
+        grad = tl.dot(grad_high, weight_middle, grad)
+        grad = tl.dot(grad_high, weight_high, grad)
+    return grad
+
+
 @jit(varying=("T", "B", "width"))
 def _lstm_layer_bwd_kernel(
     weight_hh,  # [4H, H]
@@ -239,6 +365,7 @@ def _lstm_layer_bwd_kernel(
     grad_projected,  # [T, B, 4H]
     grad_h,  # [B, H]
     grad_c,  # [B, H] float32; between steps, the gradient of the cell before the step
+    parts,  # bfloat16, to work in: of weight_hh [4H, 3, H], of two steps' gates [2, B, 3, 4H]; unused without IN_PARTS
     T,
     B,
     width,  # H once more, as the bound of loops: unrolled, they would spill registers
@@ -247,6 +374,7 @@ def _lstm_layer_bwd_kernel(
     HAS_OUTPUT: tl.constexpr,
     HAS_LAST_H: tl.constexpr,
     HAS_LAST_C: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -258,6 +386,12 @@ def _lstm_layer_bwd_kernel(
     # The program's first row of the step, counted through all steps.
     bottom = top + (tl.cast(T, tl.int64) - 1) * B
     row = bottom
+    here = parts + 12 * H * H + top * (12 * H)
+    there = here + tl.cast(B, tl.int64) * (12 * H)
+    if IN_PARTS:
+        # All programs write the same parts of weight_hh, so that none waits for another.
+        _split(weight_hh, 1.0, parts, 4 * width * width, H, 3, 4096)
+        tl.debug_barrier()
     # Rows whose state the next step continued from; none after the last step.
     followed = local < 0
     for _ in range(T):
@@ -281,9 +415,12 @@ def _lstm_layer_bwd_kernel(
             cell = tl.load(cells + row * H + state, mask=inside, other=0.0).to(tl.float32)
             carried = inside & kept[:, None]
             previous = tl.load(last_c + state, mask=carried, other=0.0).to(tl.float32)
-            through = _state_gradient(
-                after, weight_hh, followed, column, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
-            )
+            if IN_PARTS:
+                through = _state_gradient_of_parts(there, parts, followed, column, width, H, BLOCK_B, BLOCK_N, BLOCK_K)
+            else:
+                through = _state_gradient(
+                    after, weight_hh, followed, column, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
+                )
             d_c = tl.load(grad_c + top * H + state, mask=inside & (is_last == 0), other=0.0)
             if HAS_LAST_C:
                 d_c += tl.load(grad_last_c + top * H + state, mask=inside & is_last, other=0.0).to(tl.float32)
@@ -293,25 +430,31 @@ def _lstm_layer_bwd_kernel(
             d_h += through
             squashed = _tanh(cell)
             d_c += d_h * gate_o * (1.0 - squashed * squashed)
-            _store_gates(
-                grad_projected + row * (4 * H) + place,
-                d_c * gate_g * gate_i * (1.0 - gate_i),
-                d_c * previous * gate_f * (1.0 - gate_f),
-                d_c * gate_i * (1.0 - gate_g * gate_g),
-                d_h * squashed * gate_o * (1.0 - gate_o),
-                inside,
-                H,
-            )
+            grad_i = d_c * gate_g * gate_i * (1.0 - gate_i)
+            grad_f = d_c * previous * gate_f * (1.0 - gate_f)
+            grad_g = d_c * gate_i * (1.0 - gate_g * gate_g)
+            grad_o = d_h * squashed * gate_o * (1.0 - gate_o)
+            _store_gates(grad_projected + row * (4 * H) + place, grad_i, grad_f, grad_g, grad_o, inside, H)
+            if IN_PARTS:
+                split = here + local[:, None] * (12 * H) + column[None, :]
+                _store_parts(split, grad_i, inside, 4 * H)
+                _store_parts(split + H, grad_f, inside, 4 * H)
+                _store_parts(split + 2 * H, grad_g, inside, 4 * H)
+                _store_parts(split + 3 * H, grad_o, inside, 4 * H)
             tl.store(grad_c + top * H + state, tl.where(carried, d_c * gate_f, 0.0), mask=inside)
         followed = kept
         row -= B
+        here, there = there, here
         # Every warp of the next step reads the stores of all warps of this one.
         tl.debug_barrier()
     after = grad_projected + top * (4 * H)
     for first in range(0, width, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         inside = live[:, None] & (column < H)[None, :]
-        d_h = _state_gradient(after, weight_hh, followed, column, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
+        if IN_PARTS:
+            d_h = _state_gradient_of_parts(there, parts, followed, column, width, H, BLOCK_B, BLOCK_N, BLOCK_K)
+        else:
+            d_h = _state_gradient(after, weight_hh, followed, column, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
         state = local[:, None] * H + column[None, :]
         tl.store(grad_h + top * H + state, d_h.to(grad_h.dtype.element_ty), mask=inside)
 
@@ -321,13 +464,33 @@ def _fits_kernel(weight_hh: Tensor) -> bool:
     return weight_hh.dtype != torch.float64 and weight_hh.shape[1] <= MAX_HIDDEN
 
 
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 1
+
+
+def _has_many_rows(rows: int, device: int) -> bool:
+    """Whether blocks of `BLOCK_B` rows would be more than multiprocessors."""
+    return rows > BLOCK_B * _multiprocessors(device)
+
+
+def _in_parts(dtype: torch.dtype, steps: int, many_rows: bool = False, platform: str = PLATFORM) -> bool:
+    """Whether products are of 16-bit parts."""
+    return platform == "cuda" and dtype == torch.float32 and (steps >= PARTS_STEPS or many_rows)
+
+
 def _layout(
-    shapes: Mapping[str, Mapping[int, tuple[int, int, int]]], dtype: torch.dtype, platform: str = PLATFORM
+    shapes: Mapping[str, Mapping[Any, tuple[int, int, int]]],
+    dtype: torch.dtype,
+    in_parts: bool,
+    block_b: int = BLOCK_B,
+    platform: str = PLATFORM,
 ) -> dict[str, Any]:
     """Blocks, precision, warps and stages of a launch."""
-    block_k, warps, stages = shapes[platform][dtype.itemsize]
-    blocks = {"BLOCK_B": BLOCK_B, "BLOCK_N": BLOCK_N, "BLOCK_K": block_k}
-    return {"PRECISION": PRECISIONS[platform], **blocks, "num_warps": warps, "num_stages": stages}
+    block_k, warps, stages = shapes[platform]["parts" if in_parts else dtype.itemsize]
+    blocks = {"BLOCK_B": block_b, "BLOCK_N": BLOCK_N, "BLOCK_K": block_k}
+    options = {"num_warps": warps * block_b // BLOCK_B, "num_stages": stages}
+    return {"IN_PARTS": in_parts, "PRECISION": PRECISIONS[platform], **blocks, **options}
 
 
 def _lstm_layer_forward_cuda(
@@ -340,9 +503,13 @@ def _lstm_layer_forward_cuda(
     output, cells = projected.new_empty(steps, rows, size), projected.new_empty(steps, rows, size)
     gates = projected.new_empty(projected.shape if keep_gates else 0)
     if rows > 0:
+        many_rows = _has_many_rows(rows, projected.get_device())
+        in_parts = _in_parts(projected.dtype, steps, many_rows)
+        parts_size = 8 * size * size + 4 * rows * size if in_parts else 0
+        block_b = MANY_ROWS_BLOCK_B if many_rows else BLOCK_B
         launch(
             _lstm_layer_fwd_kernel,
-            cdiv(rows, BLOCK_B),
+            cdiv(rows, block_b),
             (
                 projected,
                 weight_hh.contiguous(),
@@ -352,12 +519,13 @@ def _lstm_layer_forward_cuda(
                 output,
                 cells,
                 gates,
+                projected.new_empty(parts_size, dtype=torch.float16),
             ),
             (steps, rows, size),
             H=size,
             HAS_RESETS=resets is not None,
             KEEP_GATES=keep_gates,
-            **_layout(FORWARD_SHAPES, projected.dtype),
+            **_layout(FORWARD_SHAPES, projected.dtype, in_parts, block_b),
         )
     return output, cells, gates
 
@@ -379,9 +547,14 @@ def _lstm_layer_backward_cuda(
     grad_projected, grad_h = torch.empty_like(gates), c.new_empty(rows, size)
     grad_c = c.new_empty(rows, size, dtype=torch.float32)
     if rows > 0:
+        many_rows = c.dtype != torch.float32 and _has_many_rows(rows, c.get_device())
+        block_b = MANY_ROWS_BLOCK_B if many_rows else BLOCK_B
+        # Triton's interpreter multiplies the bits of bfloat16 numbers as integers.
+        in_parts = _in_parts(gates.dtype, steps) and not INTERPRETED
+        parts_size = 12 * size * size + 24 * rows * size if in_parts else 0
         launch(
             _lstm_layer_bwd_kernel,
-            cdiv(rows, BLOCK_B),
+            cdiv(rows, block_b),
             (
                 weight_hh.contiguous(),
                 c.contiguous(),
@@ -394,6 +567,7 @@ def _lstm_layer_backward_cuda(
                 grad_projected,
                 grad_h,
                 grad_c,
+                c.new_empty(parts_size, dtype=torch.bfloat16),
             ),
             (steps, rows, size),
             H=size,
@@ -401,7 +575,7 @@ def _lstm_layer_backward_cuda(
             HAS_OUTPUT=grad_output is not None,
             HAS_LAST_H=grad_last_h is not None,
             HAS_LAST_C=grad_last_c is not None,
-            **_layout(BACKWARD_SHAPES, gates.dtype),
+            **_layout(BACKWARD_SHAPES, gates.dtype, in_parts, block_b),
         )
     return grad_projected, grad_h, grad_c.to(c.dtype)
 
@@ -636,7 +810,8 @@ def lstm_layer(
     Returns:
         (output [T, B, H], last_h [B, H], last_c [B, H]): the hidden state after each step, and the state after the last
         one. Dtype as `projected`, under autocast too. Differentiable once with respect to the four floating-point
-        tensors, and under torch.func any number of times.
+        tensors, and under torch.func any number of times. On NVIDIA GPUs, float32 weights beyond 4095 and an `h` beyond
+        1023 give NaN.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device.

@@ -1,5 +1,8 @@
 """Every Triton kernel against float64 references in plain PyTorch, torch.distributions and literal tables."""
 
+import importlib
+
+import numpy
 import pytest
 import torch
 from tensordict import TensorDict
@@ -438,9 +441,10 @@ def lstm_inputs(steps, rows, size, device, dtype=torch.float32):
     return inputs, resets
 
 
-# One block and several, whole and in part, of rows (16), hidden columns (64) and depth (32, 64 or 128).
+# One block and several, whole and in part, of rows (16, or 32 of many), hidden columns (64) and depth (32, 64 or 128);
+# float32 products as they are and, from 4 steps or 17 rows on, of parts.
 @pytest.mark.parametrize(
-    ("steps", "rows", "size"), [(1, 1, 1), (5, 3, 7), (3, 16, 64), (3, 20, 70), (2, 33, 40), (2, 2, 130)]
+    ("steps", "rows", "size"), [(1, 1, 1), (5, 3, 7), (3, 16, 64), (3, 20, 70), (2, 33, 40), (2, 2, 130), (4, 34, 130)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("with_resets", [True, False])
@@ -474,6 +478,68 @@ def test_lstm_layer_reset_hides_the_state_before_it_even_nan(device):
 def test_lstm_layer_saturated_gates(device):
     (projected, weight_hh, h, c), resets = lstm_inputs(3, 4, 7, device)
     check_lstm_layer([300 * projected, weight_hh, h, c], resets)
+
+
+def test_lstm_layer_in_parts_is_as_exact_as_float32(device):
+    torch.manual_seed(0)
+    inputs, resets = lstm_inputs(64, 16, 128, device)
+    inputs[1] = (2 * torch.rand(512, 128, device=device) - 1) / 128**0.5
+    output = ops.lstm_layer(*inputs, resets)[0]
+    assert (output - lstm_reference(*(tensor.double() for tensor in inputs), resets)[0]).abs().max() < 3e-7
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch):
+    """Products of bfloat16 numbers in Triton's interpreter, which has none, and the kernels that need them there."""
+    if not _triton.INTERPRETED:
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    builder, multiply = interpreter.InterpreterBuilder, interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle):
+        bits = handle.data.astype(numpy.uint32) << 16
+        is_bfloat16 = handle.dtype.scalar == tl.bfloat16
+        return interpreter.TensorHandle(bits.view(numpy.float32), tl.float32) if is_bfloat16 else handle
+
+    monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest))
+    monkeypatch.setattr(_lstm_layer, "INTERPRETED", False)
+
+
+@pytest.mark.parametrize(("steps", "rows", "size"), [(4, 1, 1), (5, 3, 7), (4, 20, 70), (4, 16, 130)])
+@pytest.mark.parametrize("with_resets", [True, False])
+def test_lstm_layer_with_gradients_in_parts(device, steps, rows, size, with_resets, bfloat16_products):
+    inputs, resets = lstm_inputs(steps, rows, size, device)
+    check_lstm_layer(inputs, resets if with_resets else None)
+
+
+# As large and as small as float32's exponents allow; float16's do not reach that far.
+@pytest.mark.parametrize("scale", [1e-20, 1, 1e20])
+def test_lstm_layer_with_gradients_in_parts_is_as_exact_as_float32(device, scale, bfloat16_products):
+    torch.manual_seed(0)
+    inputs, resets = lstm_inputs(16, 16, 128, device)
+    inputs[1] = (2 * torch.rand(512, 128, device=device) - 1) / 128**0.5
+    upstream = scale * torch.randn(16, 16, 128, device=device)
+
+    def gradients(function, dtype):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        return torch.autograd.grad(function(*leaves, resets)[0], leaves, upstream.to(dtype))
+
+    for got, want in zip(
+        gradients(ops.lstm_layer, torch.float32), gradients(lstm_reference, torch.float64), strict=True
+    ):
+        assert (got - want).abs().max() < 1e-6 * want.abs().max()
+
+
+# Low parts of small numbers would be below float16's smallest, and high parts of large ones beyond its largest.
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+@pytest.mark.parametrize(("weight_scale", "state_scale"), [(1e-4, 1), (1, 1e-5), (4000, 1e-4), (1e-4, 1000)])
+def test_lstm_layer_in_parts_of_small_and_large_numbers(device, weight_scale, state_scale):
+    projected, *state = lstm_inputs(4, 3, 40, device)[0]
+    weight_hh, h, c = weight_scale * state[0].sign(), state_scale * state[1].sign(), state[2]
+    output = ops.lstm_layer(projected, weight_hh, h, c)[0]
+    expected = lstm_reference(*(tensor.double() for tensor in (projected, weight_hh, h, c)), None)[0]
+    # Later steps multiply large weights with states near 1, whose sums cancel in float32 too.
+    close(output[0], expected[0], torch.float32)
 
 
 @pytest.mark.parametrize(("dtype", "max_hidden"), [(torch.float64, 100), (torch.float32, 6)])
