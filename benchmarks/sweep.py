@@ -91,7 +91,9 @@ EXPERIMENTS = {
         [partial(bench_tokens_to_grid.make_case, "tokens_to_grid")],
         TOKENS,
     ),
-    "lstm": Experiment([_lstm_layer], {"BLOCK_B": (16, 32), "BLOCK_N": (32, 64, 128)}, LSTMS, SEGMENTS),
+    "lstm": Experiment(
+        [_lstm_layer], {"MANY_ROWS_BLOCK_B": (16, 32), "PARTS_STEPS": (4, 1000), "BLOCK_N": (64, 128)}, LSTMS, SEGMENTS
+    ),
 }
 
 

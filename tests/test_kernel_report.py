@@ -14,8 +14,6 @@ from benchmarks import kernel_report
 CASES = {case.name: case for case in kernel_report.cases()}
 # Registers a kernel may use at most: 65536 in an SM over these leave at least 4 blocks of 128 threads resident.
 MAX_REGISTERS = 128
-# Triton 3.8 loads the hidden state of the LSTM's float32 forward into registers, not asynchronously.
-TRITON_3_8 = _triton.triton.__version__.startswith("3.8.")
 # Name, most machine instructions a row (or element) on sm_90, least width of the widest load and store in bits.
 LIMITS = [
     ("clip_weights fp32", 1.5, 128, 128),
@@ -32,10 +30,11 @@ LIMITS = [
     ("l2_init_loss backward fp32", 1.0, 128, 128),
     ("l2_init_loss backward bf16", 1.0, 128, 128),
     ("tokens_to_grid fp32", 2500.0, 8, 32),
-    ("lstm_layer forward H=128 fp32", 480.0, 128, 128),
-    ("lstm_layer forward, many rows, H=128 fp32", 420.0, 128, 128),
-    ("lstm_layer step H=128 fp32", 640.0 if TRITON_3_8 else 560.0, 128, 128),
-    ("lstm_layer backward H=128 fp32", 580.0, 128, 128),
+    ("lstm_layer forward H=128 fp32", 440.0, 128, 128),
+    ("lstm_layer forward, many rows, H=128 fp32", 400.0, 128, 128),
+    ("lstm_layer step H=128 fp32", 520.0, 128, 128),
+    ("lstm_layer backward H=128 fp32", 640.0, 128, 128),
+    ("lstm_layer backward, few steps, H=128 fp32", 580.0, 128, 128),
 ]
 ELSEWHERE = [
     "clip_weights fp32",
@@ -50,7 +49,7 @@ FEW_ACTIONS = {9: (64, 56, 15), 21: (96, 120, 30), 32: (MAX_REGISTERS, 128, 32)}
 
 
 # A batch has fewer row blocks than a large GPU has multiprocessors: one program may fill one.
-LSTM_REGISTERS = {"sm_80": 224, "sm_90": 224, "sm_100": 224, "gfx942": 256}
+LSTM_REGISTERS = {"sm_80": 232, "sm_90": 232, "sm_100": 232, "gfx942": 256}
 # Bytes that the smallest GPU of the kind gives one program: 99 KB (sm_86, sm_89, sm_120), 64 KB on AMD.
 SHARED_BYTES = {"sm_80": 101376, "sm_90": 101376, "sm_100": 101376, "gfx942": 65536}
 
@@ -112,9 +111,9 @@ def test_lstm_layer_neither_spills_nor_waits_for_each_load(name, target):
     assert figures.shared_bytes <= SHARED_BYTES[target]
     if target != "gfx942":
         # All loads of a step are under way together; in the backward pass all but those of the cell's gradient.
-        assert figures.load_runs <= (2 if "backward" in name or TRITON_3_8 else 1)
-        # Two for each block of a product and one for each step; the rest change a layout.
-        assert figures.barriers <= 11
+        assert figures.load_runs <= (2 if "backward" in name else 1)
+        # Two for each block of a product and one for each step; the rest change a layout. Triton 3.8 needs 13 on sm_80.
+        assert figures.barriers <= 13
 
 
 def test_barriers_and_loads_are_those_of_the_longest_loop():

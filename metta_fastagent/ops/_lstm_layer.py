@@ -78,8 +78,8 @@ BACKWARD_SHAPES = {
 PRECISIONS = {"cuda": "tf32x3", "hip": "ieee"}
 PLATFORM = "cuda" if torch.version.hip is None else "hip"
 # From this many steps on, the weights are split once, for products as exact of 16-bit parts: three of two float16 parts
-# forward; six of three bfloat16 parts backward, as gradients exceed float16's range. Splitting takes about as long as two
-# steps save.
+# forward; six of three bfloat16 parts backward, as gradients exceed float16's range. Splitting takes about as long as
+# two steps save.
 PARTS_STEPS = 4
 # Powers of two before the split: weights up to 4095, and states up to 1023, are then exact to 2^-22 of themselves or to
 # 2^-29 and 2^-31; larger ones give NaN. Triton reads globals of this type only.
@@ -158,7 +158,7 @@ def _gate_product(
 
 @jit
 def _store_parts(parts, x, mask, distance: tl.constexpr):
-    """Write float32 x as a sum of two float16 numbers or three of bfloat16, by the type of `parts`, `distance` apart."""
+    """Write float32 x as two float16 parts or three of bfloat16, by the type of `parts`, `distance` apart."""
     dtype = parts.dtype.element_ty
     high = x.to(dtype)
     rest = x - high.to(tl.float32)

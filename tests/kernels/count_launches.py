@@ -69,7 +69,9 @@ def calls() -> dict[str, Callable[[int], Any]]:
     import torch
 
     from metta_fastagent import ops
+    from metta_fastagent.ops import _lstm_layer
 
+    _lstm_layer.INTERPRETED = False
     table, pairs = torch.tensor([0, 0, 7]), torch.zeros(9, 2, dtype=torch.int32)
     weight = torch.zeros(4 * 32, 32)
     params = [torch.nn.Parameter(torch.zeros(size)) for size in (1, 7, 4096, 5000)]
