@@ -108,14 +108,16 @@ def read_rows(memory: Tensor, where: MemoryRows, rows: int) -> Tensor:
     return part.clone(memory_format=torch.contiguous_format) if torch.is_grad_enabled() else part.contiguous()
 
 
-def write_rows(memory: Tensor, where: MemoryRows, state: Tensor) -> None:
-    """Copy `state` into the memory in place; rows out of range change nothing."""
-    state = state.detach()
+def write_rows(memories: list[Tensor], where: MemoryRows, states: list[Tensor]) -> None:
+    """Copy each state into its memory in place; rows out of range change nothing."""
+    states = [state.detach() for state in states]
     if not isinstance(where, DeviceRows):
-        memory.narrow(1, where, state.shape[1]).copy_(state)
+        rows = [memory.narrow(1, where, states[0].shape[1]) for memory in memories]
+        torch._foreach_copy_(rows, states)  # pyright: ignore[reportPrivateImportUsage]
         return
-    kept = torch.where(where.valid, state.to(memory.dtype), memory.index_select(1, where.index))
-    memory.index_copy_(1, where.index, kept)
+    for memory, state in zip(memories, states, strict=True):
+        kept = torch.where(where.valid, state.to(memory.dtype), memory.index_select(1, where.index))
+        memory.index_copy_(1, where.index, kept)
 
 
 def nan_if_out_of_range(state: Tensor, where: MemoryRows | None) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from metta_fastagent import ops
 from metta_fastagent._diagnostics import profiled
+from metta_fastagent._dispatch import uses_triton
 from metta_fastagent._mode import is_training
 from metta_fastagent._rollout_memory import (
     DeviceRows,
@@ -27,7 +28,9 @@ from metta_fastagent._rollout_memory import (
     whole_number,
     write_rows,
 )
-from metta_fastagent.ops._checks import contiguous, describe, is_whole, under_autocast
+from metta_fastagent.ops._autograd import in_plain_pytorch
+from metta_fastagent.ops._checks import describe, is_whole, under_autocast
+from metta_fastagent.ops._lstm_layer import lstm_step_into
 
 logger = logging.getLogger(__name__)
 
@@ -244,18 +247,23 @@ class LSTMWrapper(nn.Module):
             state = self._zero_state(B, hidden.device)
             return hidden.new_zeros(0, self.hidden_size), state, state, None
         sequence = hidden.view(B, TT, hidden.shape[-1]).transpose(0, 1)
-        h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device, training)
-        _require_sequence_first(self.lstm)
-        # `_manage_lstm_state` has applied the first step's resets. A step on CUDA still takes the segments' path:
-        # cuDNN rounds nn.LSTM's products to TF32 by default, and a segment has to reproduce its rollout.
-        resets = _resets(td, B, TT, hidden.device) if TT > 1 else None
-        as_segment = TT == 1 and sequence.is_cuda and bool(_flag_keys(td))
-        if (resets is not None or as_segment) and self._is_plain_lstm(warn=resets is not None):
-            output, (h, c) = _lstm_with_resets(self.lstm, sequence, h, c, resets)
-        elif resets is not None:
-            output, (h, c) = _step_by_step(self.lstm, sequence, h, c, resets)
+        if type(self)._manage_lstm_state is LSTMWrapper._manage_lstm_state:
+            h, c, env_id = self._stored_state(td, B, TT, hidden.device, training)
+            sequence = nan_if_out_of_range(sequence, env_id)
         else:
+            h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device, training)
+        _require_sequence_first(self.lstm)
+        resets = _resets(td, B, TT, hidden.device)
+        # A step on CUDA takes the segments' path: cuDNN rounds nn.LSTM's products to TF32 by default, and a segment has
+        # to reproduce its rollout.
+        as_segment = TT > 1 or sequence.is_cuda or uses_triton(sequence.device)
+        if resets is None:
             output, (h, c) = self.lstm(sequence, (h, c))
+        elif as_segment and self._is_plain_lstm(warn=TT > 1):
+            # The memory of `num_envs` is a copy; any other one keeps the state itself, which the output must not share.
+            output, (h, c) = _lstm_with_resets(self.lstm, sequence, h, c, resets, self.num_envs is not None)
+        else:
+            output, (h, c) = _step_by_step(self.lstm, sequence, h, c, resets)
         return output.transpose(0, 1).reshape(B * TT, -1), h, c, env_id
 
     def _is_plain_lstm(self, warn: bool) -> bool:
@@ -275,6 +283,17 @@ class LSTMWrapper(nn.Module):
             (h, c, env_id): tensors [num_layers, B, hidden_size], and the id for `_store_lstm_state`: None in training,
             which leaves the rollout memory as it is.
         """
+        h, c, env_id = self._stored_state(td, B, TT, device, training)
+        resets = _resets(td, B, TT, device)
+        if resets is not None:
+            first = resets[0].view(1, B, 1)
+            h, c = h.masked_fill(first, 0), c.masked_fill(first, 0)
+        return nan_if_out_of_range(h, env_id), nan_if_out_of_range(c, env_id), env_id
+
+    def _stored_state(
+        self, td: TensorDictBase, B: int, TT: int, device: torch.device, training: bool | None = None
+    ) -> tuple[Tensor, Tensor, MemoryId]:
+        """`_manage_lstm_state` before resets."""
         self._fit_memory()
         env_id = None if self._is_segment(td, TT, training) else self._memory_id(td, B)
         if env_id is None:
@@ -290,11 +309,7 @@ class LSTMWrapper(nn.Module):
                 )
         else:
             h, c = self._zero_state(B, device), self._zero_state(B, device)
-        resets = _resets(td, B, TT, device)
-        if resets is not None:
-            first = resets[0].view(1, B, 1)
-            h, c = h.masked_fill(first, 0), c.masked_fill(first, 0)
-        return nan_if_out_of_range(h, env_id), nan_if_out_of_range(c, env_id), env_id
+        return h, c, env_id
 
     def _memory_id(self, td: TensorDictBase, B: int) -> int | DeviceRows:
         env_id = _environment_id(td)
@@ -307,8 +322,7 @@ class LSTMWrapper(nn.Module):
         if env_id is None:
             return
         if isinstance(env_id, DeviceRows) or self.num_envs is not None:
-            write_rows(self.lstm_h[0], env_id, lstm_h)
-            write_rows(self.lstm_c[0], env_id, lstm_c)
+            write_rows([self.lstm_h[0], self.lstm_c[0]], env_id, [lstm_h, lstm_c])
             return
         # New tensors: a caller may have kept the previous ones.
         dtype = self._weight().dtype
@@ -499,6 +513,8 @@ def _step_by_step(
     lstm: nn.Module, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """As `_lstm_with_resets`, by one call of the module for each step."""
+    if len(sequence) == 1:
+        return lstm(sequence, (h.masked_fill(resets.view(-1, 1), 0), c.masked_fill(resets.view(-1, 1), 0)))
     outputs = []
     for step, reset in zip(sequence.split(1), resets.unsqueeze(-1), strict=True):
         output, (h, c) = lstm(step, (h.masked_fill(reset, 0), c.masked_fill(reset, 0)))
@@ -507,23 +523,34 @@ def _step_by_step(
 
 
 def _lstm_with_resets(
-    lstm: Any, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor | None
+    lstm: Any, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor, may_share: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """`lstm(sequence, (h, c))` with the state of row b zeroed before step t where resets[t, b]; None resets nothing.
+    """`lstm(sequence, (h, c))` with the state of row b zeroed before step t where resets[t, b].
 
-    One matrix product projects a layer's whole input; `lstm_layer` computes the recurrence.
+    One matrix product projects a layer's whole input; `lstm_layer` computes the recurrence. With `may_share`, the
+    output of a single step may be a view of the new h.
     """
     dtype = _autocast_dtype(sequence)
     sequence, h, c = sequence.to(dtype), h.to(dtype), c.to(dtype)
     # The flags are a transposed view; one copy serves all layers.
-    resets = contiguous(resets)
+    resets = resets.contiguous()
+    new_state = None
+    if may_share and len(sequence) == 1 and not torch.is_grad_enabled() and not in_plain_pytorch():
+        new_state = sequence.new_empty(2, *h.shape)
     last_h, last_c = [], []
     for layer, (weight_ih, weight_hh, *biases) in enumerate(lstm.all_weights):
         if layer > 0:
             sequence = nn.functional.dropout(sequence, lstm.dropout, lstm.training)
         bias = biases[0].to(dtype) + biases[1].to(dtype) if biases else None
         projected = nn.functional.linear(sequence, weight_ih.to(dtype), bias)
-        sequence, hidden, cell = ops.lstm_layer(projected, weight_hh.to(dtype), h[layer], c[layer], resets)
+        inputs = projected, weight_hh.to(dtype), h[layer], c[layer], resets
+        if new_state is not None:
+            sequence = lstm_step_into(*inputs, *new_state[:, layer])
+            continue
+        sequence, hidden, cell = ops.lstm_layer(*inputs)
         last_h.append(hidden)
         last_c.append(cell)
-    return sequence, (torch.stack(last_h), torch.stack(last_c))
+    return sequence, (new_state[0], new_state[1]) if new_state is not None else (
+        torch.stack(last_h),
+        torch.stack(last_c),
+    )

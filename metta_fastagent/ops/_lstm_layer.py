@@ -502,32 +502,56 @@ def _lstm_layer_forward_cuda(
     steps, (rows, size) = projected.shape[0], h.shape
     output, cells = projected.new_empty(steps, rows, size), projected.new_empty(steps, rows, size)
     gates = projected.new_empty(projected.shape if keep_gates else 0)
-    if rows > 0:
-        many_rows = _has_many_rows(rows, projected.get_device())
-        in_parts = _in_parts(projected.dtype, steps, many_rows)
-        parts_size = 8 * size * size + 4 * rows * size if in_parts else 0
-        block_b = MANY_ROWS_BLOCK_B if many_rows else BLOCK_B
-        launch(
-            _lstm_layer_fwd_kernel,
-            cdiv(rows, block_b),
-            (
-                projected,
-                weight_hh.contiguous(),
-                h.contiguous(),
-                c.contiguous(),
-                projected if resets is None else resets.contiguous(),
-                output,
-                cells,
-                gates,
-                projected.new_empty(parts_size, dtype=torch.float16),
-            ),
-            (steps, rows, size),
-            H=size,
-            HAS_RESETS=resets is not None,
-            KEEP_GATES=keep_gates,
-            **_layout(FORWARD_SHAPES, projected.dtype, in_parts, block_b),
-        )
+    _launch_forward(projected, weight_hh, h, c, resets, output, cells, gates)
     return output, cells, gates
+
+
+def _lstm_step_cuda_(
+    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None, next_h: Tensor, next_c: Tensor
+) -> None:
+    if not _fits_kernel(weight_hh):
+        lstm_step_eager_(projected, weight_hh, h, c, resets, next_h, next_c)
+        return
+    _launch_forward(projected.contiguous(), weight_hh, h, c, resets, next_h, next_c, projected.new_empty(0))
+
+
+def _launch_forward(
+    projected: Tensor,
+    weight_hh: Tensor,
+    h: Tensor,
+    c: Tensor,
+    resets: Tensor | None,
+    output: Tensor,
+    cells: Tensor,
+    gates: Tensor,
+) -> None:
+    steps, (rows, size) = projected.shape[0], h.shape
+    if rows == 0:
+        return
+    many_rows = _has_many_rows(rows, projected.get_device())
+    in_parts = _in_parts(projected.dtype, steps, many_rows)
+    parts_size = 8 * size * size + 4 * rows * size if in_parts else 0
+    block_b = MANY_ROWS_BLOCK_B if many_rows else BLOCK_B
+    launch(
+        _lstm_layer_fwd_kernel,
+        cdiv(rows, block_b),
+        (
+            projected,
+            weight_hh.contiguous(),
+            h.contiguous(),
+            c.contiguous(),
+            projected if resets is None else resets.contiguous(),
+            output,
+            cells,
+            gates,
+            projected.new_empty(parts_size, dtype=torch.float16),
+        ),
+        (steps, rows, size),
+        H=size,
+        HAS_RESETS=resets is not None,
+        KEEP_GATES=gates.numel() > 0,
+        **_layout(FORWARD_SHAPES, projected.dtype, in_parts, block_b),
+    )
 
 
 def _lstm_layer_backward_cuda(
@@ -615,6 +639,15 @@ def lstm_layer_forward_eager(
             torch.tanh(cells[t], out=output[t]).mul_(gate_o)
             hidden, cell = output[t].to(dtype).to(exact), cells[t].to(dtype).to(exact)
     return output.to(dtype), cells.to(dtype), gates.to(dtype) if keep_gates else projected.new_empty(0)
+
+
+def lstm_step_eager_(
+    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None, next_h: Tensor, next_c: Tensor
+) -> None:
+    """`lstm_layer_forward_eager` of one step, its state written into `next_h` and `next_c`."""
+    output, cells, _ = lstm_layer_forward_eager(projected, weight_hh, h, c, resets, False)
+    next_h.copy_(output[0])
+    next_c.copy_(cells[0])
 
 
 def lstm_layer_backward_eager(
@@ -723,6 +756,13 @@ _lstm_layer_forward = register(
     _lstm_layer_forward_cuda,
     _lstm_layer_forward_native,
 )
+_lstm_step_ = register(
+    "lstm_step_(Tensor projected, Tensor weight_hh, Tensor h, Tensor c, Tensor? resets, Tensor(a!) next_h,"
+    " Tensor(b!) next_c) -> ()",
+    lstm_step_eager_,
+    lambda *args: None,
+    _lstm_step_cuda_,
+)
 _lstm_layer_backward = register(
     "lstm_layer_backward(Tensor weight_hh, Tensor c, Tensor? resets, Tensor cells, Tensor gates, Tensor? grad_output,"
     " Tensor? grad_last_h, Tensor? grad_last_c) -> (Tensor grad_projected, Tensor grad_h, Tensor grad_c)",
@@ -816,6 +856,27 @@ def lstm_layer(
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device.
     """
+    _check(projected, weight_hh, h, c, resets)
+    if in_plain_pytorch():
+        return _formula(projected, weight_hh, h, c, resets)
+    if not records_graph(projected, weight_hh, h, c):
+        return _last_state(*_lstm_layer_forward(projected, weight_hh, h, c, resets, False)[:2])
+    return _LSTMLayer.apply(projected, weight_hh, h, c, resets)
+
+
+def lstm_step_into(
+    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None, next_h: Tensor, next_c: Tensor
+) -> Tensor:
+    """`lstm_layer` of one step without gradients, its state written into `next_h` and `next_c`, contiguous [B, H].
+
+    Returns the output [1, B, H], a view of `next_h`. Neither may share memory with `h` or `c`.
+    """
+    _check(projected, weight_hh, h, c, resets)
+    _lstm_step_(projected, weight_hh, h, c, resets, next_h, next_c)
+    return next_h.unsqueeze(0)
+
+
+def _check(projected: Tensor, weight_hh: object, h: object, c: object, resets: object) -> None:
     steps, rows, size = _checked_sizes(projected)
     for name, value, shape in (
         ("weight_hh", weight_hh, (4 * size, size)),
@@ -825,11 +886,6 @@ def lstm_layer(
         _require(name, value, shape, projected.dtype, projected)
     if resets is not None:
         _require("resets", resets, (steps, rows), torch.bool, projected)
-    if in_plain_pytorch():
-        return _formula(projected, weight_hh, h, c, resets)
-    if not records_graph(projected, weight_hh, h, c):
-        return _last_state(*_lstm_layer_forward(projected, weight_hh, h, c, resets, False)[:2])
-    return _LSTMLayer.apply(projected, weight_hh, h, c, resets)
 
 
 def _checked_sizes(projected: object) -> tuple[int, int, int]:
