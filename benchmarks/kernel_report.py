@@ -2,15 +2,18 @@
 
     python -m benchmarks.kernel_report [--json FILE] [--targets sm_80,sm_90]
 
-Prints registers, spills, barriers, the widest loads and stores, and machine instructions for each kernel and target;
-for kernels that store values of all actions, also the 32-byte sectors that their stores of 32 rows touch.
+Prints registers, spills, barriers, the widest loads and stores, machine instructions and seconds to compile for each
+kernel and target; for kernels that store values of all actions, also the 32-byte sectors that their stores of 32 rows
+touch.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -79,6 +82,8 @@ class Figures(NamedTuple):
     instructions_per_row: float
     # Of 32 rows [A]; 0 for kernels that store none.
     store_sectors: int
+    # Next to none if Triton had the code in its cache.
+    compile_seconds: float
 
 
 def cases() -> Iterator[Case]:
@@ -288,7 +293,9 @@ def figures(case: Case, target_name: str) -> Figures:
     """Compile one case for one target and read its machine code."""
     target = TARGETS[target_name]
     case = case.on_amd or case if target.backend == "hip" else case
+    start = time.perf_counter()
     compiled = compile_case(case, target)
+    seconds = time.perf_counter() - start
     read = _read_amd if target_name.startswith("gfx") else _read_nvidia
     registers, spills, *counts = read(compiled)
     return Figures(
@@ -300,6 +307,7 @@ def figures(case: Case, target_name: str) -> Figures:
         *counts,
         counts[2] * case.num_warps / case.rows_per_program,
         store_sectors(compiled.asm["ttgir"], case.constants["A"]) if "A" in case.constants else 0,
+        seconds,
     )
 
 
@@ -399,14 +407,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, of " + ", ".join(TARGETS))
     arguments = parser.parse_args()
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     rows = [figures(case, target) for target in arguments.targets.split(",") for case in cases()]
     print(f"Triton {triton.__version__}")
-    print("kernel".ljust(42), "target  regs spill shared load store  instr bars runs per row sectors")
+    print("kernel".ljust(42), "target  regs spill shared load store  instr bars runs per row sectors seconds")
     for row in rows:
         print(
             f"{row.case:42} {row.target:7} {row.registers:4} {row.spills:5} {row.shared_bytes:6} {row.load_bits:4} "
             f"{row.store_bits:5} {row.instructions:6} {row.barriers:4} {row.load_runs:4} "
-            f"{row.instructions_per_row:7.2f} {row.store_sectors:7}"
+            f"{row.instructions_per_row:7.2f} {row.store_sectors:7} {row.compile_seconds:7.2f}"
         )
     if arguments.json:
         figures_by_name = {"triton": triton.__version__, "rows": [row._asdict() for row in rows]}

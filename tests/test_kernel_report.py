@@ -26,7 +26,7 @@ LIMITS = [
     ("sample_actions A=128 fp32", 270.0, 128, 128),
     ("action_to_logit_index", 5.0, 32, 64),
     ("logit_index_to_action", 5.0, 32, 32),
-    ("l2_init_loss forward fp32", 1.1, 128, 32),
+    ("l2_init_loss forward fp32", 1.2, 128, 32),
     ("l2_init_loss backward fp32", 1.0, 128, 128),
     ("l2_init_loss backward bf16", 1.0, 128, 128),
     ("tokens_to_grid fp32", 2500.0, 8, 32),

@@ -33,39 +33,40 @@ from metta_fastagent.ops._chunk_table import (
 )
 from metta_fastagent.ops._sharded import local_shard
 
-# Bytes of the widest load; a chunk that starts on such an address is moved 128 bits at a time.
-VECTOR_BYTES = 16
-
 
 class _Table(NamedTuple):
-    chunks: Tensor  # [chunks, 3] int64: address, length, 1 if the address is aligned
+    chunks: Tensor  # [chunks, 2] int64: address, length
     bounds: Tensor  # [chunks] float64
 
 
 @jit
 def _clip_weights_kernel(
     example,  # any tensor of the dtype that the addresses point to
-    chunks,  # [chunks, 3] int64: address, length, 1 if the address is aligned
+    chunks,  # [chunks, 2] int64: address, length
     bounds,  # [chunks] float64
     COMPUTE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     chunk = tl.program_id(0).to(tl.int64)
-    start = tl.load(chunks + chunk * 3).to(example.dtype)
-    length = tl.load(chunks + chunk * 3 + 1)
-    aligned = tl.load(chunks + chunk * 3 + 2)
+    address = tl.load(chunks + chunk * 2)
+    length = tl.load(chunks + chunk * 2 + 1)
     # The bound as the tensor's dtype rounds it, as `clamp_` does.
     bound = tl.load(bounds + chunk).to(example.dtype.element_ty).to(COMPUTE)
     offset = tl.arange(0, CHUNK)
-    if (length == CHUNK) & (aligned == 1):
-        # Unmasked and known to be aligned: 128-bit loads and stores. No store if all values are within range.
-        start = tl.multiple_of(start, 16)
-        x = tl.load(start + offset).to(COMPUTE)
+    # Elements of 128 bits; Triton sees that `whole` is a multiple.
+    vector: tl.constexpr = 128 // example.dtype.element_ty.primitive_bitwidth
+    whole = length // vector * vector
+    if (whole == length) & (address % 16 == 0):
+        # Loads and stores of 128 bits. No store if all values are within range.
+        start = tl.multiple_of(address.to(example.dtype), 16)
+        inside = offset < whole
+        x = tl.load(start + offset, mask=inside, other=0.0).to(COMPUTE)
         outside = (x > bound) | (x < -bound)
         if tl.max(outside.to(tl.int32), 0) > 0:
             clipped = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
-            tl.store(start + offset, clipped.to(example.dtype.element_ty))
+            tl.store(start + offset, clipped.to(example.dtype.element_ty), mask=inside)
     else:
+        start = address.to(example.dtype)
         inside = offset < length
         x = tl.load(start + offset, mask=inside, other=0.0).to(COMPUTE)
         clipped = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
@@ -147,7 +148,7 @@ def _make_table(tensors: Sequence[Tensor], bounds: Sequence[float], device: torc
     chunks, limits = [], []
     for position, first, length in chunk_rows(tensors):
         address = tensors[position].data_ptr() + first * tensors[position].element_size()
-        chunks.append((address, length, int(address % VECTOR_BYTES == 0)))
+        chunks.append((address, length))
         limits.append(bounds[position])
     return _Table(upload(chunks, torch.int64, device), upload(limits, torch.float64, device))
 

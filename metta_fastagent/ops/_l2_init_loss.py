@@ -53,10 +53,14 @@ def _differences(example, chunks, chunk, length, COMPUTE: tl.constexpr, CHUNK: t
     param = tl.load(chunks + chunk * 4)
     initial = tl.load(chunks + chunk * 4 + 1)
     offset = tl.arange(0, CHUNK)
-    if (length == CHUNK) & (((param | initial) & 15) == 0):
-        # Unmasked and known to be aligned: 128-bit loads.
-        weights = tl.load(tl.multiple_of(param.to(example.dtype), 16) + offset).to(COMPUTE)
-        differences = weights - tl.load(tl.multiple_of(initial.to(example.dtype), 16) + offset).to(COMPUTE)
+    # Elements of 128 bits; Triton sees that `whole` is a multiple.
+    vector: tl.constexpr = 128 // example.dtype.element_ty.primitive_bitwidth
+    whole = length // vector * vector
+    if (whole == length) & ((param | initial) % 16 == 0):
+        inside = offset < whole
+        weights = tl.load(tl.multiple_of(param.to(example.dtype), 16) + offset, mask=inside, other=0.0).to(COMPUTE)
+        start = tl.multiple_of(initial.to(example.dtype), 16)
+        differences = weights - tl.load(start + offset, mask=inside, other=0.0).to(COMPUTE)
     else:
         inside = offset < length
         weights = tl.load(param.to(example.dtype) + offset, mask=inside, other=0.0).to(COMPUTE)

@@ -318,14 +318,16 @@ def test_clip_weights(device, dtype):
     tensors[1][2], tensors[2][5], tensors[3][9] = torch.nan, torch.inf, -torch.inf
     bounds = [0.1, 0.25, 0.0, 1.5, 1.0, 0.7, 0.3, 0.4]
     expected = [t.clone().clamp(-b, b) for t, b in zip(tensors, bounds, strict=True)]
+    # Parts of a tensor: with single elements, and with whole vectors from a 16-byte address on.
     outside = torch.randn(9000).to(dtype).to(device)
-    tensors.append(outside[10:20])
-    untouched = outside.clone()
-    ops.clip_weights_(tensors, [*bounds, 0.5])
-    for got, want in zip(tensors, expected, strict=False):
+    parts = [outside[10:20], outside[32:64]]
+    wanted = outside.clone()
+    for part in (wanted[10:20], wanted[32:64]):
+        part.clamp_(-0.5, 0.5)
+    ops.clip_weights_([*tensors, *parts], [*bounds, 0.5, 0.5])
+    for got, want in zip(tensors, expected, strict=True):
         assert torch.equal(got.nan_to_num(99), want.nan_to_num(99))
-    assert torch.equal(outside[:10], untouched[:10])
-    assert torch.equal(outside[20:], untouched[20:])
+    assert torch.equal(outside, wanted)
 
 
 def test_clip_follows_moved_data_and_changed_bounds(device):
@@ -342,7 +344,7 @@ def test_clip_follows_moved_data_and_changed_bounds(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_l2_init_loss(device, dtype):
-    shapes = [(3,), (70, 90), (1,), (5000,), (8, 4, 3, 3)]
+    shapes = [(3,), (70, 90), (1,), (5000,), (5001,), (8, 4, 3, 3)]
     params = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
     # A full chunk that starts on no 16-byte address.
     params.append(torch.randn(8195, dtype=dtype, device=device)[1:8193].requires_grad_())
