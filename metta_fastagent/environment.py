@@ -38,7 +38,8 @@ class Step(NamedTuple):
     rewards: Tensor  # float32 [N]
     terminals: Tensor  # bool [N]: the episode reached a terminal state, whose value is 0
     truncations: Any = None  # bool [N]: a time limit ended the episode, not a terminal state; None for none
-    final_observations: Tensor | None = None  # as `observations`; None: a truncated episode is worth 0 at its end
+    # As `observations`; None if no episode was truncated, or if a truncated one is worth 0 at its end.
+    final_observations: Tensor | None = None
     valid: Tensor | None = None  # bool [N]: False if the row only restarted, which is not learned from; None for all
 
 

@@ -76,22 +76,20 @@ class GymnasiumEnvironment:
         observations, rewards, terminals, truncations, infos = self._vector.step(chosen.astype(self._space.dtype))
         truncations = truncations & ~terminals
         ended = terminals | truncations
-        final, valid = observations, None
-        if self._mode == AutoresetMode.SAME_STEP and ended.any():
-            final = observations.copy()
+        # Without final observations the trainer skips a forward pass.
+        final, valid = observations.copy() if truncations.any() else None, None
+        if self._mode == AutoresetMode.SAME_STEP and final is not None:
             final[ended] = np.stack(infos["final_obs"][ended])
         elif self._mode == AutoresetMode.DISABLED and ended.any():
-            final = observations.copy()
             observations, _ = self._vector.reset(options={"reset_mask": ended})
         elif self._mode == AutoresetMode.NEXT_STEP:
             valid = torch.from_numpy(~self._restarting).to(self._device)
             # The step that restarts a row ends what came after the end of its episode.
             terminals = terminals | self._restarting
             self._restarting = ended
-        results = (
-            self._tensor(each) for each in (observations, rewards.astype(np.float32), terminals, truncations, final)
-        )
-        return Step(*results, valid=valid)
+        arrays = (observations, rewards.astype(np.float32), terminals, truncations)
+        results = (self._tensor(array) for array in arrays)
+        return Step(*results, final_observations=None if final is None else self._tensor(final), valid=valid)
 
     def close(self) -> None:
         """Close the vector environment."""

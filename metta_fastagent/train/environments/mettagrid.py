@@ -139,15 +139,15 @@ class MettagridEnvironment:
         self._simulator_actions.copy_(self._action_ids[action_types, action_params])
         for simulation in self._simulations:
             simulation.step()
-        rewards, terminals, truncations = (
-            self._copy(buffer) for buffer in (self._rewards, self._terminals, self._truncations)
-        )
-        final_observations = self._copy(self._observations)
+        truncations = self._truncations & ~self._terminals
+        rewards, terminals, truncated = map(self._copy, (self._rewards, self._terminals, truncations))
+        # Without them the trainer skips a forward pass.
+        final_observations = self._copy(self._observations) if truncations.any() else None
         for index, simulation in enumerate(self._simulations):
             if simulation.is_done():
                 simulation.close()
                 self._simulations[index] = self._new_simulation(self._buffers[index])
-        return Step(self._copy(self._observations), rewards, terminals, truncations & ~terminals, final_observations)
+        return Step(self._copy(self._observations), rewards, terminals, truncated, final_observations)
 
     def scripted_actions(self) -> Tensor:
         """Walk towards the nearest mine in view, or stay if there is none: int32 `[num_envs, 2]`.
