@@ -111,12 +111,9 @@ def _l2_init_loss_bwd_kernel(
     offset = tl.arange(0, CHUNK)
     factor = (2.0 * scale * tl.load(grad)).to(COMPUTE)
     gradient = (_differences(flat, chunks, chunk, length, COMPUTE, CHUNK) * factor).to(flat.dtype.element_ty)
-    # FLAT_ALIGNMENT in elements.
-    start = flat + tl.multiple_of(place, 128 // flat.dtype.element_ty.primitive_bitwidth)
-    if length == CHUNK:
-        tl.store(start + offset, gradient)
-    else:
-        tl.store(start + offset, gradient, mask=offset < length)
+    # FLAT_ALIGNMENT in elements; the gap before the next tensor's part may be written.
+    vector: tl.constexpr = 128 // flat.dtype.element_ty.primitive_bitwidth
+    tl.store(flat + tl.multiple_of(place, vector) + offset, gradient, mask=offset < tl.cdiv(length, vector) * vector)
 
 
 def _fits_kernel(params: Sequence[Tensor], initial: Sequence[Tensor]) -> bool:
