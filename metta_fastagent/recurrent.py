@@ -550,7 +550,6 @@ def _lstm_with_resets(
         sequence, hidden, cell = ops.lstm_layer(*inputs)
         last_h.append(hidden)
         last_c.append(cell)
-    return sequence, (new_state[0], new_state[1]) if new_state is not None else (
-        torch.stack(last_h),
-        torch.stack(last_c),
-    )
+    if new_state is not None:
+        return sequence, (new_state[0], new_state[1])
+    return sequence, (torch.stack(last_h), torch.stack(last_c))
