@@ -389,7 +389,7 @@ def _read_amd(compiled: Any) -> tuple[int, ...]:
     code = compiled.asm["amdgcn"]
     registers = _number(r"\.vgpr_count:\s+(\d+)", code)
     spills = _number(r"\.vgpr_spill_count:\s+(\d+)", code)
-    opcodes, loop = _opcodes(r"\s+([a-z]\w+)", code[: code.index("s_endpgm")])
+    opcodes, loop = _opcodes(r"\s+([a-z]\w+)", code[: code.rindex("s_endpgm")])
     widths = {"dwordx4": 128, "dwordx2": 64, "dword": 32}
     loads = [widths.get(o.rsplit("_", 1)[-1], 16) for o in opcodes if o.startswith(("global_load", "buffer_load"))]
     stores = [widths.get(o.rsplit("_", 1)[-1], 16) for o in opcodes if o.startswith(("global_store", "buffer_store"))]
