@@ -224,7 +224,7 @@ def _lstm_cases(size: int, dtype: str) -> Iterator[Case]:
     # Steps and whether rows are many: a rollout's step keeps no gates.
     for kind, steps, many_rows in (("forward", 64, False), ("forward, many rows,", 64, True), ("step", 1, False)):
         for_each = ("projected", "weight_hh", "h", "c", "output", "cells", "gates")
-        constants = {"H": size, "HAS_RESETS": steps > 1, "KEEP_GATES": steps > 1}
+        constants = {"H": size, "HAS_RESETS": True, "KEEP_GATES": steps > 1}
         yield _lstm_case(
             f"lstm_layer {kind} H={size} {dtype}",
             module._lstm_layer_fwd_kernel,

@@ -130,18 +130,20 @@ def _store_gates(gates, gate_i, gate_f, gate_g, gate_o, mask, H: tl.constexpr):
 
 @jit
 def _gate_product(
-    hidden,  # [B, H], from the program's first row on
-    weight_hh,  # [4H, H]
+    hidden,  # [B, H], from the program's first row on; with IN_PARTS [B, 2, H] float16, scaled
+    weight_hh,  # [4H, H]; with IN_PARTS [4H, 2, H] float16, scaled
     rows,
     first,
     width,
     H: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """hidden W_hh^T [BLOCK_B, 4 BLOCK_N] from column `first` on, the four gates of a hidden column side by side."""
+    stride: tl.constexpr = 2 * H if IN_PARTS else H
     part = tl.arange(0, 4 * BLOCK_N)
     column = first + part // 4
     local = tl.arange(0, BLOCK_B)
@@ -149,9 +151,19 @@ def _gate_product(
     for k in range(0, width, BLOCK_K):
         depth = k + tl.arange(0, BLOCK_K)
         known = rows[:, None] & (depth < H)[None, :]
-        state = tl.load(hidden + local[:, None] * H + depth[None, :], mask=known, other=0.0)
+        states = hidden + local[:, None] * stride + depth[None, :]
         used = (depth < H)[:, None] & (column < H)[None, :]
-        weight = tl.load(weight_hh + ((part % 4) * H + column)[None, :] * H + depth[:, None], mask=used, other=0.0)
+        weights = weight_hh + ((part % 4) * H + column)[None, :] * stride + depth[:, None]
+        state = tl.load(states, mask=known, other=0.0)
+        # In this order, in which the loads of an operand follow each other, sm_80 needs the fewest registers.
+        if IN_PARTS:
+            state_low = tl.load(states + H, mask=known, other=0.0)
+        weight = tl.load(weights, mask=used, other=0.0)
+        if IN_PARTS:
+            weight_low = tl.load(weights + H, mask=used, other=0.0)
+            # The product of both low parts would be below rounding.
+            product = tl.dot(state_low, weight, product)
+            product = tl.dot(state, weight_low, product)
         product = tl.dot(state, weight, product, input_precision=PRECISION)
     return product
 
@@ -177,39 +189,6 @@ def _split(source, scale, parts, size, H: tl.constexpr, COUNT: tl.constexpr, BLO
         inside = offset < size
         x = tl.load(source + offset, mask=inside, other=0.0) * scale
         _store_parts(parts + (offset // H) * ((COUNT - 1) * H) + offset, x, inside, H)
-
-
-@jit
-def _gate_product_of_parts(
-    hidden,  # [B, 2, H] float16, from the program's first row on
-    weight_hh,  # [4H, 2, H] float16
-    rows,
-    first,
-    width,
-    H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """`_gate_product` of scaled float32 factors in parts; the product of both low parts would be below rounding."""
-    part = tl.arange(0, 4 * BLOCK_N)
-    column = first + part // 4
-    local = tl.arange(0, BLOCK_B)
-    product = tl.zeros([BLOCK_B, 4 * BLOCK_N], tl.float32)
-    for k in range(0, width, BLOCK_K):
-        depth = k + tl.arange(0, BLOCK_K)
-        known = rows[:, None] & (depth < H)[None, :]
-        state = hidden + local[:, None] * (2 * H) + depth[None, :]
-        state_high = tl.load(state, mask=known, other=0.0)
-        state_low = tl.load(state + H, mask=known, other=0.0)
-        used = (depth < H)[:, None] & (column < H)[None, :]
-        weight = weight_hh + ((part % 4) * H + column)[None, :] * (2 * H) + depth[:, None]
-        weight_high = tl.load(weight, mask=used, other=0.0)
-        weight_low = tl.load(weight + H, mask=used, other=0.0)
-        product = tl.dot(state_low, weight_high, product)
-        product = tl.dot(state_high, weight_low, product)
-        product = tl.dot(state_high, weight_high, product)
-    return product
 
 
 @jit(varying=("T", "B", "width"))
@@ -263,10 +242,14 @@ def _lstm_layer_fwd_kernel(
             cell = tl.load(last_c + state, mask=inside & kept[:, None], other=0.0).to(tl.float32)
             gate_i, gate_f, gate_g, gate_o = _load_gates(projected + row * (4 * H) + place, inside, H)
             if IN_PARTS:
-                product = _gate_product_of_parts(before, parts, kept, first, width, H, BLOCK_B, BLOCK_N, BLOCK_K)
+                product = _gate_product(
+                    before, parts, kept, first, width, H, IN_PARTS, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
+                )
                 product *= 1.0 / (STATE_SCALE * WEIGHT_SCALE)
             else:
-                product = _gate_product(last_h, weight_hh, kept, first, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
+                product = _gate_product(
+                    last_h, weight_hh, kept, first, width, H, IN_PARTS, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
+                )
             even, odd = product.reshape(BLOCK_B, BLOCK_N, 2, 2).split()
             product_i, product_g = even.split()
             product_f, product_o = odd.split()
@@ -292,63 +275,43 @@ def _lstm_layer_fwd_kernel(
 
 @jit
 def _state_gradient(
-    grad_gates,  # [B, 4H] of the step after, from the program's first row on
-    weight_hh,  # [4H, H]
+    grad_gates,  # [B, 4H] of the step after, from the program's first row on; with IN_PARTS [B, 3, 4H] bfloat16
+    weight_hh,  # [4H, H]; with IN_PARTS [4H, 3, H] bfloat16
     rows,
     column,
     width,
     H: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Gradient of h [BLOCK_B, BLOCK_N] through the gates of the next step; 0 outside of `rows`."""
+    count: tl.constexpr = 3 if IN_PARTS else 1
     grad = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     for k in range(0, 4 * width, BLOCK_K):
         depth = k + tl.arange(0, BLOCK_K)
         known = rows[:, None] & (depth < 4 * H)[None, :]
-        upstream = tl.load(
-            grad_gates + tl.arange(0, BLOCK_B)[:, None] * (4 * H) + depth[None, :], mask=known, other=0.0
-        )
+        upstream = grad_gates + tl.arange(0, BLOCK_B)[:, None] * (count * 4 * H) + depth[None, :]
         used = (depth < 4 * H)[:, None] & (column < H)[None, :]
-        weight = tl.load(weight_hh + depth[:, None] * H + column[None, :], mask=used, other=0.0)
-        grad = tl.dot(upstream, weight, grad, input_precision=PRECISION)
-    return grad
-
-
-@jit
-def _state_gradient_of_parts(
-    grad_gates,  # [BLOCK_B, 3, 4H] bfloat16, of the step after
-    weight_hh,  # [4H, 3, H] bfloat16
-    rows,
-    column,
-    width,
-    H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """`_state_gradient` of float32 factors in three parts each; the products left out would be below rounding."""
-    grad = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
-    for k in range(0, 4 * width, BLOCK_K):
-        depth = k + tl.arange(0, BLOCK_K)
-        known = rows[:, None] & (depth < 4 * H)[None, :]
-        upstream = grad_gates + tl.arange(0, BLOCK_B)[:, None] * (12 * H) + depth[None, :]
-        grad_high = tl.load(upstream, mask=known, other=0.0)
-        grad_middle = tl.load(upstream + 4 * H, mask=known, other=0.0)
-        grad_low = tl.load(upstream + 8 * H, mask=known, other=0.0)
-        used = (depth < 4 * H)[:, None] & (column < H)[None, :]
-        weight = weight_hh + depth[:, None] * (3 * H) + column[None, :]
-        weight_high = tl.load(weight, mask=used, other=0.0)
-        weight_middle = tl.load(weight + H, mask=used, other=0.0)
-        weight_low = tl.load(weight + 2 * H, mask=used, other=0.0)
-        grad = tl.dot(grad_low, weight_high, grad)
-        grad = tl.dot(grad_middle, weight_middle, grad)
-        grad = tl.dot(grad_high, weight_low, grad)
-        grad = tl.dot(grad_middle, weight_high, grad)
-        grad = tl.dot(grad_high, weight_middle, grad)
-        grad = tl.dot(grad_high, weight_high, grad)
+        weights = weight_hh + depth[:, None] * (count * H) + column[None, :]
+        high = tl.load(upstream, mask=known, other=0.0)
+        # The order is that of `_gate_product`.
+        if IN_PARTS:
+            middle = tl.load(upstream + 4 * H, mask=known, other=0.0)
+            low = tl.load(upstream + 8 * H, mask=known, other=0.0)
+        weight = tl.load(weights, mask=used, other=0.0)
+        if IN_PARTS:
+            weight_middle = tl.load(weights + H, mask=used, other=0.0)
+            weight_low = tl.load(weights + 2 * H, mask=used, other=0.0)
+            # The products left out would be below rounding.
+            grad = tl.dot(low, weight, grad)
+            grad = tl.dot(middle, weight_middle, grad)
+            grad = tl.dot(high, weight_low, grad)
+            grad = tl.dot(middle, weight, grad)
+            grad = tl.dot(high, weight_middle, grad)
+        grad = tl.dot(high, weight, grad, input_precision=PRECISION)
     return grad
 
 
@@ -416,10 +379,12 @@ def _lstm_layer_bwd_kernel(
             carried = inside & kept[:, None]
             previous = tl.load(last_c + state, mask=carried, other=0.0).to(tl.float32)
             if IN_PARTS:
-                through = _state_gradient_of_parts(there, parts, followed, column, width, H, BLOCK_B, BLOCK_N, BLOCK_K)
+                through = _state_gradient(
+                    there, parts, followed, column, width, H, IN_PARTS, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
+                )
             else:
                 through = _state_gradient(
-                    after, weight_hh, followed, column, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
+                    after, weight_hh, followed, column, width, H, IN_PARTS, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
                 )
             d_c = tl.load(grad_c + top * H + state, mask=inside & (is_last == 0), other=0.0)
             if HAS_LAST_C:
@@ -452,9 +417,13 @@ def _lstm_layer_bwd_kernel(
         column = first + tl.arange(0, BLOCK_N)
         inside = live[:, None] & (column < H)[None, :]
         if IN_PARTS:
-            d_h = _state_gradient_of_parts(there, parts, followed, column, width, H, BLOCK_B, BLOCK_N, BLOCK_K)
+            d_h = _state_gradient(
+                there, parts, followed, column, width, H, IN_PARTS, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
+            )
         else:
-            d_h = _state_gradient(after, weight_hh, followed, column, width, H, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K)
+            d_h = _state_gradient(
+                after, weight_hh, followed, column, width, H, IN_PARTS, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
+            )
         state = local[:, None] * H + column[None, :]
         tl.store(grad_h + top * H + state, d_h.to(grad_h.dtype.element_ty), mask=inside)
 
