@@ -2,8 +2,8 @@
 
 `upstream` is the loop that CleanRL-style agents run: `nn.LSTM` on one step at a time, with the state of a row zeroed by
 hand where an episode starts. `nn.LSTM without resets` is one call over the whole segment, which is wrong if a row is
-reset; it is compared only if no row is. The last size is the share of steps, in percent, that start an episode: with 0,
-flags are given and none is set.
+reset; it is compared only if no row is. `torchrl` is TorchRL's LSTMModule in recurrent mode. The last size is the share
+of steps, in percent, that start an episode: with 0, flags are given and none is set.
 """
 
 import functools
@@ -19,7 +19,9 @@ from benchmarks.harness import Case, Size, parametrized, shapes
 from metta_fastagent import LSTMWrapper
 
 WITHOUT_RESETS = "nn.LSTM without resets"
-PROVIDERS = ("upstream", WITHOUT_RESETS, "eager", "native", "triton")
+# By backend, "pad" where none is named.
+TORCHRL = ("torchrl", "torchrl scan", "torchrl triton")
+PROVIDERS = ("upstream", WITHOUT_RESETS, "eager", "native", "triton", *TORCHRL)
 MODES = ("forward", "forward + backward")
 WIDTH, LAYERS = 128, 2
 SHAPES = shapes(
@@ -71,6 +73,33 @@ def package(inputs: Inputs, **flags: Tensor) -> Tensor:
     return inputs.agent.run_lstm(td, inputs.hidden, segments, steps)
 
 
+def with_torchrl(inputs: Inputs, provider: str) -> Callable[[Inputs], Tensor]:
+    """LSTMModule around the agent's LSTM; it reads the state at each episode's first step, where it is zero."""
+    from torchrl.modules import LSTMModule, set_recurrent_mode
+
+    backend = provider.partition(" ")[2] or "pad"
+    options: Any = {"in_key": "hidden", "out_key": "output", "recurrent_backend": backend}
+    module = LSTMModule(WIDTH, WIDTH, num_layers=LAYERS, **options).to(inputs.dones.device)
+    # The same parameters: its `lstm` is of a class of its own.
+    for name, parameter in inputs.agent.lstm.named_parameters():
+        setattr(module.lstm, name, parameter)
+    segments, steps = inputs.dones.shape
+    goes_on = ~inputs.dones.view(segments, steps, 1, 1)
+    state = {
+        f"recurrent_state_{name}": part.unsqueeze(1) * goes_on for name, part in (("h", inputs.h), ("c", inputs.c))
+    }
+
+    def run(inputs: Inputs) -> Tensor:
+        hidden = inputs.hidden.view(segments, steps, -1)
+        td = TensorDict(
+            {"hidden": hidden, "is_init": inputs.dones.unsqueeze(-1), **state}, batch_size=[segments, steps]
+        )
+        with set_recurrent_mode(True):
+            return module(td)["output"].reshape(segments * steps, -1)
+
+    return run
+
+
 def make_case(mode: str, size: Size, device: torch.device) -> Case:
     inputs = make_inputs(size, device)
     leaves = [inputs.hidden, *inputs.agent.lstm.parameters()]
@@ -80,6 +109,8 @@ def make_case(mode: str, size: Size, device: torch.device) -> Case:
     def call_of(provider: str) -> Callable[[], Any]:
         ours = functools.partial(package, dones=inputs.dones)
         run = {"upstream": upstream, WITHOUT_RESETS: package}.get(provider, ours)
+        if provider in TORCHRL:
+            run = with_torchrl(inputs, provider)
 
         def with_backward() -> tuple[Tensor, ...]:
             output = run(inputs)

@@ -27,7 +27,14 @@ ROUND_SECONDS = 1e-3
 MIN_ROUNDS = 5
 # Tracing unrolls lists of tensors: thousands of them take minutes.
 MAX_COMPILED_TENSORS = 200
-PEERS = ("torch.distributions", "torchrl", "pufferlib")
+# Other packages' providers, and the module that each needs.
+PEERS = {
+    "torch.distributions": "torch.distributions",
+    "torchrl": "torchrl",
+    "torchrl scan": "hoptorch",
+    "torchrl triton": "torchrl",
+    "pufferlib": "pufferlib",
+}
 # Of a captured step, each with other inputs.
 COMPARED_REPLAYS = 3
 
@@ -127,12 +134,12 @@ def unavailable(provider: str, shape: Shape, options: Options) -> str | None:
         return "torch.compile: off, --compile on turns it on"
     if provider == "torch.compile" and shape.size.get("tensors", 0) > MAX_COMPILED_TENSORS:
         return f"torch.compile: compiling takes minutes above {MAX_COMPILED_TENSORS} tensors"
-    if provider == "captured" and options.device.type != "cuda":
-        return "captured: CUDA graphs need a CUDA device"
+    if provider in ("captured", "torchrl triton") and options.device.type != "cuda":
+        return f"{provider}: needs a CUDA device"
     if provider in ("triton", "native") and provider != metta_fastagent.backend(options.device):
         return f"{provider}: the package runs {metta_fastagent.backend(options.device)} on {options.device}"
-    if provider in PEERS and importlib.util.find_spec(provider) is None:
-        return f"{provider}: not installed"
+    if provider in PEERS and importlib.util.find_spec(PEERS[provider]) is None:
+        return f"{provider}: {PEERS[provider]} is not installed"
     return None
 
 

@@ -14,29 +14,30 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
-import triton.language as tl
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from metta_fastagent.ops import (
-    _action_index,
-    _clip_weights,
-    _evaluate_actions,
-    _l2_init_loss,
-    _lstm_layer,
-    _sample_actions,
-    _tokens_to_grid,
-)
-from metta_fastagent.ops._bad_action import CONVERT_INDEX, CONVERT_PAIR
-from metta_fastagent.ops._categorical import MAX_COLUMNS, block_shape
-from metta_fastagent.ops._chunk_table import CHUNK, CHUNK_WARPS
+import metta_fastagent.runtime.triton as package_triton
+from metta_fastagent import ops, use_backend
+from metta_fastagent.ops import conversion
+from metta_fastagent.ops.categorical import kernels as categorical
+from metta_fastagent.ops.categorical import layouts
+from metta_fastagent.ops.lstm import kernels as lstm
+from metta_fastagent.ops.ppo import kernels as ppo
+from metta_fastagent.ops.tensor_lists import kernels as tensor_lists
+from metta_fastagent.ops.tokens import kernels as tokens
+from metta_fastagent.runtime.launch import Constants
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,24 +45,40 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TRITON_DTYPES = {"fp32": tl.float32, "fp64": tl.float64, "bf16": tl.float32, "fp16": tl.float32}
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+TRITON_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+# The constant that says how many rows or elements a program handles.
+ROWS = ("ROWS", "CHUNK", "BLOCK", "BLOCK_B")
+# Outputs [N, A].
+ROW_OUTPUTS = {"full_log_probs", "grad_logits"}
+
+
+class Launch(NamedTuple):
+    """One launch as an operation makes it."""
+
+    kernel: Any
+    dtypes: list[torch.dtype]
+    numbers: list[float]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+    @property
+    def rows_per_program(self) -> int:
+        """Rows or elements that a program handles."""
+        return next((self.constants[name] for name in ROWS if name in self.constants), 1)
 
 
 class Case(NamedTuple):
-    """One specialisation of a kernel."""
+    """One specialisation of a kernel: the launch of `call` whose kernel has this name."""
 
     name: str
-    kernel: Any
-    pointers: dict[str, str]
-    scalars: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int
-    rows_per_program: int
-    # None: Triton's default.
-    num_stages: int | None = None
-    # The case launched in its place on AMD GPUs; None: the same.
-    on_amd: "Case | None" = None
+    kernel: str
+    call: Callable[[], Any]
 
 
 class Figures(NamedTuple):
@@ -89,212 +106,152 @@ class Figures(NamedTuple):
 def cases() -> Iterator[Case]:
     """The specialisations that users meet: float32 at several numbers of actions, and the other dtypes once."""
     for dtype in ("fp32", "bf16", "fp16", "fp64"):
-        yield _clip_case(dtype)
+        yield Case(f"clip_weights {dtype}", "clip_weights", partial(_clip, DTYPES[dtype]))
     for num_actions in (5, 9, 21, 32, 33, 64, 128, 1024, 4096):
         yield from _categorical_cases(num_actions, "fp32")
     for dtype in ("bf16", "fp64"):
         yield from _categorical_cases(21, dtype)
-    yield from _conversion_cases()
+    for num_actions, dtype in ((9, "fp32"), (21, "fp32"), (32, "fp32"), (128, "fp32"), (21, "bf16"), (21, "fp64")):
+        call = partial(_ppo_loss, num_actions, DTYPES[dtype])
+        yield Case(f"ppo_loss forward A={num_actions} {dtype}", "ppo_loss_fwd", call)
+        yield Case(f"ppo_loss backward A={num_actions} {dtype}", "ppo_loss_bwd", call)
+    for steps, dtype in ((16, "fp32"), (128, "fp32"), (16, "fp64")):
+        yield Case(f"advantages T={steps} {dtype}", "advantages", partial(_advantages, steps, DTYPES[dtype]))
+    yield Case("action_to_logit_index", "action_to_logit_index", _to_index)
+    yield Case("logit_index_to_action", "logit_index_to_action", _to_pair)
     for dtype in ("fp32", "bf16"):
-        yield from _l2_cases(dtype)
-        yield _tokens_case(dtype)
+        for kind, kernel in (("forward", "l2_init_loss_fwd"), ("backward", "l2_init_loss_bwd")):
+            yield Case(f"l2_init_loss {kind} {dtype}", kernel, partial(_l2, DTYPES[dtype]))
+        yield Case(f"tokens_to_grid {dtype}", "tokens_to_grid", partial(_grid, DTYPES[dtype]))
     for size, dtype in ((128, "fp32"), (128, "bf16"), (128, "fp16"), (32, "fp32"), (512, "fp32"), (512, "bf16")):
         yield from _lstm_cases(size, dtype)
 
 
-def _clip_case(dtype: str) -> Case:
-    return Case(
-        f"clip_weights {dtype}",
-        _clip_weights._clip_weights_kernel,
-        {"example": dtype, "chunks": "i64", "bounds": "fp64"},
-        {},
-        {"COMPUTE": TRITON_DTYPES[dtype], "CHUNK": CHUNK},
-        CHUNK_WARPS,
-        CHUNK,
-    )
+def _clip(dtype: torch.dtype) -> None:
+    ops.clip_weights_([torch.empty(8, dtype=dtype)], [1.0])
 
 
 def _categorical_cases(num_actions: int, dtype: str) -> Iterator[Case]:
-    on_amd = _categorical_cases_of(num_actions, dtype, lanes=64)
-    for case, other in zip(_categorical_cases_of(num_actions, dtype, lanes=32), on_amd, strict=True):
-        yield case._replace(on_amd=other)
-
-
-def _categorical_cases_of(num_actions: int, dtype: str, lanes: int) -> Iterator[Case]:
-    kind = "columns" if num_actions <= MAX_COLUMNS else "tile"
-    rows, block, warps = block_shape(num_actions, lanes)
-    constants = {"A": num_actions, "COMPUTE": TRITON_DTYPES[dtype], "ROWS": rows, "BLOCK_A": block}
-    outputs = {"log_prob": dtype, "entropy": dtype, "full_log_probs": dtype}
     suffix = f"A={num_actions} {dtype}"
-    conditions = {"word": "i64", "mask": "i1", "temperature_tensor": dtype}
-    constants |= {"MASKED": False, "TEMPERATURE": 0}
-    yield Case(
-        f"evaluate_actions forward {suffix}",
-        getattr(_evaluate_actions, f"_evaluate_actions_fwd_{kind}_kernel"),
-        {"logits": dtype, "actions": "i32", "table": "i64", **outputs, "index": "i64", **conditions},
-        {"N": "i32", "num_types": "i32", "stride_row": "i32", "stride_pair": "i32", "temperature": "fp32"},
-        {**constants, "PAIRS": True, "STRICT": True},
-        warps,
-        rows,
-    )
-    yield Case(
-        f"evaluate_actions backward {suffix}",
-        getattr(_evaluate_actions, f"_evaluate_actions_bwd_{kind}_kernel"),
-        {"logits": dtype, "index": "i64", "grad_log_prob": dtype, "grad_entropy": dtype, "grad_full": dtype}
-        | {"grad_logits": dtype, "mask": "i1", "temperature_tensor": dtype},
-        {"N": "i32", "stride_log_prob": "i32", "stride_entropy": "i32", "temperature": "fp32"},
-        {**constants, "HAS_LOG_PROB": True, "HAS_ENTROPY": True, "HAS_FULL": False},
-        warps,
-        rows,
-    )
-    yield Case(
-        f"sample_actions {suffix}",
-        getattr(_sample_actions, f"_sample_actions_{kind}_kernel"),
-        {"logits": dtype, "uniform": "fp64" if dtype == "fp64" else "fp32", "table": "i32", "index": "i64", **outputs}
-        | {"pair": "i32", **conditions},
-        {"N": "i32", "temperature": "fp32"},
-        {**constants, "PAIRS": True, "STRICT": True, "GREEDY": False},
-        warps,
-        rows,
-    )
+    evaluate = partial(_evaluate, num_actions, DTYPES[dtype])
+    yield Case(f"evaluate_actions forward {suffix}", "evaluate_actions_fwd", evaluate)
+    yield Case(f"evaluate_actions backward {suffix}", "evaluate_actions_bwd", evaluate)
+    yield Case(f"sample_actions {suffix}", "sample_actions", partial(_sample, num_actions, DTYPES[dtype]))
 
 
-def _conversion_cases() -> Iterator[Case]:
-    block = _action_index.BLOCK
-    yield Case(
-        "action_to_logit_index",
-        _action_index._action_to_logit_index_kernel,
-        {"actions": "i32", "table": "i64", "index": "i64", "word": "i64"},
-        {"N": "i32", "num_types": "i32", "stride_row": "i32", "stride_pair": "i32"},
-        {"OPERATION": CONVERT_PAIR, "BLOCK": block},
-        4,
-        block,
-    )
-    yield Case(
-        "logit_index_to_action",
-        _action_index._logit_index_to_action_kernel,
-        {"index": "i64", "table": "i32", "pairs": "i32", "word": "i64"},
-        {"N": "i32", "A": "i32"},
-        {"OPERATION": CONVERT_INDEX, "BLOCK": block},
-        4,
-        block,
-    )
+def _evaluate(num_actions: int, dtype: torch.dtype) -> None:
+    logits = torch.empty(8, num_actions, dtype=dtype, requires_grad=True)
+    outputs = ops.evaluate_actions(logits, torch.empty(8, 2, dtype=torch.int32), torch.tensor([0, num_actions - 1]))
+    torch.autograd.grad(outputs[:2], logits, [torch.empty(8, dtype=dtype)] * 2)
 
 
-def _l2_cases(dtype: str) -> Iterator[Case]:
-    constants = {"COMPUTE": TRITON_DTYPES[dtype], "CHUNK": CHUNK}
-    yield Case(
-        f"l2_init_loss forward {dtype}",
-        _l2_init_loss._l2_init_loss_fwd_kernel,
-        {"example": dtype, "chunks": "i64", "partials": "fp64", "counter": "i32", "loss": "fp32"},
-        {"num_chunks": "i32", "scale": "fp32"},
-        {**constants, "PARTIALS_BLOCK": _l2_init_loss.PARTIALS_BLOCK},
-        CHUNK_WARPS,
-        CHUNK,
+def _ppo_loss(num_actions: int, dtype: torch.dtype) -> None:
+    logits = torch.empty(8, num_actions, dtype=dtype, requires_grad=True)
+    actions, table = torch.empty(8, 2, dtype=torch.int32), torch.tensor([0, num_actions - 1])
+    numbers, valid = [torch.empty(8, dtype=dtype) for _ in range(5)], torch.empty(8, dtype=torch.bool)
+    loss, _ = ops.ppo_loss(
+        logits, actions, *numbers, table, valid=valid, clip_coef=0.2, vf_clip_coef=0.2, vf_coef=0.5, ent_coef=0.01
     )
-    yield Case(
-        f"l2_init_loss backward {dtype}",
-        _l2_init_loss._l2_init_loss_bwd_kernel,
-        {"flat": dtype, "chunks": "i64", "grad": "fp32"},
-        {"scale": "fp32"},
-        constants,
-        CHUNK_WARPS,
-        CHUNK,
-    )
+    torch.autograd.grad(loss, logits, torch.empty_like(loss))
 
 
-def _tokens_case(dtype: str) -> Case:
-    module = _tokens_to_grid
-    blocks = {"ZERO_BLOCK": module.ZERO_BLOCK, "TOKEN_BLOCK": module.TOKEN_BLOCK}
-    return Case(
-        f"tokens_to_grid {dtype}",
-        module._tokens_to_grid_kernel,
-        {"tokens": "u8", "scale": "fp32", "grid": dtype},
-        {"num_tokens": "i32"},
-        {"L": 25, "W": 11, "H": 11, **blocks},
-        4,
-        1,
-    )
+def _sample(num_actions: int, dtype: torch.dtype) -> None:
+    ops.sample_actions(torch.empty(8, num_actions, dtype=dtype), torch.empty(num_actions, 2, dtype=torch.int32))
+
+
+def _advantages(steps: int, dtype: torch.dtype) -> None:
+    numbers, flags = torch.empty(8, steps, dtype=dtype), torch.empty(8, steps, dtype=torch.bool)
+    next_value = torch.empty(8, dtype=dtype)
+    ops.advantages(numbers, numbers, flags, next_value, numbers, 0.9, 0.8, valid=flags, ratios=numbers)
+
+
+def _to_index() -> None:
+    ops.action_to_logit_index(torch.empty(8, 2, dtype=torch.int32), torch.tensor([0, 3]))
+
+
+def _to_pair() -> None:
+    ops.logit_index_to_action(torch.empty(8, dtype=torch.int64), torch.empty(4, 2, dtype=torch.int32))
+
+
+def _l2(dtype: torch.dtype) -> None:
+    # As many chunks as the last program adds at a time.
+    size = tensor_lists.CHUNK * tensor_lists.PARTIALS_BLOCK
+    params = [torch.empty(size, dtype=dtype, requires_grad=True)]
+    loss = ops.l2_init_loss(params, [torch.empty(size, dtype=dtype)], 0.5)
+    torch.autograd.grad(loss, params, torch.empty(()))
+
+
+def _grid(dtype: torch.dtype) -> None:
+    ops.tokens_to_grid(torch.empty(2, 8, 3, dtype=torch.uint8), 25, 11, 11, torch.empty(25), dtype)
 
 
 def _lstm_cases(size: int, dtype: str) -> Iterator[Case]:
-    module = _lstm_layer
-    upstream = ("grad_output", "grad_last_h", "grad_last_c")
-    backward = dict.fromkeys(("weight_hh", "c", "cells", "gates", *upstream, "grad_projected", "grad_h"), dtype)
-    # Steps and whether rows are many: a rollout's step keeps no gates.
-    for kind, steps, many_rows in (("forward", 64, False), ("forward, many rows,", 64, True), ("step", 1, False)):
-        for_each = ("projected", "weight_hh", "h", "c", "output", "cells", "gates")
-        constants = {"H": size, "HAS_RESETS": True, "KEEP_GATES": steps > 1}
-        yield _lstm_case(
-            f"lstm_layer {kind} H={size} {dtype}",
-            module._lstm_layer_fwd_kernel,
-            {**dict.fromkeys(for_each, dtype), "parts": "fp16"},
-            constants,
-            module.FORWARD_SHAPES,
-            many_rows,
-            steps,
-        )
+    few, many = lstm.BLOCK_B, lstm.BLOCK_B + 1
     # In float32 many rows change nothing backwards, but few steps do.
-    for kind, steps, many_rows in (
-        ("backward", 64, False),
-        ("backward, few steps,", 1, False) if dtype == "fp32" else ("backward, many rows,", 64, True),
-    ):
-        yield _lstm_case(
-            f"lstm_layer {kind} H={size} {dtype}",
-            module._lstm_layer_bwd_kernel,
-            {**backward, "grad_c": "fp32", "parts": "bf16"},
-            {"H": size, "HAS_RESETS": True, "HAS_OUTPUT": True, "HAS_LAST_H": True, "HAS_LAST_C": True},
-            module.BACKWARD_SHAPES,
-            many_rows,
-            steps,
-        )
+    last = ("backward, few steps,", 1, few) if dtype == "fp32" else ("backward, many rows,", 64, many)
+    kinds = (("forward", 64, few), ("forward, many rows,", 64, many), ("step", 1, few), ("backward", 64, few), last)
+    for kind, steps, batch in kinds:
+        call = partial(_lstm, size, DTYPES[dtype], steps, batch, kind != "step")
+        kernel = "lstm_layer_bwd" if "backward" in kind else "lstm_layer_fwd"
+        yield Case(f"lstm_layer {kind} H={size} {dtype}", kernel, call)
 
 
-def _lstm_case(
-    name: str,
-    kernel: Any,
-    pointers: dict[str, str],
-    constants: dict[str, Any],
-    shapes: Mapping[str, Any],
-    many_rows: bool,
-    steps: int,
-) -> Case:
-    dtype = TORCH_DTYPES[pointers["weight_hh"]]
-    rows = _lstm_layer.MANY_ROWS_BLOCK_B if many_rows else _lstm_layer.BLOCK_B
-
-    def launched(platform: str, on_amd: Case | None = None) -> Case:
-        in_parts = _lstm_layer._in_parts(dtype, steps, many_rows, platform)
-        layout = _lstm_layer._layout(shapes, dtype, in_parts, rows, platform)
-        warps, num_stages = layout.pop("num_warps"), layout.pop("num_stages")
-        scalars = {"T": "i32", "B": "i32", "width": "i32"}
-        everything = {**pointers, "resets": "i1"}
-        return Case(name, kernel, everything, scalars, {**constants, **layout}, warps, rows, num_stages, on_amd)
-
-    return launched("cuda", launched("hip"))
+def _lstm(size: int, dtype: torch.dtype, steps: int, batch: int, with_gradient: bool) -> None:
+    shapes = (steps, batch, 4 * size), (4 * size, size), (batch, size), (batch, size)
+    inputs = [torch.empty(shape, dtype=dtype, requires_grad=with_gradient) for shape in shapes]
+    outputs = ops.lstm_layer(*inputs, torch.empty(steps, batch, dtype=torch.bool))
+    if with_gradient:
+        torch.autograd.grad(outputs, inputs, [torch.empty_like(output) for output in outputs])
 
 
-def compile_case(case: Case, target: GPUTarget) -> Any:
+def launches(call: Callable[[], Any], platform: str) -> list[Launch]:
+    """The launches of a call on tensors on the CPU, as on a GPU of this platform; none of them runs."""
+    found: list[Launch] = []
+
+    def record(
+        constants: Constants, kernel: Any, programs: int, tensors: Sequence[Tensor], numbers: Sequence[float]
+    ) -> None:
+        dtypes = [tensor.dtype for tensor in tensors]
+        found.append(Launch(kernel, dtypes, list(numbers), constants.values, constants.options))
+
+    with ExitStack() as stack:
+        for module in (conversion, categorical, lstm, ppo, tensor_lists, tokens):
+            stack.enter_context(mock.patch.object(module, "launch_with", record))
+        # The operations take tensors on the CPU to their kernels if they believe in the interpreter.
+        stack.enter_context(mock.patch.object(package_triton, "INTERPRETED", True))
+        stack.enter_context(mock.patch.object(lstm, "INTERPRETED", False))
+        stack.enter_context(mock.patch.object(lstm, "PLATFORM", platform))
+        stack.enter_context(mock.patch.object(layouts, "LANES", 32 if platform == "cuda" else 64))
+        stack.enter_context(use_backend("triton"))
+        categorical.constants_of.cache_clear()
+        call()
+    categorical.constants_of.cache_clear()
+    return found
+
+
+def launch_of(case: Case, platform: str) -> Launch:
+    """The launch that a case is about."""
+    return next(each for each in launches(case.call, platform) if case.kernel in each.kernel.fn.__name__)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """The compiled kernel, every pointer known to be 16-byte aligned as PyTorch's allocator makes it."""
-    names = case.kernel.arg_names
-    types = {
-        **{n: f"*{t}" for n, t in case.pointers.items()},
-        **case.scalars,
-        **dict.fromkeys(case.constants, "constexpr"),
-    }
-    signature = {name: types[name] for name in names}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in case.pointers}
-    constants = {(names.index(n),): value for n, value in case.constants.items()}
-    source = ASTSource(case.kernel, signature, constants, attributes)
-    stages = {} if case.num_stages is None else {"num_stages": case.num_stages}
-    return triton.compile(source, target=target, options={"num_warps": case.num_warps, **stages})
+    names = launch.kernel.arg_names
+    types = [f"*{TRITON_NAMES[dtype]}" for dtype in launch.dtypes]
+    types += ["fp32" if isinstance(number, float) else "i32" for number in launch.numbers]
+    signature = dict(zip(names, types + ["constexpr"] * len(launch.constants), strict=True))
+    attributes = {(place,): [["tt.divisibility", 16]] for place in range(len(launch.dtypes))}
+    constants = {(names.index(name),): value for name, value in launch.constants.items()}
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=launch.options)
 
 
 def figures(case: Case, target_name: str) -> Figures:
     """Compile one case for one target and read its machine code."""
     target = TARGETS[target_name]
-    case = case.on_amd or case if target.backend == "hip" else case
+    launch = launch_of(case, target.backend)
     start = time.perf_counter()
-    compiled = compile_case(case, target)
+    compiled = compile_launch(launch, target)
     seconds = time.perf_counter() - start
     read = _read_amd if target_name.startswith("gfx") else _read_nvidia
     registers, spills, *counts = read(compiled)
@@ -305,8 +262,8 @@ def figures(case: Case, target_name: str) -> Figures:
         spills,
         compiled.metadata.shared,
         *counts,
-        counts[2] * case.num_warps / case.rows_per_program,
-        store_sectors(compiled.asm["ttgir"], case.constants["A"]) if "A" in case.constants else 0,
+        counts[2] * launch.options["num_warps"] / launch.rows_per_program,
+        store_sectors(compiled.asm["ttgir"], launch.constants["A"]) if ROW_OUTPUTS & {*launch.kernel.arg_names} else 0,
         seconds,
     )
 

@@ -22,9 +22,10 @@ from torch import Tensor
 
 import metta_fastagent.ops
 from metta_fastagent import ActionSpace, ops, use_backend
-from metta_fastagent.ops._categorical import MAX_COLUMNS, ROWS_PER_PROGRAM
-from metta_fastagent.ops._chunk_table import CHUNK
-from metta_fastagent.ops._lstm_layer import BLOCK_B
+from metta_fastagent.ops.categorical.layouts import MAX_COLUMNS, ROWS_PER_PROGRAM
+from metta_fastagent.ops.lstm.kernels import BLOCK_B
+from metta_fastagent.ops.ppo.kernels import ADVANTAGES_ELEMENTS, ADVANTAGES_STEPS
+from metta_fastagent.ops.tensor_lists.kernels import CHUNK
 
 # The last program of each has rows to spare; actions at neither a power of two nor a multiple of four.
 ROWS = ROWS_PER_PROGRAM + 3
@@ -69,6 +70,34 @@ def _evaluate(device: torch.device) -> None:
 def _evaluated(logits: Tensor, pairs: Tensor, table: Tensor) -> tuple[Tensor, ...]:
     ops.evaluate_actions(logits, torch.zeros(len(logits), dtype=torch.int64).to(logits.device))
     return ops.evaluate_actions(logits, pairs.to(logits.device), table)
+
+
+def _advantages(device: torch.device) -> None:
+    # More rows than a program has, and more steps.
+    for rows, steps in ((ADVANTAGES_ELEMENTS // 16 + 3, 13), (3, ADVANTAGES_STEPS + 5)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            rewards, values, bootstrap, ratios = (torch.randn(rows, steps).to(dtype).to(device) for _ in range(4))
+            ends, valid = ((torch.rand(rows, steps) < share).to(device) for share in (0.2, 0.8))
+            given = rewards, values, ends, values[:, 0].clone(), bootstrap, 0.9, 0.8
+            ops.advantages(*given)
+            ops.advantages(*given, valid=valid, ratios=ratios)
+
+
+def _ppo_loss(device: torch.device) -> None:
+    coefficients = {"clip_coef": 0.2, "vf_clip_coef": 0.2, "vf_coef": 0.5, "ent_coef": 0.01}
+    for actions, rows in ((FEW_ACTIONS, ROWS), (MANY_ACTIONS, MANY_ACTIONS_ROWS)):
+        pairs, table = _pairs(rows, actions).to(device), _space(actions, device).cum_action_max_params
+        for dtype in (torch.float32, torch.bfloat16):
+            logits, *numbers = (torch.randn(shape).to(dtype).to(device) for shape in ((rows, actions), *[(rows,)] * 5))
+            inputs = [logits.requires_grad_(), numbers[0].requires_grad_()]
+            options = {"valid": (torch.rand(rows) < 0.7).to(device), "count": torch.tensor(float(rows)).to(device)}
+            for given in ({}, options):
+                loss, _ = _reported(
+                    lambda logits=logits, numbers=numbers, given=given, pairs=pairs, table=table: ops.ppo_loss(
+                        logits, pairs, *numbers, table, **given, **coefficients
+                    )
+                )
+                torch.autograd.grad(loss, inputs, torch.ones(()).to(device))
 
 
 def _sample(device: torch.device) -> None:
@@ -131,14 +160,14 @@ def _reported(call: Callable[[], Any]) -> Any:
     raise RuntimeError("an action out of range was not reported")
 
 
-CASES = (_to_index, _to_pair, _evaluate, _sample, _clip, _l2, _grid, _lstm)
+CASES = (_to_index, _to_pair, _evaluate, _advantages, _ppo_loss, _sample, _clip, _l2, _grid, _lstm)
 
 
 def kernels() -> dict[str, list[Any]]:
     """Name of each Triton kernel of the operations -> the modules that hold it."""
     package, found = metta_fastagent.ops, defaultdict(list)
-    for each in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{each.name}")
+    for each in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(each.name)
         for name, value in vars(module).items():
             # Only kernels have `fn`, the function that Triton compiles or interprets.
             if name.endswith("_kernel") and hasattr(value, "fn"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import metta_fastagent
-from metta_fastagent._machine import processor_name
+from metta_fastagent.runtime.explain import processor_name
 
 PEERS = ("torchrl", "pufferlib-core")
 

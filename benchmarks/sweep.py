@@ -35,7 +35,12 @@ from benchmarks import (
 )
 from benchmarks.harness import Case, Provider, Size
 from metta_fastagent import use_backend
-from metta_fastagent.ops import _categorical, _chunk_table, _clip_weights, _l2_init_loss, _lstm_layer, _tokens_to_grid
+from metta_fastagent.ops.categorical import kernels as categorical
+from metta_fastagent.ops.categorical import layouts
+from metta_fastagent.ops.lstm import kernels as lstm
+from metta_fastagent.ops.tensor_lists import kernels as tensor_lists
+from metta_fastagent.ops.tensor_lists import plans
+from metta_fastagent.ops.tokens import kernels as tokens
 
 SHIPPED, SHIPPED_AGAIN = "package", "package again"
 BOTH = "forward + backward"
@@ -44,13 +49,12 @@ Row = tuple[str, str, str, str, str, str]
 LOSSES = (partial(bench_l2_init.make_case, "forward"), partial(bench_l2_init.make_case, BOTH))
 LSTMS = (partial(bench_lstm.make_case, "forward"), partial(bench_lstm.make_case, BOTH))
 HEADS = (*(partial(bench_evaluate.make_case, mode) for mode in ("forward", BOTH)), bench_sample.make_case)
-CHUNK_MODULES = (_chunk_table, _clip_weights, _l2_init_loss)
 
 
 class Experiment(NamedTuple):
-    """Constants of some modules and the values to try, and the operations and sizes to time with them."""
+    """Constants of a module and the values to try, and the operations and sizes to time with them."""
 
-    modules: Sequence[Any]
+    module: Any
     constants: Mapping[str, Sequence[int]]
     operations: Sequence[Callable[[Size, torch.device], Case]]
     # The last one is a rehearsal in Triton's interpreter.
@@ -74,37 +78,39 @@ TENSORS = sizes("tensors parameters", (200, 200_000), (200, 30_000_000), (200, 1
 SEGMENTS = sizes("segments time resets", (512, 64, 3), (4096, 16, 3), (3, 2, 3))
 TOKENS = sizes("rows tokens", (4096, 200), (16384, 200), (2, 40))
 EXPERIMENTS = {
-    # With 0, every row of logits is a tile.
-    "layout": Experiment([_categorical], {"MAX_COLUMNS": (32, 64, 0)}, HEADS, head_sizes(9, 21, 32, 33, 48, 64)),
-    "rows": Experiment([_categorical], {"ROWS_PER_PROGRAM": (64, 128, 256, 512)}, HEADS, head_sizes(9, 21)),
-    "tile": Experiment([_categorical], {"WARP_ELEMENTS": (256, 512, 1024)}, HEADS, head_sizes(128, 1024, tiny=70)),
+    # With 0, no piece is a single column.
+    "layout": Experiment(layouts, {"MAX_COLUMNS": (24, 32, 0)}, HEADS, head_sizes(9, 21, 32, 33, 48, 64)),
+    "rows": Experiment(layouts, {"ROWS_PER_PROGRAM": (64, 128, 256, 512)}, HEADS, head_sizes(9, 21)),
+    "tile": Experiment(layouts, {"WARP_ELEMENTS": (256, 512, 1024)}, HEADS, head_sizes(128, 1024, tiny=70)),
     "chunk": Experiment(
-        CHUNK_MODULES,
+        tensor_lists,
         {"CHUNK": (2048, 4096, 8192, 16384), "CHUNK_WARPS": (4, 8)},
         (bench_clip.make_case, *LOSSES),
         TENSORS,
     ),
-    "partials": Experiment([_l2_init_loss], {"PARTIALS_BLOCK": (256, 1024, 4096)}, LOSSES[:1], TENSORS[1:]),
+    "partials": Experiment(tensor_lists, {"PARTIALS_BLOCK": (256, 1024, 4096)}, LOSSES[:1], TENSORS[1:]),
     "grid": Experiment(
-        [_tokens_to_grid],
-        {"ZERO_BLOCK": (512, 1024, 2048), "TOKEN_BLOCK": (16, 32, 64)},
+        tokens,
+        {"ZERO_BLOCK": (256, 512, 1024), "TOKEN_BLOCK": (16, 32, 64)},
         [partial(bench_tokens_to_grid.make_case, "tokens_to_grid")],
         TOKENS,
     ),
     "lstm": Experiment(
-        [_lstm_layer], {"MANY_ROWS_BLOCK_B": (16, 32), "PARTS_STEPS": (4, 1000), "BLOCK_N": (64, 128)}, LSTMS, SEGMENTS
+        lstm, {"MANY_ROWS_BLOCK_B": (16, 32), "PARTS_STEPS": (3, 1000), "BLOCK_N": (64, 128)}, LSTMS, SEGMENTS
     ),
 }
 
 
 @contextmanager
-def patched(modules: Sequence[Any], constants: Mapping[str, int]) -> Iterator[None]:
-    """The package with other constants, and without the tables of chunks made with its own."""
+def patched(module: Any, constants: Mapping[str, int]) -> Iterator[None]:
+    """The package with other constants, and without the tables and launches made with its own."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.multiple(_chunk_table, _tables={}, _plans={}))
-        for module, (name, value) in itertools.product(modules, constants.items()):
-            if hasattr(module, name):
-                stack.enter_context(mock.patch.object(module, name, value))
+        stack.enter_context(mock.patch.object(tensor_lists, "_tables", {}))
+        stack.enter_context(mock.patch.object(plans, "_known", {}))
+        stack.callback(categorical.constants_of.cache_clear)
+        for name, value in constants.items():
+            stack.enter_context(mock.patch.object(module, name, value))
+        categorical.constants_of.cache_clear()
         yield
 
 
@@ -125,7 +131,7 @@ def run(name: str, operation: Callable[[Size, torch.device], Case], size: Size, 
     """All variants of an experiment on one operation and size."""
     experiment, rows = EXPERIMENTS[name], []
     for label, constants in {SHIPPED: {}, **experiment.variants(), SHIPPED_AGAIN: {}}.items():
-        with patched(experiment.modules, constants):
+        with patched(experiment.module, constants):
             case = operation(size, device)
             rows.append((name, case.operation, harness.size_text(size), label, *measure(case, device)))
     return rows

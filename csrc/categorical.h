@@ -1,4 +1,4 @@
-// Sums over W rows of logits held as columns, for evaluate_actions and sample_actions.
+// Sums over W rows of logits held as columns, for evaluate_actions, sample_actions and ppo_loss; and their gradient.
 //
 //   e_j = exp(x_j - top)     s = sum e_j     w = sum e_j (x_j - top), a term with e_j = 0 counting 0
 //   log_prob_j = x_j - top - log s           entropy = log s - w / s
@@ -6,6 +6,8 @@
 // With a mask or a temperature, x_j is the logit divided by the temperature, -inf if the mask is false.
 // A lane is a row. Its arithmetic does not depend on the other lanes, nor on how rows are split over threads.
 #pragma once
+
+#include <memory>
 
 #include "vec.h"
 
@@ -85,6 +87,86 @@ METTA_INLINE void report_unknown(typename Lanes<T>::I known, const T* entropy, i
   for (int64_t row = begin; !all && row < end; ++row) {
     if (entropy[row] != entropy[row]) return bad.report(row);
   }
+}
+
+// The index of each row's action, -1 if out of range; returns the first such row, or -1.
+inline int64_t read_actions(const Tensor& actions, const std::optional<Tensor>& table, int64_t N, int64_t A,
+                            int64_t* index) {
+  const Integers values(actions, "actions");
+  FirstBad bad;
+  const auto write = [&](int64_t row, int64_t wanted) {
+    const bool legal = wanted >= 0 && wanted < A;
+    if (!legal) bad.report(row);
+    index[row] = legal ? wanted : -1;
+  };
+  if (table.has_value()) {
+    require_shape(actions, "actions", {N, 2});
+    const ActionTable pairs(*table);
+    const int64_t step = actions.stride(0), next = actions.stride(1);
+    values.visit([&](const auto* from) {
+      parallel(N, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t type = from[row * step], param = from[row * step + next];
+          write(row, pairs.legal(type, param) ? pairs.index(type, param) : -1);
+        }
+      });
+    });
+  } else {
+    require_shape(actions, "actions", {N});
+    const int64_t step = actions.stride(0);
+    parallel(N, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) write(row, values.at(row * step));
+    });
+  }
+  return bad.row();
+}
+
+// The gradient of logits, given those of log-probability and entropy of each row, whose `read` returns W rows, and of
+// all log-probabilities, unless that is null. A row whose index is negative gets 0.
+template <class T, class LogProb, class Entropy>
+void gradient_rows(const T* logits, const Condition& condition, const int64_t* index, LogProb grad_log_prob,
+                   Entropy grad_entropy, const T* grad_full, T* grad_logits, int64_t N, int64_t A) {
+  constexpr int64_t W = Lanes<T>::W;
+  const T temperature = static_cast<T>(condition.temperature);
+  parallel((N + W - 1) / W, W * A, [=](int64_t begin, int64_t end) {
+    const std::unique_ptr<T[]> scratch(new T[3 * A * W]);
+    T *columns = scratch.get(), *e = columns + A * W, *f = e + A * W;
+    const auto rows_from = [&](int64_t row, int64_t live) METTA_LAMBDA {
+      const Vec<T> top = load_conditioned(logits, condition, row, live, A, columns);
+      const Sums<T> sums = shift_and_sum<T>(columns, top, e, A);
+      const Vec<T> inverse = T(1) / sums.s, mean = sums.w / sums.s;
+      const Vec<T> g = grad_log_prob.read(row, live), h = grad_entropy.read(row, live);
+      Vec<T> total = g;
+      if (grad_full != nullptr) {
+        load_columns(grad_full + row * A, live, A, f);
+        Vec<T> sum{};
+        for (int64_t j = 0; j < A; ++j) sum += load(f + j * W);
+        total += sum;
+      }
+      const auto gradient = [&](int64_t j) METTA_LAMBDA {
+        // As in the sums: finite where p = 0.
+        const Vec<T> information = above_lowest<T>(load(columns + j * W)) - mean;
+        const Vec<T> p = load(e + j * W) * inverse;
+        const Vec<T> grad = -p * (total + h * information);
+        return grad_full == nullptr ? grad : grad + load(f + j * W);
+      };
+      store_columns<T>(live, A, grad_logits + row * A, gradient);
+      for (int64_t l = 0; l < live; ++l) {
+        T* const grads = grad_logits + (row + l) * A;
+        const int64_t chosen = index[row + l];
+        if (chosen < 0) {
+          std::fill(grads, grads + A, T(0));
+        } else {
+          grads[std::min(chosen, A - 1)] += g[l];
+        }
+      }
+      if (condition.empty()) return;
+      for (int64_t at = row * A; at < (row + live) * A; ++at)
+        grad_logits[at] = condition.mask == nullptr || condition.mask[at] ? grad_logits[at] / temperature : T(0);
+    };
+    for (int64_t row = begin * W; row < std::min(end * W, N); row += W)
+      row + W <= N ? rows_from(row, W) : rows_from(row, N - row);
+  });
 }
 
 }  // namespace metta_fastagent

@@ -96,19 +96,25 @@ struct Integers {
     data = data_of<char>(tensor);
   }
 
-  int64_t at(int64_t position) const {
+  // f(a pointer to the integers as they are).
+  template <class F>
+  auto visit(const F& f) const {
     switch (dtype) {
       case ScalarType::Long:
-        return reinterpret_cast<const int64_t*>(data)[position];
+        return f(reinterpret_cast<const int64_t*>(data));
       case ScalarType::Int:
-        return reinterpret_cast<const int32_t*>(data)[position];
+        return f(reinterpret_cast<const int32_t*>(data));
       case ScalarType::Short:
-        return reinterpret_cast<const int16_t*>(data)[position];
+        return f(reinterpret_cast<const int16_t*>(data));
       case ScalarType::Char:
-        return reinterpret_cast<const int8_t*>(data)[position];
+        return f(reinterpret_cast<const int8_t*>(data));
       default:
-        return reinterpret_cast<const uint8_t*>(data)[position];
+        return f(reinterpret_cast<const uint8_t*>(data));
     }
+  }
+
+  int64_t at(int64_t position) const {
+    return visit([&](const auto* values) { return static_cast<int64_t>(values[position]); });
   }
 };
 

@@ -1,9 +1,8 @@
 // Log-probability, entropy and all log-probabilities of given actions, and the gradient of the logits.
-// The formulas are in ops/_evaluate_actions.py.
+// The formulas are in ops/categorical/reference.py.
 
 #include "checks.h"
 
-#include <memory>
 #include <tuple>
 
 #include "categorical.h"
@@ -33,35 +32,6 @@ int64_t forward_rows(const T* logits, const Condition& condition, const int64_t*
     }
     report_unknown<T>(known, entropy, begin * W, std::min(end * W, N), bad);
   });
-  return bad.row();
-}
-
-// The index of each row's action, -1 if out of range; returns the first such row, or -1.
-int64_t read_actions(const Tensor& actions, const std::optional<Tensor>& table, int64_t N, int64_t A, int64_t* index) {
-  const Integers values(actions, "actions");
-  FirstBad bad;
-  const auto write = [&](int64_t row, int64_t wanted) {
-    const bool legal = wanted >= 0 && wanted < A;
-    if (!legal) bad.report(row);
-    index[row] = legal ? wanted : -1;
-  };
-  if (table.has_value()) {
-    require_shape(actions, "actions", {N, 2});
-    const ActionTable pairs(*table);
-    const int64_t step = actions.stride(0), next = actions.stride(1);
-    parallel(N, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t type = values.at(row * step), param = values.at(row * step + next);
-        write(row, pairs.legal(type, param) ? pairs.index(type, param) : -1);
-      }
-    });
-  } else {
-    require_shape(actions, "actions", {N});
-    const int64_t step = actions.stride(0);
-    parallel(N, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) write(row, values.at(row * step));
-    });
-  }
   return bad.row();
 }
 
@@ -111,45 +81,6 @@ struct PerRow {
   }
 };
 
-template <class T>
-void backward_rows(const T* logits, const Condition& condition, const int64_t* index, PerRow<T> grad_log_prob,
-                   PerRow<T> grad_entropy, const T* grad_full, T* grad_logits, int64_t N, int64_t A) {
-  constexpr int64_t W = Lanes<T>::W;
-  const T temperature = static_cast<T>(condition.temperature);
-  parallel((N + W - 1) / W, W * A, [=](int64_t begin, int64_t end) {
-    const std::unique_ptr<T[]> scratch(new T[3 * A * W]);
-    T *columns = scratch.get(), *e = columns + A * W, *f = e + A * W;
-    for (int64_t group = begin; group < end; ++group) {
-      const int64_t row = group * W, live = std::min(W, N - row);
-      const Vec<T> top = load_conditioned(logits, condition, row, live, A, columns);
-      const Sums<T> sums = shift_and_sum<T>(columns, top, e, A);
-      const Vec<T> inverse = T(1) / sums.s, mean = sums.w / sums.s;
-      const Vec<T> g = grad_log_prob.read(row, live), h = grad_entropy.read(row, live);
-      Vec<T> total = g;
-      if (grad_full != nullptr) {
-        load_columns(grad_full + row * A, live, A, f);
-        Vec<T> sum{};
-        for (int64_t j = 0; j < A; ++j) sum += load(f + j * W);
-        total += sum;
-      }
-      const auto gradient = [&](int64_t j) METTA_LAMBDA {
-        // As in the sums: finite where p = 0.
-        const Vec<T> information = above_lowest<T>(load(columns + j * W)) - mean;
-        const Vec<T> p = load(e + j * W) * inverse;
-        const Vec<T> grad = -p * (total + h * information);
-        return grad_full == nullptr ? grad : grad + load(f + j * W);
-      };
-      store_columns<T>(live, A, grad_logits + row * A, gradient);
-      if (grad_log_prob.data != nullptr)
-        for (int64_t l = 0; l < live; ++l)
-          grad_logits[(row + l) * A + std::clamp<int64_t>(index[row + l], 0, A - 1)] += g[l];
-      if (condition.empty()) continue;
-      for (int64_t at = row * A; at < (row + live) * A; ++at)
-        grad_logits[at] = condition.mask == nullptr || condition.mask[at] ? grad_logits[at] / temperature : T(0);
-    }
-  });
-}
-
 Tensor evaluate_backward(const Tensor& logits, const Tensor& index, const std::optional<Tensor>& grad_log_prob,
                 const std::optional<Tensor>& grad_entropy, const std::optional<Tensor>& grad_full,
                 const std::optional<Tensor>& mask, double temperature) {
@@ -165,7 +96,7 @@ Tensor evaluate_backward(const Tensor& logits, const Tensor& index, const std::o
   const Tensor grad = empty({N, A}, dtype);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    backward_rows<T>(data_of<T>(logits), condition, data_of<int64_t>(index),
+    gradient_rows<T>(data_of<T>(logits), condition, data_of<int64_t>(index),
                      PerRow<T>(grad_log_prob, "grad_log_prob", N, dtype),
                      PerRow<T>(grad_entropy, "grad_entropy", N, dtype),
                      grad_full.has_value() ? data_of<T>(*grad_full) : nullptr, mutable_data_of<T>(grad), N, A);

@@ -1,14 +1,17 @@
 // The recurrence of one LSTM layer over a segment, its rows reset where an episode starts, and its gradient.
-// The formulas are in ops/_lstm_layer.py.
+// The formulas are in ops/lstm/reference.py.
 //
-// Each step is one matrix product by PyTorch, followed by one pass over the rows.
+// Rows do not depend on each other: each thread takes some of them through all steps. W_hh is packed once for a call.
 
 #include "checks.h"
 
-#include <array>
 #include <tuple>
+#include <vector>
 
-#include "vec.h"
+#if defined(__AVX512F__)
+#define METTA_VECTOR_BYTES 64
+#endif
+#include "panels.h"
 
 namespace metta_fastagent {
 namespace {
@@ -16,15 +19,6 @@ namespace {
 struct Sizes {
   int64_t T, B, H;
 };
-
-// out = a @ b
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  // The result is another handle to `out`, which has to be released.
-  torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 // Rows that are reset before a step.
 class Resets {
@@ -50,57 +44,97 @@ METTA_INLINE void each_vector(int64_t H, const F& f) {
   if (j < H) f(j, H - j);
 }
 
-// One step of one row. `gates` holds h W_hh^T and becomes the activated gates; `state_h` is the next
-// step's factor, zero if that step resets the row.
+// The four gates of W hidden columns in a panel, of weights [4H, K]: panel[first + k][g][l] = weight[g H + column + l][k].
 template <class T>
-void forward_row(const T* projected, const T* previous_c, bool reset, bool reset_next, T* gates, T* cell, T* output,
-                 T* state_h, int64_t H) {
-  each_vector<T>(H, [&](int64_t j, int64_t live) METTA_LAMBDA {
-    const auto preactivation = [&](int64_t gate) METTA_LAMBDA {
-      return load_live(gates + gate * H + j, live) + load_live(projected + gate * H + j, live);
-    };
-    const Vec<T> i = sigmoid<T>(preactivation(0)), f = sigmoid<T>(preactivation(1));
-    const Vec<T> g = tanh<T>(preactivation(2)), o = sigmoid<T>(preactivation(3));
-    const Vec<T> kept = reset ? Vec<T>{} : f * load_live(previous_c + j, live);
-    const Vec<T> c = kept + i * g;
-    const Vec<T> h = o * tanh<T>(c);
-    store_live<T>(gates + j, i, live);
-    store_live<T>(gates + H + j, f, live);
-    store_live<T>(gates + 2 * H + j, g, live);
-    store_live<T>(gates + 3 * H + j, o, live);
-    store_live<T>(cell + j, c, live);
-    store_live<T>(output + j, h, live);
-    store_live<T>(state_h + j, reset_next ? Vec<T>{} : h, live);
-  });
-}
-
-template <class T>
-void forward_steps(const Tensor& projected, const Tensor& weight_hh, const Tensor& h, const Tensor& c, Resets resets,
-                   const Tensor& output, const Tensor& cells, const Tensor& gates, Sizes sizes) {
-  const int64_t steps = sizes.T, B = sizes.B, H = sizes.H;
-  const Tensor weight = torch::stable::contiguous(torch::stable::transpose(weight_hh, 0, 1));
-  const Tensor state = empty({B, H}, h.scalar_type());
-  T* state_h = mutable_data_of<T>(state);
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t j = 0; j < H; ++j) state_h[b * H + j] = resets.at(0, b) ? T(0) : data_of<T>(h)[b * H + j];
-  for (int64_t t = 0; t < steps; ++t) {
-    multiply(state, weight, torch::stable::select(gates, 0, t));
-    const T* projected_t = data_of<T>(projected) + t * B * 4 * H;
-    const T* previous_c = t == 0 ? data_of<T>(c) : data_of<T>(cells) + (t - 1) * B * H;
-    T* gates_t = mutable_data_of<T>(gates) + t * B * 4 * H;
-    T* cells_t = mutable_data_of<T>(cells) + t * B * H;
-    T* output_t = mutable_data_of<T>(output) + t * B * H;
-    parallel(B, 4 * H, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        forward_row<T>(projected_t + b * 4 * H, previous_c + b * H, resets.at(t, b),
-                       t + 1 < steps && resets.at(t + 1, b), gates_t + b * 4 * H, cells_t + b * H, output_t + b * H,
-                       state_h + b * H, H);
-    });
+void pack_gates(const T* weight, int64_t H, int64_t K, int64_t first, Panels<T>& panels) {
+  constexpr int64_t W = Lanes<T>::W;
+  for (int64_t column = 0; column < H; column += W) {
+    T* panel = panels.at(column / W) + first * 4 * W;
+    const int64_t columns = std::min(W, H - column);
+    for (int64_t g = 0; g < 4; ++g) {
+      each_vector<T>(K, [&](int64_t k, int64_t live) METTA_LAMBDA {
+        Vec<T> v[W] = {};
+        for (int64_t l = 0; l < columns; ++l) v[l] = load_live(weight + (g * H + column + l) * K + k, live);
+        transpose<T>(v);
+        for (int64_t i = 0; i < live; ++i) store<T>(panel + ((k + i) * 4 + g) * W, v[i]);
+      });
+    }
   }
 }
 
+template <class T>
+Panels<T> gate_panels(const Sizes& sizes, int64_t inputs) {
+  return Panels<T>((sizes.H + Lanes<T>::W - 1) / Lanes<T>::W, inputs + sizes.H);
+}
+
+template <class T>
+struct Forward {
+  const T* input;  // [B, I] where the panels project it too, which is for a single step
+  int64_t I;
+  const T* addend;  // what the gates' products are added to: projected [T, B, 4H], or a bias [4H]
+  int64_t addend_stride;
+  const T *h, *c;
+  Resets resets;
+  T *output, *cells, *gates;  // gates may be null
+  Sizes sizes;
+
+  // One step of one row and W hidden columns from j on.
+  void activate(int64_t t, int64_t b, int64_t j, const Vec<T>* sums) const {
+    const int64_t H = sizes.H, row = t * sizes.B + b, live = std::min(Lanes<T>::W, H - j);
+    const T* addend_row = addend + row * addend_stride + j;
+    const auto preactivation = [&](int64_t gate) METTA_LAMBDA {
+      return sums[gate] + load_live(addend_row + gate * H, live);
+    };
+    const Vec<T> i = sigmoid<T>(preactivation(0)), f = sigmoid<T>(preactivation(1));
+    const Vec<T> g = tanh<T>(preactivation(2)), o = sigmoid<T>(preactivation(3));
+    const T* previous = t == 0 ? c + b * H : cells + (row - sizes.B) * H;
+    const Vec<T> kept = resets.at(t, b) ? Vec<T>{} : f * load_live(previous + j, live);
+    const Vec<T> cell = kept + i * g;
+    store_live<T>(cells + row * H + j, cell, live);
+    store_live<T>(output + row * H + j, o * tanh<T>(cell), live);
+    if (gates == nullptr) return;
+    T* gates_row = gates + row * 4 * H + j;
+    store_live<T>(gates_row, i, live);
+    store_live<T>(gates_row + H, f, live);
+    store_live<T>(gates_row + 2 * H, g, live);
+    store_live<T>(gates_row + 3 * H, o, live);
+  }
+
+  // All steps of the rows [begin, end).
+  void run(const Panels<T>& panels, int64_t begin, int64_t end) const {
+    constexpr int64_t W = Lanes<T>::W;
+    const int64_t H = sizes.H, K = I + H;
+    std::vector<T> factors(TILE_ROWS * K);
+    for (int64_t t = 0; t < sizes.T; ++t) {
+      const T* previous = t == 0 ? h : output + (t - 1) * sizes.B * H;
+      each_tile(begin, end, [&](int64_t b, auto rows) METTA_LAMBDA {
+        for (int64_t r = 0; r < rows; ++r) {
+          T* state = std::copy_n(input + (b + r) * I, I, &factors[r * K]);
+          if (resets.at(t, b + r))
+            std::fill_n(state, H, T(0));
+          else
+            std::copy_n(previous + (b + r) * H, H, state);
+        }
+        for (int64_t j = 0; j < H; j += W) {
+          // The processor foresees no stream in these short reads, a row apart.
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t g = 0; g < 4; ++g)
+              __builtin_prefetch(addend + (t * sizes.B + b + r) * addend_stride + g * H + j);
+          Vec<T> sums[rows][4];
+          multiply_tile<T, rows>(factors.data(), K, panels.at(j / W), K, sums);
+          for (int64_t r = 0; r < rows; ++r) activate(t, b + r, j, sums[r]);
+        }
+      });
+    }
+  }
+};
+
+// Elements of work for `parallel` of one row: its products count as a share of its gates.
+int64_t work_of_row(const Sizes& sizes) { return sizes.T * 4 * sizes.H * std::max<int64_t>(1, sizes.H / 32); }
+
 std::tuple<Tensor, Tensor, Tensor> lstm_forward(const Tensor& projected, const Tensor& weight_hh, const Tensor& h,
-                                                const Tensor& c, const std::optional<Tensor>& resets) {
+                                                const Tensor& c, const std::optional<Tensor>& resets,
+                                                bool keep_gates) {
   const ScalarType dtype = require_floating_point(projected, "projected");
   STD_TORCH_CHECK(projected.dim() == 3 && weight_hh.dim() == 2, "projected, weight_hh: wrong shape");
   const Sizes sizes{projected.size(0), projected.size(1), weight_hh.size(1)};
@@ -109,11 +143,81 @@ std::tuple<Tensor, Tensor, Tensor> lstm_forward(const Tensor& projected, const T
   require(weight_hh, "weight_hh", dtype, {4 * H, H});
   require(h, "h", dtype, {B, H});
   require(c, "c", dtype, {B, H});
-  const Tensor output = empty({T, B, H}, dtype), cells = empty({T, B, H}, dtype), gates = empty({T, B, 4 * H}, dtype);
+  const Tensor output = empty({T, B, H}, dtype), cells = empty({T, B, H}, dtype);
+  const Tensor gates = keep_gates ? empty({T, B, 4 * H}, dtype) : empty({0}, dtype);
   const Resets starts(resets, sizes);
-  const auto run = dtype == ScalarType::Float ? forward_steps<float> : forward_steps<double>;
-  run(projected, weight_hh, h, c, starts, output, cells, gates, sizes);
+  const auto run = [&](auto zero) {
+    using Real = decltype(zero);
+    Panels<Real> panels = gate_panels<Real>(sizes, 0);
+    pack_gates(data_of<Real>(weight_hh), H, H, 0, panels);
+    const Forward<Real> forward{nullptr,
+                                0,
+                                data_of<Real>(projected),
+                                4 * H,
+                                data_of<Real>(h),
+                                data_of<Real>(c),
+                                starts,
+                                mutable_data_of<Real>(output),
+                                mutable_data_of<Real>(cells),
+                                keep_gates ? mutable_data_of<Real>(gates) : nullptr,
+                                sizes};
+    parallel(B, work_of_row(sizes), [&](int64_t begin, int64_t end) { forward.run(panels, begin, end); });
+  };
+  dtype == ScalarType::Float ? run(float{}) : run(double{});
   return {output, cells, gates};
+}
+
+// One step of all layers of an nn.LSTM. `weights` holds weight_ih, weight_hh and, with biases, bias_ih and bias_hh of
+// each layer; h and c are [layers, B, H]. The new state goes to `next_h` and `next_c`, which may be `h` and `c`: a row is
+// read before it is written.
+void lstm_step(const Tensor& input, const std::vector<Tensor>& weights, const Tensor& h, const Tensor& c,
+               const std::optional<Tensor>& resets, const Tensor& next_h, const Tensor& next_c) {
+  const ScalarType dtype = require_floating_point(h, "h");
+  STD_TORCH_CHECK(input.dim() == 2 && h.dim() == 3, "input, h: wrong shape");
+  const int64_t layers = h.size(0), B = h.size(1), H = h.size(2);
+  STD_TORCH_CHECK(layers >= 1 && weights.size() % layers == 0, "weights: wrong number");
+  const int64_t each = static_cast<int64_t>(weights.size()) / layers;
+  STD_TORCH_CHECK(each == 2 || each == 4, "weights: wrong number");
+  require(input, "input", dtype, {B, input.size(1)});
+  require(h, "h", dtype, {layers, B, H});
+  require(c, "c", dtype, {layers, B, H});
+  require(next_h, "next_h", dtype, {layers, B, H});
+  require(next_c, "next_c", dtype, {layers, B, H});
+  const Sizes sizes{1, B, H};
+  const auto inputs_of = [&](int64_t layer) { return layer == 0 ? input.size(1) : H; };
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const Tensor* own = &weights[layer * each];
+    require(own[0], "weight_ih", dtype, {4 * H, inputs_of(layer)});
+    require(own[1], "weight_hh", dtype, {4 * H, H});
+    for (int64_t i = 2; i < each; ++i) require(own[i], "bias", dtype, {4 * H});
+  }
+  const Resets starts(resets, sizes);
+  const auto run = [&](auto zero) {
+    using Real = decltype(zero);
+    std::vector<Real> bias(4 * H);
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const Tensor* own = &weights[layer * each];
+      const int64_t I = inputs_of(layer), before = layer * B * H;
+      for (int64_t i = 0; each == 4 && i < 4 * H; ++i) bias[i] = data_of<Real>(own[2])[i] + data_of<Real>(own[3])[i];
+      Panels<Real> panels = gate_panels<Real>(sizes, I);
+      pack_gates(data_of<Real>(own[0]), H, I, 0, panels);
+      pack_gates(data_of<Real>(own[1]), H, H, I, panels);
+      Real* output = mutable_data_of<Real>(next_h) + before;
+      const Forward<Real> forward{layer == 0 ? data_of<Real>(input) : output - B * H,
+                                  I,
+                                  bias.data(),
+                                  0,
+                                  data_of<Real>(h) + before,
+                                  data_of<Real>(c) + before,
+                                  starts,
+                                  output,
+                                  mutable_data_of<Real>(next_c) + before,
+                                  nullptr,
+                                  sizes};
+      parallel(B, 2 * work_of_row(sizes), [&](int64_t begin, int64_t end) { forward.run(panels, begin, end); });
+    }
+  };
+  dtype == ScalarType::Float ? run(float{}) : run(double{});
 }
 
 // Backward of one step of one row. `dh` and `dc` are the gradients of the state after the step; `dc` becomes the
@@ -137,40 +241,61 @@ void backward_row(const T* gates, const T* cell, const T* previous_c, const T* g
   });
 }
 
-struct Upstream {
-  const Tensor *output, *last_h;
-};
+// 4 W columns of W_hh in a panel: panel[k][v][l] = weight_hh[k][first + v W + l].
+template <class T>
+void pack_columns(const T* weight_hh, int64_t H, Panels<T>& panels) {
+  constexpr int64_t W = Lanes<T>::W;
+  for (int64_t first = 0; first < H; first += 4 * W) {
+    for (int64_t v = 0; v < 4; ++v) {
+      const int64_t j = first + v * W, live = std::clamp<int64_t>(H - j, 0, W);
+      T* panel = panels.at(first / (4 * W)) + v * W;
+      for (int64_t k = 0; k < 4 * H; ++k)
+        store<T>(panel + k * 4 * W, live > 0 ? load_live(weight_hh + k * H + j, live) : Vec<T>{});
+    }
+  }
+}
 
 template <class T>
-void backward_steps(const Tensor& weight_hh, const Tensor& c, Resets resets, const Tensor& cells, const Tensor& gates,
-                    Upstream upstream, const Tensor& grad_projected, const Tensor& grad_h, const Tensor& grad_c,
-                    Sizes sizes) {
-  const int64_t steps = sizes.T, B = sizes.B, H = sizes.H;
-  T* dc = mutable_data_of<T>(grad_c);
-  T* dh_storage = mutable_data_of<T>(grad_h);
-  for (int64_t t = steps - 1; t >= 0; --t) {
-    const T* dh = dh_storage;
-    if (t == steps - 1) dh = upstream.last_h == nullptr ? nullptr : data_of<T>(*upstream.last_h);
-    const T* grad_output = upstream.output == nullptr ? nullptr : data_of<T>(*upstream.output) + t * B * H;
-    const T* previous_c = t == 0 ? data_of<T>(c) : data_of<T>(cells) + (t - 1) * B * H;
-    const T* gates_t = data_of<T>(gates) + t * B * 4 * H;
-    const T* cells_t = data_of<T>(cells) + t * B * H;
-    T* grad_t = mutable_data_of<T>(grad_projected) + t * B * 4 * H;
-    parallel(B, 4 * H, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        // A row that the next step resets receives no gradient from it.
-        const bool reached = t == steps - 1 || !resets.at(t + 1, b);
-        backward_row<T>(gates_t + b * 4 * H, cells_t + b * H, previous_c + b * H,
-                        grad_output == nullptr ? nullptr : grad_output + b * H,
-                        dh == nullptr || !reached ? nullptr : dh + b * H, resets.at(t, b), dc + b * H,
-                        grad_t + b * 4 * H, H);
-      }
-    });
-    multiply(torch::stable::select(grad_projected, 0, t), weight_hh, grad_h);
+struct Backward {
+  const T* c;
+  Resets resets;
+  const T *cells, *gates, *grad_output, *grad_last_h;  // the gradients may be null
+  T *grad_projected, *grad_h, *grad_c;
+  Sizes sizes;
+
+  // The step's part of one row before the product with W_hh.
+  void activate(int64_t t, int64_t b) const {
+    const int64_t H = sizes.H, row = t * sizes.B + b;
+    const bool last = t == sizes.T - 1;
+    const T* dh = last ? (grad_last_h == nullptr ? nullptr : grad_last_h + b * H) : grad_h + b * H;
+    // A row that the next step resets receives no gradient from it.
+    if (!last && resets.at(t + 1, b)) dh = nullptr;
+    backward_row<T>(gates + row * 4 * H, cells + row * H, t == 0 ? c + b * H : cells + (row - sizes.B) * H,
+                    grad_output == nullptr ? nullptr : grad_output + row * H, dh, resets.at(t, b), grad_c + b * H,
+                    grad_projected + row * 4 * H, H);
   }
-  for (int64_t b = 0; b < B; ++b)
-    if (resets.at(0, b)) std::fill_n(dh_storage + b * H, H, T(0));
-}
+
+  // All steps of the rows [begin, end).
+  void run(const Panels<T>& panels, int64_t begin, int64_t end) const {
+    constexpr int64_t W = Lanes<T>::W;
+    const int64_t H = sizes.H;
+    for (int64_t t = sizes.T - 1; t >= 0; --t) {
+      each_tile(begin, end, [&](int64_t b, auto rows) METTA_LAMBDA {
+        for (int64_t r = 0; r < rows; ++r) activate(t, b + r);
+        const T* grads = grad_projected + (t * sizes.B + b) * 4 * H;
+        for (int64_t first = 0; first < H; first += 4 * W) {
+          Vec<T> sums[rows][4];
+          multiply_tile<T, rows>(grads, 4 * H, panels.at(first / (4 * W)), 4 * H, sums);
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t j = first; j < std::min(H, first + 4 * W); j += W)
+              store_live<T>(grad_h + (b + r) * H + j, sums[r][(j - first) / W], std::min(W, H - j));
+        }
+      });
+    }
+    for (int64_t b = begin; b < end; ++b)
+      if (resets.at(0, b)) std::fill_n(grad_h + b * H, H, T(0));
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor> lstm_backward(const Tensor& weight_hh, const Tensor& c,
                                                  const std::optional<Tensor>& resets, const Tensor& cells,
@@ -192,11 +317,27 @@ std::tuple<Tensor, Tensor, Tensor> lstm_backward(const Tensor& weight_hh, const 
   const Tensor grad_projected = empty({T, B, 4 * H}, dtype), grad_h = empty({B, H}, dtype);
   const Tensor grad_c = grad_last_c.has_value() ? torch::stable::clone(*grad_last_c) : empty({B, H}, dtype);
   if (!grad_last_c.has_value()) torch::stable::fill_(grad_c, 0.0);
-  const Upstream upstream{grad_output.has_value() ? &*grad_output : nullptr,
-                          grad_last_h.has_value() ? &*grad_last_h : nullptr};
   const Resets starts(resets, sizes);
-  const auto run = dtype == ScalarType::Float ? backward_steps<float> : backward_steps<double>;
-  run(weight_hh, c, starts, cells, gates, upstream, grad_projected, grad_h, grad_c, sizes);
+  const auto run = [&](auto zero) {
+    using Real = decltype(zero);
+    const auto given = [](const std::optional<Tensor>& grad) {
+      return grad.has_value() ? data_of<Real>(*grad) : nullptr;
+    };
+    Panels<Real> panels((H + 4 * Lanes<Real>::W - 1) / (4 * Lanes<Real>::W), 4 * H);
+    pack_columns(data_of<Real>(weight_hh), H, panels);
+    const Backward<Real> backward{data_of<Real>(c),
+                                  starts,
+                                  data_of<Real>(cells),
+                                  data_of<Real>(gates),
+                                  given(grad_output),
+                                  given(grad_last_h),
+                                  mutable_data_of<Real>(grad_projected),
+                                  mutable_data_of<Real>(grad_h),
+                                  mutable_data_of<Real>(grad_c),
+                                  sizes};
+    parallel(B, work_of_row(sizes), [&](int64_t begin, int64_t end) { backward.run(panels, begin, end); });
+  };
+  dtype == ScalarType::Float ? run(float{}) : run(double{});
   return {grad_projected, grad_h, grad_c};
 }
 
@@ -205,8 +346,11 @@ std::tuple<Tensor, Tensor, Tensor> lstm_backward(const Tensor& weight_hh, const 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) {
   m.def(
-      "lstm_layer_forward(Tensor projected, Tensor weight_hh, Tensor h, Tensor c, Tensor? resets)"
+      "lstm_layer_forward(Tensor projected, Tensor weight_hh, Tensor h, Tensor c, Tensor? resets, bool keep_gates)"
       " -> (Tensor output, Tensor cells, Tensor gates)");
+  m.def(
+      "lstm_step_(Tensor input, Tensor[] weights, Tensor h, Tensor c, Tensor? resets, Tensor(a!) next_h,"
+      " Tensor(b!) next_c) -> ()");
   m.def(
       "lstm_layer_backward(Tensor weight_hh, Tensor c, Tensor? resets, Tensor cells, Tensor gates, Tensor? grad_output,"
       " Tensor? grad_last_h, Tensor? grad_last_c) -> (Tensor grad_projected, Tensor grad_h, Tensor grad_c)");
@@ -214,5 +358,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(metta_fastagent_native, CPU, m) {
   m.impl("lstm_layer_forward", TORCH_BOX(&metta_fastagent::lstm_forward));
+  m.impl("lstm_step_", TORCH_BOX(&metta_fastagent::lstm_step));
   m.impl("lstm_layer_backward", TORCH_BOX(&metta_fastagent::lstm_backward));
 }

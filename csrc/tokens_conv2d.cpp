@@ -1,5 +1,5 @@
 // Convolution of the grid of observation tokens without the grid, and its gradients.
-// The formulas are in ops/_tokens_conv2d.py.
+// The formulas are in ops/tokens/reference.py.
 //
 // A row's tokens are first sorted by the output positions that read them, so that the sums of a position over all of
 // its tokens stay in registers.
@@ -21,6 +21,7 @@ constexpr int64_t BLOCK_ROWS = 256, MAX_BLOCKS = 64;
 
 struct Sizes {
   int64_t N, M, O, F, kernel_x, kernel_y, width, height, stride;
+  bool x_low;
 
   int64_t out_x() const { return (width - kernel_x) / stride + 1; }
   int64_t out_y() const { return (height - kernel_y) / stride + 1; }
@@ -52,7 +53,8 @@ class Terms {
       for (int64_t j = 0; j < sizes.out_y(); ++j)
         for (int64_t a = 0; a < sizes.kernel_x; ++a)
           for (int64_t b = 0; b < sizes.kernel_y; ++b) {
-            const int64_t coordinate = (i * sizes.stride + a) * 16 + j * sizes.stride + b;
+            const int64_t x = i * sizes.stride + a, y = j * sizes.stride + b;
+            const int64_t coordinate = sizes.x_low ? y * 16 + x : x * 16 + y;
             const int64_t position = i * sizes.out_y() + j, tap = a * sizes.kernel_y + b;
             if (coordinate != EMPTY_COORDINATE)
               readers_[coordinate].push_back({static_cast<int16_t>(position), static_cast<int16_t>(tap)});
@@ -283,7 +285,7 @@ void backward_rows(const uint8_t* tokens, const T* weight, const T* scale, const
 }
 
 Sizes checked_sizes(const Tensor& tokens, const Tensor& weight, const Tensor& scale, int64_t width, int64_t height,
-                    int64_t stride) {
+                    int64_t stride, bool x_low) {
   const ScalarType dtype = require_floating_point(weight, "weight");
   require_dense(tokens, "tokens", ScalarType::Byte);
   require_dense(weight, "weight", dtype);
@@ -291,7 +293,7 @@ Sizes checked_sizes(const Tensor& tokens, const Tensor& weight, const Tensor& sc
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) >= 1 && weight.size(1) >= 1 && weight.size(1) <= 256,
                   "weight: expected shape [O, L, kernel, kernel], L at most 256");
   const Sizes sizes{tokens.size(0), tokens.size(1), weight.size(0), weight.size(1), weight.size(2),
-                    weight.size(3), width,          height,         stride};
+                    weight.size(3), width,          height,         stride,         x_low};
   STD_TORCH_CHECK(width >= sizes.kernel_x && width <= 16 && height >= sizes.kernel_y && height <= 16 &&
                       sizes.kernel_x >= 1 && sizes.kernel_y >= 1 && stride >= 1,
                   "width, height, stride: expected at most 16, at least the kernel's size, and 1 or more");
@@ -300,8 +302,8 @@ Sizes checked_sizes(const Tensor& tokens, const Tensor& weight, const Tensor& sc
 }
 
 Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& scale,
-               int64_t width, int64_t height, int64_t stride, bool relu) {
-  const Sizes sizes = checked_sizes(tokens, weight, scale, width, height, stride);
+               int64_t width, int64_t height, int64_t stride, bool relu, bool x_low) {
+  const Sizes sizes = checked_sizes(tokens, weight, scale, width, height, stride, x_low);
   const ScalarType dtype = weight.scalar_type();
   if (bias.has_value()) require(*bias, "bias", dtype, {sizes.O});
   const Tensor output = empty({sizes.N, sizes.out_x(), sizes.out_y(), sizes.O}, dtype);
@@ -316,8 +318,9 @@ Tensor forward(const Tensor& tokens, const Tensor& weight, const std::optional<T
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& tokens, const Tensor& weight, const Tensor& scale,
                                             const std::optional<Tensor>& output, const Tensor& grad_output,
-                                            int64_t width, int64_t height, int64_t stride, bool with_scale) {
-  const Sizes sizes = checked_sizes(tokens, weight, scale, width, height, stride);
+                                            int64_t width, int64_t height, int64_t stride, bool with_scale,
+                                            bool x_low) {
+  const Sizes sizes = checked_sizes(tokens, weight, scale, width, height, stride, x_low);
   const ScalarType dtype = weight.scalar_type();
   require(grad_output, "grad_output", dtype, {sizes.N, sizes.out_x(), sizes.out_y(), sizes.O});
   if (output.has_value()) require(*output, "output", dtype, {sizes.N, sizes.out_x(), sizes.out_y(), sizes.O});
@@ -340,10 +343,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& tokens, const Tensor& 
 STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) {
   m.def(
       "tokens_conv2d_forward(Tensor tokens, Tensor weight, Tensor? bias, Tensor scale, int width, int height,"
-      " int stride, bool relu) -> Tensor");
+      " int stride, bool relu, bool x_low) -> Tensor");
   m.def(
       "tokens_conv2d_backward(Tensor tokens, Tensor weight, Tensor scale, Tensor? output, Tensor grad_output,"
-      " int width, int height, int stride, bool with_scale)"
+      " int width, int height, int stride, bool with_scale, bool x_low)"
       " -> (Tensor grad_weight, Tensor grad_bias, Tensor grad_scale)");
 }
 

@@ -1,6 +1,7 @@
-// 32-byte vectors of float or double, their elementary functions, and rows of a matrix as columns of vectors.
+// Vectors of float or double, their elementary functions, and rows of a matrix as columns of vectors.
 //
-// The vectors are those of GCC and Clang: the compiler splits them if the machine's are narrower.
+// The vectors are those of GCC and Clang: the compiler splits them if the machine's are narrower. A source that gains
+// from longer ones than 32 bytes defines METTA_VECTOR_BYTES first.
 #pragma once
 
 #include <cstddef>
@@ -13,17 +14,25 @@
 #define METTA_INLINE inline __attribute__((always_inline))
 #define METTA_LAMBDA __attribute__((always_inline))
 
+#ifndef METTA_VECTOR_BYTES
+#define METTA_VECTOR_BYTES 32
+#endif
+#define METTA_JOIN(a, b) a##b
+#define METTA_NAME(a, b) METTA_JOIN(a, b)
+
 namespace metta_fastagent {
+// Sources with vectors of different lengths are linked together.
+inline namespace METTA_NAME(vectors_of_bytes_, METTA_VECTOR_BYTES) {
 
 template <class T>
 struct Lanes {
   static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "float or double");
   using Integer = std::conditional_t<std::is_same_v<T, float>, int32_t, int64_t>;
   using Unsigned = std::make_unsigned_t<Integer>;
-  typedef T V __attribute__((vector_size(32)));
-  typedef Integer I __attribute__((vector_size(32)));
-  typedef Unsigned U __attribute__((vector_size(32)));
-  static constexpr int64_t W = 32 / sizeof(T);
+  typedef T V __attribute__((vector_size(METTA_VECTOR_BYTES)));
+  typedef Integer I __attribute__((vector_size(METTA_VECTOR_BYTES)));
+  typedef Unsigned U __attribute__((vector_size(METTA_VECTOR_BYTES)));
+  static constexpr int64_t W = METTA_VECTOR_BYTES / sizeof(T);
 };
 
 template <class T>
@@ -191,6 +200,13 @@ METTA_INLINE Vec<T> above_lowest(Vec<T> x) {
   return lowest > x ? lowest : x;
 }
 
+// exp(x) within 4 ulp; 0 and infinity at the infinities and beyond the range, exactly 1 at 0, NaN stays.
+template <class T>
+METTA_INLINE Vec<T> exp(Vec<T> x) {
+  const Vec<T> e = exp_above_lowest<T>(above_lowest<T>(x < T(0) ? x : -x));
+  return x > T(0) ? T(1) / e : e;
+}
+
 // 1 / (1 + exp(-x)) within 4 ulp; 0 and 1 at the infinities, NaN stays.
 template <class T>
 METTA_INLINE Vec<T> sigmoid(Vec<T> x) {
@@ -260,7 +276,7 @@ template <class T, int H = Lanes<T>::W / 2>
 METTA_INLINE void transpose(Vec<T>* v) {
   constexpr int W = Lanes<T>::W;
   constexpr auto lanes = std::make_index_sequence<W>{};
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < W; ++i) {
     if ((i & H) == 0) {
       const Vec<T> a = v[i], b = v[i + H];
@@ -282,7 +298,7 @@ METTA_INLINE Vec<T> load_columns(const T* matrix, int64_t live, int64_t A, T* co
   if (A < W) {
     for (int64_t j = 0; j < A; ++j) {
       Vec<T> v;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int64_t l = 0; l < W; ++l) v[l] = rows[l][j];
       top = larger<T>(top, v);
       store(columns + j * W, v);
@@ -293,10 +309,10 @@ METTA_INLINE Vec<T> load_columns(const T* matrix, int64_t live, int64_t A, T* co
     // The last block may overlap the one before: its columns are written twice, alike.
     const int64_t j = first + W <= A ? first : A - W;
     Vec<T> v[W];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int64_t l = 0; l < W; ++l) v[l] = load(rows[l] + j);
     transpose<T>(v);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int64_t c = 0; c < W; ++c) {
       top = larger<T>(top, v[c]);
       store(columns + (j + c) * W, v[c]);
@@ -319,11 +335,11 @@ METTA_INLINE void store_columns(int64_t live, int64_t A, T* matrix, const F& col
   for (int64_t first = 0; first < A; first += W) {
     const int64_t j = first + W <= A ? first : A - W;
     Vec<T> v[W];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int64_t c = 0; c < W; ++c) v[c] = column(j + c);
     transpose<T>(v);
     if (live == W) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int64_t l = 0; l < W; ++l) store(matrix + l * A + j, v[l]);
     } else {
       for (int64_t l = 0; l < live; ++l) store(matrix + l * A + j, v[l]);
@@ -331,4 +347,5 @@ METTA_INLINE void store_columns(int64_t live, int64_t A, T* matrix, const F& col
   }
 }
 
+}  // namespace
 }  // namespace metta_fastagent

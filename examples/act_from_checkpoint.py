@@ -12,6 +12,7 @@ ROWS, STEPS = 4, 200
 
 run = train(TrainConfig(env="gym:CartPole-v1", steps=20_000, gamma=0.98, lr=2e-3))
 
+torch.set_num_threads(1)  # several would wait for each other in steps this small
 agent, env, _ = load_agent(run.folder / "best.pt", num_envs=ROWS)
 observations, starts, episodes = env.reset(seed=0), torch.ones(ROWS, dtype=torch.bool), 0
 for _ in range(STEPS):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from metta_fastagent import Fast
 from metta_fastagent.train import report
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.environments import make_environment
@@ -53,6 +54,7 @@ def configuration(zero_segment_state: bool, seed: int, steps: int) -> TrainConfi
         lr=1.5e-3,
         ent_coef=0.005,
         bootstrap_truncations=False,
+        normalize_returns=False,
         zero_segment_state=zero_segment_state,
     )
 
@@ -62,7 +64,7 @@ def train(config: TrainConfig) -> Run:
     torch.set_flush_denormal(True)
     torch.set_num_threads(config.threads)
     make_env = partial(MemoryEnvironment, **TASK)
-    trainer, rows = Trainer(config, make_env), []
+    trainer, rows = Trainer(config, make_env, Fast), []
     progress = report.Progress(config.steps)
 
     def after_update(row: report.Row) -> None:
@@ -103,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--out: got {options.out}, expected a file in an existing folder")
     runs = {}
     try:
-        report.require_packages()
+        report.require_package("matplotlib")
         for name, zero in RUNS.items():
             print(f"{name}:", flush=True)
             runs[name] = train(configuration(zero, options.seed, options.steps))

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from metta_fastagent.ops._checks import require_integer
+from metta_fastagent.runtime.checks import require_integer
 
 
 class ActionSpace:
@@ -25,6 +25,13 @@ class ActionSpace:
 
     Raises:
         TypeError, ValueError: an argument is empty, has another length or a wrong element.
+
+    Example:
+        >>> space = ActionSpace(["noop", "move"], [0, 1])
+        >>> space.num_actions, space.full_action_names
+        (3, ['noop_0', 'move_0', 'move_1'])
+        >>> space.action_index_tensor.tolist()
+        [[0, 0], [1, 0], [1, 1]]
     """
 
     def __init__(

@@ -6,7 +6,7 @@ the environment renumbers its features, and delegates everything else to the pol
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,31 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metta_fastagent.action_space import ActionSpace
-from metta_fastagent.ops._checks import is_number, is_whole
+from metta_fastagent.runtime.checks import is_number, is_whole
 
 logger = logging.getLogger(__name__)
 
 UNKNOWN_FEATURE_ID = 255
+# The host's own attributes; others that the policy has are the policy's, for reading and writing.
+OWN = {"action_space", "original_feature_mapping", "feature_normalizations", "feature_id_remap"}
+
+
+def _delegated(
+    name: str, description: str, default: Callable[[], Any] = lambda: None, answer: Callable[[Any], Any] | None = None
+) -> Callable[..., Any]:
+    """A method of the host that calls the policy's method `name` if the policy has one, and converts its answer."""
+
+    def method(self: "MettaAgent", *args: Any, **kwargs: Any) -> Any:
+        target = getattr(self.policy, name, None)
+        found = default() if target is None else target(*args, **kwargs)
+        return found if answer is None else answer(found)
+
+    method.__name__, method.__doc__ = name, description
+    return method
+
+
+def _nothing(answer: Any) -> None:
+    return None
 
 
 class MettaAgent(nn.Module):
@@ -37,6 +57,16 @@ class MettaAgent(nn.Module):
 
     Raises:
         TypeError: `policy` is not a module.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from metta_fastagent import Fast
+        >>> env = SimpleNamespace(feature_normalizations={0: 1.0, 1: 10.0})
+        >>> agent = MettaAgent(env, Fast(env))
+        >>> features = {"wall": {"id": 0, "normalization": 1.0}, "ore": {"id": 1, "normalization": 10.0}}
+        >>> agent.initialize_to_environment(features, ["noop", "move"], [0, 3], "cpu")
+        >>> agent.action_space.num_actions
+        5
     """
 
     policy: Any
@@ -55,6 +85,24 @@ class MettaAgent(nn.Module):
         self.action_space: ActionSpace | None = None
         self.original_feature_mapping: dict[str, int] | None = None
         self.feature_id_remap: dict[int, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # copy and pickle look for methods of the host alone
+            if name == "policy" or name.startswith("__"):
+                raise
+            return getattr(self.policy, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        policy = self.__dict__.get("_modules", {}).get("policy")
+        # the host's properties show attributes of the policy
+        own = name in OWN or not isinstance(getattr(type(self), name, property()), property)
+        if policy is None or own or name in {"policy", "training", *self.__dict__} or not hasattr(policy, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(policy, name, value)
 
     def forward(self, td: TensorDictBase, state: Any = None, action: Tensor | None = None) -> TensorDictBase:
         """The policy's forward: inference without `action`, training with it."""
@@ -176,57 +224,27 @@ class MettaAgent(nn.Module):
         if hasattr(self.policy, "update_normalization_factors"):
             self.policy.update_normalization_factors({n: dict(f) for n, f in features.items()}, dict(known))
 
-    # Delegated to the policy
-
-    def has_memory(self) -> bool:
-        """Whether the policy carries state from step to step."""
-        return bool(self._policy_call("has_memory", default=False))
-
-    def get_memory(self) -> Any:
-        """The policy's memory; an empty dict if it has none."""
-        return self._policy_call("get_memory", default={})
-
-    def set_memory(self, memory: Any) -> None:
-        """Replace the policy's memory."""
-        self._policy_call("set_memory", memory)
-
-    def reset_memory(self) -> None:
-        """Forget the state of every environment."""
-        self._policy_call("reset_memory")
-
-    def reset_env_memory(self, env_id: int) -> None:
-        """Forget the state of one environment id."""
-        self._policy_call("reset_env_memory", env_id)
-
-    def clip_weights(self) -> None:
-        """Clip the policy's weights by its configuration."""
-        self._policy_call("clip_weights")
-
-    def l2_init_loss(self) -> Tensor:
-        """The policy's L2-init loss, 0-dim float32; 0 if it has none."""
-        return self._policy_call("l2_init_loss", default=torch.tensor(0.0, dtype=torch.float32))
-
-    def update_l2_init_weight_copy(self) -> None:
-        """Make the current weights the reference of the L2-init loss."""
-        self._policy_call("update_l2_init_weight_copy")
-
-    def compute_weight_metrics(self, delta: float = 0.01) -> list[dict]:
-        """The policy's weight metrics; an empty list if it has none."""
-        return self._policy_call("compute_weight_metrics", delta, default=[])
-
-    def maybe_compute_weight_metrics(self, epoch: int, delta: float = 0.01) -> list[dict] | None:
-        """The policy's weight metrics on every `analyze_weights_interval`-th epoch, None on the others."""
-        return self._policy_call("maybe_compute_weight_metrics", epoch, delta)
-
-    def _convert_action_to_logit_index(self, flattened_action: Tensor) -> Tensor:
-        return self.policy._convert_action_to_logit_index(flattened_action)
-
-    def _convert_logit_index_to_action(self, action_logit_index: Tensor) -> Tensor:
-        return self.policy._convert_logit_index_to_action(action_logit_index)
-
-    def _policy_call(self, method: str, *args: Any, default: Any = None) -> Any:
-        target = getattr(self.policy, method, None)
-        return default if target is None else target(*args)
+    # Methods of the policy; one that it lacks gives the last argument.
+    has_memory = _delegated("has_memory", "Whether the policy carries state from step to step.", answer=bool)
+    get_memory = _delegated("get_memory", "The policy's memory; an empty dict if it has none.", dict)
+    set_memory = _delegated("set_memory", "Replace the policy's memory.", answer=_nothing)
+    reset_memory = _delegated("reset_memory", "Forget the state of every environment.", answer=_nothing)
+    reset_env_memory = _delegated("reset_env_memory", "Forget the state of one environment id.", answer=_nothing)
+    clip_weights = _delegated("clip_weights", "Clip the policy's weights by its configuration.", answer=_nothing)
+    l2_init_loss = _delegated(
+        "l2_init_loss", "The policy's L2-init loss, 0-dim float32; 0 if it has none.", lambda: torch.tensor(0.0)
+    )
+    update_l2_init_weight_copy = _delegated(
+        "update_l2_init_weight_copy", "Make the current weights the reference of the L2-init loss.", answer=_nothing
+    )
+    compute_weight_metrics = _delegated(
+        "compute_weight_metrics", "The policy's weight metrics; an empty list if it has none.", list
+    )
+    maybe_compute_weight_metrics = _delegated(
+        "maybe_compute_weight_metrics", "The policy's weight metrics on epochs of its interval, None on the others."
+    )
+    _convert_action_to_logit_index = _delegated("_convert_action_to_logit_index", "Logit index of each pair.")
+    _convert_logit_index_to_action = _delegated("_convert_logit_index_to_action", "Pair of each logit index.")
 
 
 class DistributedMettaAgent(DistributedDataParallel):
@@ -236,6 +254,11 @@ class DistributedMettaAgent(DistributedDataParallel):
         agent: the host; its BatchNorm layers become SyncBatchNorm (not on the CPU, for which PyTorch has none).
         device: the device of this rank.
         options: passed to `DistributedDataParallel`, such as `find_unused_parameters`.
+
+    Example:
+        Under torchrun, after `torch.distributed.init_process_group()`:
+
+        learner = DistributedMettaAgent(agent, "cuda")
     """
 
     module: MettaAgent

@@ -7,36 +7,25 @@ observations) the rollout memory is neither read nor changed: a segment starts f
 without these flags is one call of nn.LSTM; one with them runs layer by layer through `ops.lstm_layer`.
 """
 
-import io
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from metta_fastagent import ops
-from metta_fastagent._diagnostics import profiled
-from metta_fastagent._dispatch import uses_triton
-from metta_fastagent._mode import is_training
-from metta_fastagent._rollout_memory import (
-    DeviceRows,
-    memory_rows,
-    nan_if_out_of_range,
-    read_rows,
-    whole_number,
-    write_rows,
-)
-from metta_fastagent.ops._autograd import in_plain_pytorch
-from metta_fastagent.ops._checks import describe, is_whole, under_autocast
-from metta_fastagent.ops._lstm_layer import lstm_step_into
+from metta_fastagent import _memory, ops
+from metta_fastagent._memory import AllocatedMemory, DeviceRows, KeyedMemory, States, nan_if_out_of_range
+from metta_fastagent._shapes import experience_spec, is_training, require_hidden
+from metta_fastagent.runtime.checks import describe, is_whole, own_computation
+from metta_fastagent.runtime.profiling import profiler_range
 
 logger = logging.getLogger(__name__)
 
-Memory = tuple[dict[int, Tensor], dict[int, Tensor]]
-# Passed from `_manage_lstm_state` to `_store_lstm_state`: a key or a first row, rows on the device, or None.
-MemoryId = int | DeviceRows | None
+# Passed from `_manage_lstm_state` to `_store_lstm_state`: a key or a first row, keys, rows on the device, or None.
+MemoryId = int | tuple[int, ...] | DeviceRows | None
 # Reasons of `own_computation` that have been logged.
 _reported_reasons: set[str] = set()
 
@@ -62,6 +51,10 @@ class LSTMWrapper(nn.Module):
     Attributes:
         lstm: `nn.LSTM(input_size, hidden_size, num_layers)`, weights orthogonal, biases 1.
         num_envs: rows of the memory, or None.
+        writes_state: whether a rollout step writes the state before it and before resets as `lstm_h` and `lstm_c`,
+            [B, num_layers, hidden_size], into its TensorDict, for the experience buffer. False unless it is set.
+        memory_in_state_dict: whether `state_dict` holds the memory too; False unless it is set. `load_state_dict` takes
+            a memory that it finds.
         lstm_h, lstm_c: the memory, dicts from environment id to a tensor [num_layers, rows, hidden_size]; with
             `num_envs` they have the one entry 0 of `num_envs` rows, which stays the same tensor until the agent is
             moved or cast.
@@ -69,7 +62,17 @@ class LSTMWrapper(nn.Module):
 
     Raises:
         TypeError, ValueError: `policy` is not a module, or a size is not a positive integer.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> wrapper = LSTMWrapper(None, nn.Identity(), 3, 5, num_layers=1, num_envs=2)
+        >>> td = TensorDict({"env_obs": torch.randn(2, 3)}, batch_size=[2])
+        >>> wrapper.run_lstm(td, td["env_obs"], B=2, TT=1).shape
+        torch.Size([2, 5])
     """
+
+    writes_state = False
+    memory_in_state_dict = False
 
     def __init__(
         self,
@@ -84,30 +87,30 @@ class LSTMWrapper(nn.Module):
         super().__init__()
         if not isinstance(policy, nn.Module):
             raise TypeError(f"policy: got {policy!r}, expected the nn.Module that holds the agent's encoder and heads")
-        input_size, hidden_size, num_layers = checked_sizes(
-            input_size=input_size, hidden_size=hidden_size, num_layers=num_layers
-        )
-        if num_envs is not None:
-            checked_sizes(num_envs=num_envs)
-        self.obs_shape = getattr(getattr(env, "single_observation_space", None), "shape", None)
+        sizes = checked_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
+        space = getattr(env, "single_observation_space", None)
+        self.obs_shape = getattr(space, "shape", None)
+        self._obs_dtype = getattr(space, "dtype", None)
         self.policy = policy
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
+        self.input_size, self.hidden_size, self.num_layers = sizes
         self.is_continuous = getattr(policy, "is_continuous", False)
-        self.lstm = nn.LSTM(input_size, hidden_size, num_layers=num_layers)
+        self.lstm = nn.LSTM(self.input_size, self.hidden_size, num_layers=self.num_layers)
         for name, param in self.lstm.named_parameters():
-            if "bias" in name:
-                nn.init.constant_(param, 1)
-            else:
-                nn.init.orthogonal_(param, 1)
+            _ = nn.init.constant_(param, 1) if "bias" in name else nn.init.orthogonal_(param, 1)
         self.action_index_tensor: Tensor | None = None
         self.cum_action_max_params: Tensor | None = None
-        self.num_envs: int | None = None
-        self.lstm_h: dict[int, Tensor] = {}
-        self.lstm_c: dict[int, Tensor] = {}
+        self._memory = KeyedMemory()
         if num_envs is not None:
             self.allocate_memory(num_envs)
+
+    @property
+    def num_envs(self) -> int | None:
+        """Rows of the preallocated memory; None without one."""
+        return self._memory.num_envs
+
+    # States [num_layers, rows, hidden_size] by environment id.
+    lstm_h = property(lambda self: self._memory.h, lambda self, states: setattr(self._memory, "h", states))
+    lstm_c = property(lambda self: self._memory.c, lambda self, states: setattr(self._memory, "c", states))
 
     def has_memory(self) -> bool:
         """True: the agent carries state from step to step."""
@@ -121,19 +124,19 @@ class LSTMWrapper(nn.Module):
         Raises:
             ValueError: `num_envs` is not a positive integer.
         """
-        (self.num_envs,) = checked_sizes(num_envs=num_envs)
+        (num_envs,) = checked_sizes(num_envs=num_envs)
         # Tensors made in inference mode could not be updated outside of it.
         with torch.inference_mode(False):
-            self.lstm_h, self.lstm_c = ({0: self._zero_state(self.num_envs)} for _ in range(2))
+            self._memory = AllocatedMemory(num_envs, self._zero_state(num_envs, self._weight().device))
 
-    def get_memory(self) -> Memory:
+    def get_memory(self) -> tuple[States, States]:
         """A copy of the memory: (h, c), each a dict from environment id to a tensor [num_layers, rows, hidden_size].
 
         With `num_envs` there is one id, 0, whose rows are the environments.
         """
-        return _cloned(self.lstm_h), _cloned(self.lstm_c)
+        return self._memory.copy()
 
-    def set_memory(self, memory: Memory) -> None:
+    def set_memory(self, memory: tuple[States, States]) -> None:
         """Replace the memory by a copy of `memory`, a pair as `get_memory` returns it.
 
         With `num_envs` the values are copied into the existing tensors; an empty pair means zeros.
@@ -142,17 +145,9 @@ class LSTMWrapper(nn.Module):
             TypeError, ValueError: not a pair of dicts with the same ids and tensors [num_layers, rows, hidden_size];
                 with `num_envs`, another id than 0 or another number of rows. The memory is unchanged then.
         """
-        h, c = self._checked_memory(memory)
-        if self.num_envs is None:
-            self.lstm_h, self.lstm_c = _cloned(h, self._weight()), _cloned(c, self._weight())
-            return
-        if not h:
-            self.reset_memory()
-            return
-        for kept, given in ((self.lstm_h, h), (self.lstm_c, c)):
-            kept[0].copy_(given[0].detach())
+        self._memory.replace(*self._checked_memory(memory), self._weight())
 
-    def _checked_memory(self, memory: Any) -> Memory:
+    def _checked_memory(self, memory: Any) -> tuple[States, States]:
         expected = "a pair of dicts from environment id to a tensor [num_layers, rows, hidden_size]"
         if not isinstance(memory, (tuple, list)) or len(memory) != 2 or not all(isinstance(m, dict) for m in memory):
             raise TypeError(f"memory: got {type(memory).__name__}, expected {expected}")
@@ -172,11 +167,7 @@ class LSTMWrapper(nn.Module):
 
     def reset_memory(self) -> None:
         """Forget the state of every environment; with `num_envs`, zero it in place."""
-        for memory in (self.lstm_h, self.lstm_c):
-            if self.num_envs is None:
-                memory.clear()
-            else:
-                memory[0].zero_()
+        self._memory.clear()
 
     def reset_env_memory(self, env_id: int | Tensor) -> None:
         """Forget the state of one environment id; with `num_envs`, zero its row in place. An unknown id is ignored.
@@ -187,39 +178,27 @@ class LSTMWrapper(nn.Module):
         Raises:
             ValueError: a tensor of several elements.
         """
-        key: Any = env_id
-        if isinstance(env_id, Tensor):
-            if env_id.numel() != 1:
-                raise ValueError(f"env_id: got {describe(env_id)}, expected an integer or a tensor of one element")
-            if self.num_envs is not None and env_id.device.type != "cpu":
-                for memory in (self.lstm_h, self.lstm_c):
-                    rows = torch.arange(self.num_envs, device=memory[0].device)
-                    memory[0].masked_fill_((rows == env_id.view(())).view(1, -1, 1), 0)
-                return
-            key = env_id.item()
-        for memory in (self.lstm_h, self.lstm_c):
-            if self.num_envs is None:
-                memory.pop(key, None)
-            elif key in range(self.num_envs):
-                memory[0][:, int(key)].zero_()
+        if isinstance(env_id, Tensor) and env_id.numel() != 1:
+            raise ValueError(f"env_id: got {describe(env_id)}, expected an integer or a tensor of one element")
+        self._memory.forget(env_id)
+
+    def get_agent_experience_spec(self) -> TensorDict:
+        """The entries of a step that training reads, as zeros: `spec.expand(B, T).clone()` is a buffer for them.
+
+        Returns:
+            TensorDict of batch size [] on the weights' device: `env_obs` if the environment has a
+            `single_observation_space`, `dones` and `truncateds` (bool []), and `lstm_h` and `lstm_c` [num_layers,
+            hidden_size], which a rollout writes if `writes_state` is set. Actions and the losses' entries are the
+            trainer's own.
+        """
+        return experience_spec(self._weight(), (self.num_layers, self.hidden_size), self.obs_shape, self._obs_dtype)
 
     def on_new_training_run(self) -> None:
         """Hook of Metta's trainer: forget the state of every environment."""
         self.reset_memory()
 
-    def on_rollout_start(self) -> None:
-        """Hook of Metta's trainer: forget the state of every environment."""
-        self.reset_memory()
+    on_rollout_start = on_train_mb_start = on_eval_start = on_new_training_run
 
-    def on_train_mb_start(self) -> None:
-        """Hook of Metta's trainer: forget the state of every environment."""
-        self.reset_memory()
-
-    def on_eval_start(self) -> None:
-        """Hook of Metta's trainer: forget the state of every environment."""
-        self.reset_memory()
-
-    @profiled
     def run_lstm(self, td: TensorDictBase, hidden: Tensor, B: int, TT: int, training: bool | None = None) -> Tensor:
         """Run the LSTM over encoded observations, with the state and the resets given in `td`.
 
@@ -234,45 +213,44 @@ class LSTMWrapper(nn.Module):
         Returns:
             Tensor [B * TT, hidden_size].
         """
-        output, h, c, env_id = self._advance_lstm(td, hidden, B, TT, training)
-        self._store_lstm_state(h, c, env_id)
-        return output
+        with profiler_range("run_lstm"):
+            return self._run_lstm(td, hidden, B, TT, training)
 
-    def _advance_lstm(
-        self, td: TensorDictBase, hidden: Tensor, B: int, TT: int, training: bool | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, MemoryId]:
-        """(output [B * TT, hidden_size], h, c, env_id): `run_lstm` before it stores the state."""
+    def _run_lstm(self, td: TensorDictBase, hidden: Tensor, B: int, TT: int, training: bool | None) -> Tensor:
         if B * TT == 0:
             # nn.LSTM refuses an empty sequence; the memory stays as it is.
-            state = self._zero_state(B, hidden.device)
-            return hidden.new_zeros(0, self.hidden_size), state, state, None
+            return hidden.new_zeros(0, self.hidden_size)
+        if getattr(self.lstm, "batch_first", False):
+            raise ValueError("lstm: got batch_first=True, expected nn.LSTM's default: time first")
+        require_hidden(hidden, B, TT)
         sequence = hidden.view(B, TT, hidden.shape[-1]).transpose(0, 1)
         if type(self)._manage_lstm_state is LSTMWrapper._manage_lstm_state:
             h, c, env_id = self._stored_state(td, B, TT, hidden.device, training)
             sequence = nan_if_out_of_range(sequence, env_id)
         else:
             h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device, training)
-        _require_sequence_first(self.lstm)
         resets = _resets(td, B, TT, hidden.device)
-        # A step on CUDA takes the segments' path: cuDNN rounds nn.LSTM's products to TF32 by default, and a segment has
-        # to reproduce its rollout.
-        as_segment = TT > 1 or sequence.is_cuda or uses_triton(sequence.device)
-        if resets is None:
-            output, (h, c) = self.lstm(sequence, (h, c))
-        elif as_segment and self._is_plain_lstm(warn=TT > 1):
-            # The memory of `num_envs` is a copy; any other one keeps the state itself, which the output must not share.
-            output, (h, c) = _lstm_with_resets(self.lstm, sequence, h, c, resets, self.num_envs is not None)
-        else:
-            output, (h, c) = _step_by_step(self.lstm, sequence, h, c, resets)
-        return output.transpose(0, 1).reshape(B * TT, -1), h, c, env_id
+        if resets is not None and TT > 1:
+            self._report_own_computation()
+        if self.writes_state and env_id is not None:
+            # Copies: the memory may change in place.
+            for key, start in (("lstm_h", h), ("lstm_c", c)):
+                td.set(key, start.detach().transpose(0, 1).clone(memory_format=torch.contiguous_format))
+        own_store = type(self)._store_lstm_state is not LSTMWrapper._store_lstm_state
+        with_state = own_store or env_id is not None
+        in_place = with_state and not own_store and self._memory.lends(h, c)
+        options = {"in_place": in_place, "with_state": with_state}
+        output, (next_h, next_c) = ops.lstm_with_resets(self.lstm, sequence, (h, c), resets, **options)
+        if with_state and not (in_place and next_h is h):
+            self._store_lstm_state(next_h, next_c, env_id)
+        return output.transpose(0, 1).reshape(B * TT, -1)
 
-    def _is_plain_lstm(self, warn: bool) -> bool:
-        """Whether `lstm` computes what nn.LSTM does with its parameters; if not, one message says why."""
+    def _report_own_computation(self) -> None:
+        """Say once why segments with resets call the LSTM step by step, if they do."""
         reason = own_computation(self.lstm, nn.LSTM)
-        if reason and warn and reason not in _reported_reasons:
+        if reason and reason not in _reported_reasons:
             _reported_reasons.add(reason)
             logger.warning("%s: segments with resets call the LSTM step by step, as %s", type(self).__name__, reason)
-        return not reason
 
     def _manage_lstm_state(
         self, td: TensorDictBase, B: int, TT: int, device: torch.device, training: bool | None = None
@@ -294,47 +272,27 @@ class LSTMWrapper(nn.Module):
         self, td: TensorDictBase, B: int, TT: int, device: torch.device, training: bool | None = None
     ) -> tuple[Tensor, Tensor, MemoryId]:
         """`_manage_lstm_state` before resets."""
-        self._fit_memory()
-        env_id = None if self._is_segment(td, TT, training) else self._memory_id(td, B)
-        if env_id is None:
+        self._memory.fit(self._weight())
+        if self._is_segment(td, TT, training):
             h, c = self._segment_start(td, "lstm_h", B, TT, device), self._segment_start(td, "lstm_c", B, TT, device)
-        elif isinstance(env_id, DeviceRows) or self.num_envs is not None:
-            h, c = read_rows(self.lstm_h[0], env_id, B), read_rows(self.lstm_c[0], env_id, B)
-        elif env_id in self.lstm_h and env_id in self.lstm_c:
-            h, c = self.lstm_h[env_id], self.lstm_c[env_id]
-            if h.shape[1] != B:
-                raise ValueError(
-                    f"td: {B} rows for environment id {env_id}, expected {h.shape[1]}, the rows in its memory; "
-                    "reset_env_memory() or reset_memory() forgets them"
-                )
-        else:
-            h, c = self._zero_state(B, device), self._zero_state(B, device)
+            return h, c, None
+        ids = td["training_env_ids"] if "training_env_ids" in td.keys() else None
+        env_id = self._memory.locate(_environment_id(td), B) if ids is None else self._memory.locate_each(ids, B)
+        h, c = self._memory.read(env_id, B) or (self._zero_state(B, device), self._zero_state(B, device))
         return h, c, env_id
-
-    def _memory_id(self, td: TensorDictBase, B: int) -> int | DeviceRows:
-        env_id = _environment_id(td)
-        if self.num_envs is None:
-            return whole_number(env_id)
-        return memory_rows(env_id, B, self.num_envs, self.lstm_h[0].device)
 
     def _store_lstm_state(self, lstm_h: Tensor, lstm_c: Tensor, env_id: MemoryId) -> None:
         """Store a detached copy of the state as the memory of `env_id`; None (training) stores nothing."""
-        if env_id is None:
-            return
-        if isinstance(env_id, DeviceRows) or self.num_envs is not None:
-            write_rows([self.lstm_h[0], self.lstm_c[0]], env_id, [lstm_h, lstm_c])
-            return
-        # New tensors: a caller may have kept the previous ones.
-        dtype = self._weight().dtype
-        self.lstm_h[env_id], self.lstm_c[env_id] = _kept(lstm_h, dtype), _kept(lstm_c, dtype)
+        if env_id is not None:
+            self._memory.write(env_id, lstm_h, lstm_c, self._weight().dtype)
 
     def _is_segment(self, td: TensorDictBase, TT: int, training: bool | None) -> bool:
         """Whether this is training, by `training`, else `set_tensordict_fields`, the rank of `env_obs` or TT."""
         if training is not None:
             return training
-        known = self.__dict__.get("_fields")
-        if known is not None and known.value is not None and td.get("bptt", None) is known.value.bptt:
-            return known.value.training
+        fields = getattr(self.__dict__.get("_agent_state"), "fields", None)
+        if fields is not None and td.get("bptt", None) is fields.bptt:
+            return fields.training
         observations = td.get("env_obs", None)
         if TT == 1 and isinstance(observations, Tensor):
             return is_training(observations, self.obs_shape)
@@ -349,27 +307,30 @@ class LSTMWrapper(nn.Module):
                     return param
         return torch.empty(0)
 
-    def _zero_state(self, rows: int, device: torch.device | None = None) -> Tensor:
-        like = self._weight()
-        shape = (self.num_layers, rows, self.hidden_size)
-        return torch.zeros(shape, device=like.device if device is None else device, dtype=like.dtype)
-
-    def _fit_memory(self) -> None:
-        """Bring the memory to the device and dtype of the weights, which `load_state_dict(assign=True)` may change."""
-        like = self._weight()
-        for memory in (self.lstm_h, self.lstm_c):
-            for env_id, state in memory.items():
-                if state.device != like.device or state.dtype != like.dtype:
-                    memory[env_id] = _moved(state, like)
+    def _zero_state(self, rows: int, device: torch.device) -> Tensor:
+        return torch.zeros(self.num_layers, rows, self.hidden_size, device=device, dtype=self._weight().dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        # By value: torch's multiprocessing shares tensors that it pickles, and each worker needs a memory of its own.
-        return {**self.__dict__, "lstm_h": _as_bytes(self.lstm_h), "lstm_c": _as_bytes(self.lstm_c)}
+        # A shallow copy has a memory of its own too.
+        return {**self.__dict__, "_memory": copy.deepcopy(self._memory)}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.memory_in_state_dict:
+            destination.update(_memory.state_dict_entries(self.get_memory(), prefix))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        memory = _memory.taken_from_state_dict(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if memory is not None:
+            try:
+                self.set_memory(memory)
+            except (TypeError, ValueError) as error:
+                args[-1].append(str(error))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.lstm_h, self.lstm_c = _from_bytes(state["lstm_h"]), _from_bytes(state["lstm_c"])
-        self._fit_memory()
+        self._memory.fit(self._weight())
 
     def _segment_start(self, td: TensorDictBase, key: str, B: int, TT: int, device: torch.device) -> Tensor:
         if key not in td.keys():
@@ -379,12 +340,10 @@ class LSTMWrapper(nn.Module):
             return self._zero_state(B, device)
         stored = _entry(td, key, device).detach()
         layout = (self.num_layers, self.hidden_size)
-        if stored.shape == (B, *layout):
-            start = stored
-        elif stored.shape == (B, TT, *layout):
+        if stored.shape == (B, TT, *layout):
             start = stored[:, 0]
-        elif stored.shape == (B * TT, *layout):
-            start = stored[::TT]
+        elif stored.shape in ((B, *layout), (B * TT, *layout)):
+            start = stored[:: len(stored) // B]
         else:
             raise ValueError(
                 f"td[{key!r}]: got shape {list(stored.shape)}, "
@@ -394,45 +353,8 @@ class LSTMWrapper(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LSTMWrapper":
         super()._apply(fn, recurse)
-        self._fit_memory()
+        self._memory.fit(self._weight())
         return self
-
-
-def _cloned(memory: dict[int, Tensor], like: Tensor | None = None) -> dict[int, Tensor]:
-    if like is None:
-        return {env_id: _owned(state) for env_id, state in memory.items()}
-    return {env_id: _owned(state.to(like.device, like.dtype)) for env_id, state in memory.items()}
-
-
-def _as_bytes(memory: dict[int, Tensor]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save({env_id: state if state.is_meta else state.cpu() for env_id, state in memory.items()}, buffer)
-    return buffer.getvalue()
-
-
-def _from_bytes(memory: bytes) -> dict[int, Tensor]:
-    with torch.inference_mode(False):
-        return torch.load(io.BytesIO(memory), weights_only=True)
-
-
-def _owned(state: Tensor) -> Tensor:
-    """A detached copy, made outside of inference mode so that it can be updated there."""
-    with torch.inference_mode(False):
-        return state.detach().clone()
-
-
-def _moved(state: Tensor, like: Tensor) -> Tensor:
-    """`state` with the device and dtype of `like`; zeros if it comes from the meta device, which holds no values."""
-    with torch.inference_mode(False):
-        if state.is_meta and not like.is_meta:
-            return torch.zeros_like(state, device=like.device, dtype=like.dtype)
-        return state.to(like.device, like.dtype)
-
-
-def _kept(state: Tensor, dtype: torch.dtype) -> Tensor:
-    """A state to keep: detached, of the weights' dtype, and usable outside of inference mode."""
-    state = state.detach()
-    return _owned(state).to(dtype) if state.is_inference() else state.to(dtype)
 
 
 def checked_sizes(**sizes: Any) -> tuple[int, ...]:
@@ -452,9 +374,7 @@ def _entry(td: TensorDictBase, key: str, device: torch.device) -> Tensor:
 
 def _environment_id(td: TensorDictBase) -> Any:
     """The id in `training_env_id_start`: the first element of a tensor or list, 0 if absent or empty."""
-    if "training_env_id_start" not in td.keys():
-        return 0
-    env_id = td["training_env_id_start"]
+    env_id = td["training_env_id_start"] if "training_env_id_start" in td.keys() else None
     if isinstance(env_id, Tensor) and env_id.numel() > 0:
         return env_id[(0,) * env_id.dim()]
     if isinstance(env_id, list) and env_id:
@@ -462,94 +382,19 @@ def _environment_id(td: TensorDictBase) -> Any:
     return 0 if env_id is None else env_id
 
 
-def _flag_keys(td: TensorDictBase) -> list[str]:
-    """The entries of `td` that say where episodes start."""
-    return [key for key in ("dones", "truncateds") if key in td.keys()]
-
-
 def _resets(td: TensorDictBase, B: int, TT: int, device: torch.device) -> Tensor | None:
     """Rows to reset before each step, bool [TT, B]; None if `td` has neither `dones` nor `truncateds`."""
-    resets = None
-    for key in _flag_keys(td):
+    resets, shape = None, (B,) if TT == 1 else (B, TT)
+    for key in ("dones", "truncateds"):
+        if key not in td.keys():
+            continue
         flags = _entry(td, key, device)
         if flags.numel() != B * TT:
             expected = f"{B * TT} values, one for each step of each row"
             raise ValueError(f"td[{key!r}]: got {describe(flags)}, expected {expected}")
-        flags = flags.bool().reshape(B, TT).transpose(0, 1)
+        if flags.dtype != torch.bool:
+            flags = flags.bool()
+        if flags.shape != shape:
+            flags = flags.reshape(shape)
         resets = flags if resets is None else resets | flags
-    return resets
-
-
-def _require_sequence_first(lstm: nn.Module) -> None:
-    """Refuse an LSTM whose layout of input and state differs from ours, and other recurrent modules."""
-    if isinstance(lstm, nn.RNNBase) and not isinstance(lstm, nn.LSTM):
-        raise TypeError(f"lstm: got {type(lstm).__name__}, expected nn.LSTM or a module with its arguments and results")
-    for name in ("batch_first", "bidirectional", "proj_size"):
-        value = getattr(lstm, name, False)
-        if value:
-            raise ValueError(f"lstm: got {name}={value}, expected nn.LSTM's default: time first, one direction")
-
-
-def _autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype nn.LSTM computes in: autocast's where that is on, except for float64 tensors."""
-    cast = under_autocast(tensor.device) and tensor.dtype != torch.float64
-    return torch.get_autocast_dtype(tensor.device.type) if cast else tensor.dtype
-
-
-def own_computation(module: nn.Module, kind: type[nn.Module]) -> str:
-    """Why `module` may compute something else than a `kind` does with its parameters; empty if it does not."""
-    if type(module) is not kind:
-        return f"it is a {type(module).__name__}"
-    if "forward" in module.__dict__:
-        return "its forward was replaced"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it has hooks"
-    if nn.modules.module._has_any_global_hook():
-        return "all modules have hooks"
-    return ""
-
-
-def _step_by_step(
-    lstm: nn.Module, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """As `_lstm_with_resets`, by one call of the module for each step."""
-    if len(sequence) == 1:
-        return lstm(sequence, (h.masked_fill(resets.view(-1, 1), 0), c.masked_fill(resets.view(-1, 1), 0)))
-    outputs = []
-    for step, reset in zip(sequence.split(1), resets.unsqueeze(-1), strict=True):
-        output, (h, c) = lstm(step, (h.masked_fill(reset, 0), c.masked_fill(reset, 0)))
-        outputs.append(output)
-    return torch.cat(outputs), (h, c)
-
-
-def _lstm_with_resets(
-    lstm: Any, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor, may_share: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """`lstm(sequence, (h, c))` with the state of row b zeroed before step t where resets[t, b].
-
-    One matrix product projects a layer's whole input; `lstm_layer` computes the recurrence. With `may_share`, the
-    output of a single step may be a view of the new h.
-    """
-    dtype = _autocast_dtype(sequence)
-    sequence, h, c = sequence.to(dtype), h.to(dtype), c.to(dtype)
-    # The flags are a transposed view; one copy serves all layers.
-    resets = resets.contiguous()
-    new_state = None
-    if may_share and len(sequence) == 1 and not torch.is_grad_enabled() and not in_plain_pytorch():
-        new_state = sequence.new_empty(2, *h.shape)
-    last_h, last_c = [], []
-    for layer, (weight_ih, weight_hh, *biases) in enumerate(lstm.all_weights):
-        if layer > 0:
-            sequence = nn.functional.dropout(sequence, lstm.dropout, lstm.training)
-        bias = biases[0].to(dtype) + biases[1].to(dtype) if biases else None
-        projected = nn.functional.linear(sequence, weight_ih.to(dtype), bias)
-        inputs = projected, weight_hh.to(dtype), h[layer], c[layer], resets
-        if new_state is not None:
-            sequence = lstm_step_into(*inputs, *new_state[:, layer])
-            continue
-        sequence, hidden, cell = ops.lstm_layer(*inputs)
-        last_h.append(hidden)
-        last_c.append(cell)
-    if new_state is not None:
-        return sequence, (new_state[0], new_state[1])
-    return sequence, (torch.stack(last_h), torch.stack(last_c))
+    return resets if resets is None else resets.view(1, B) if TT == 1 else resets.transpose(0, 1)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
-from metta_fastagent.ops._checks import require_number
+from metta_fastagent.runtime.checks import require_number
 
 # Singular values up to here count as zero; also what is added inside the logarithm of the fit.
 ZERO_SV = 1e-10
@@ -64,6 +64,11 @@ def analyze_weights(weights: Mapping[str, Tensor], delta: float = 0.01) -> list[
     Raises:
         TypeError: `weights` is not a mapping of names to floating-point tensors, or `delta` is not a real number.
         ValueError: a weight is not 2-D, or `delta` is outside [0, 1).
+
+    Example:
+        >>> (metrics,) = analyze_weights({"layer": torch.eye(3)})
+        >>> metrics["largest_sv"], metrics["effective_rank"]
+        (1.0, 3)
     """
     _check_weights(weights)
     _check_delta(delta)

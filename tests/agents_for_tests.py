@@ -1,12 +1,15 @@
 """Shared by several test modules: small agents, TensorDicts, and the guide's formulas as the reference."""
 
+import copy
+import pickle
 from types import SimpleNamespace
 
+import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
 
-from metta_fastagent import LSTMWrapper, PyTorchAgentMixin
+from metta_fastagent import Fast, LSTMWrapper, PyTorchAgentMixin
 
 TOKENS, HIDDEN, LAYERS = 4, 6, 2
 ACTION_NAMES = ["noop", "move", "turn"]
@@ -84,6 +87,13 @@ def make_agent(cls=MyAgent, seed=1, active=True, **kwargs):
     return agent
 
 
+def make_fast(num_envs=None, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    agent = Fast(make_env(), num_envs=num_envs, **kwargs)
+    agent.activate_actions(ACTION_NAMES, MAX_PARAMS)
+    return agent
+
+
 class Net(PyTorchAgentMixin, nn.Module):
     """The mixin over a bare module that holds the given layers."""
 
@@ -92,6 +102,13 @@ class Net(PyTorchAgentMixin, nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.init_mixin(**mixin_params)
+
+
+class Doubled(nn.Module):
+    """A parametrization: the layer computes with twice its parameter."""
+
+    def forward(self, weight):
+        return weight * 2
 
 
 def set_tables(agent):
@@ -109,6 +126,21 @@ def make_actions(*shape, seed=3, dtype=torch.int64):
 def make_observations(*shape, seed=4):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 255, (*shape, TOKENS, 3), generator=generator).to(torch.uint8)
+
+
+def rollout_td(rows, env_id=None, **entries):
+    """A TensorDict of `rows` rows with this environment id; a tensor of as many rows becomes an ordinary entry."""
+    td = TensorDict(entries, batch_size=[rows])
+    if isinstance(env_id, torch.Tensor) and env_id.shape[:1] == (rows,):
+        td["training_env_id_start"] = env_id
+    elif env_id is not None:
+        td.set_non_tensor("training_env_id_start", env_id)
+    return td
+
+
+def parameters_of(module):
+    """Copies of the parameters by name."""
+    return {name: param.detach().clone() for name, param in module.named_parameters()}
 
 
 def upstream_training(action, logits, value):
@@ -139,3 +171,11 @@ def upstream_inference(logits, value):
 def assert_equal(actual, expected):
     """Equal in dtype, shape and every value; NaN equals NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def pickled(agent):
+    return pickle.loads(pickle.dumps(agent))
+
+
+on_copies = pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

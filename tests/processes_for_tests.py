@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from metta_fastagent import _triton
+from metta_fastagent.runtime import triton as _triton
 
 
 def _version(text):

@@ -1,6 +1,7 @@
 """Masks, temperature, greedy actions, logit indices, bad logits and diagnostics of the mixin."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from agents_for_tests import (
     assert_equal,
     make_actions,
     make_agent,
-    make_env,
+    make_fast,
     make_observations,
     set_tables,
 )
@@ -19,7 +20,7 @@ from tensordict import TensorDict
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from metta_fastagent import Fast, ops
+from metta_fastagent import _agent_state, ops
 
 B, T = 3, 4
 
@@ -166,6 +167,8 @@ def test_diagnostics(net):
     entropy = found.pop("mean_entropy")
     assert entropy == {"inference": pytest.approx(torch.tensor(NUM_ACTIONS).log().item()), "training": 0}
     assert found.pop("backend") in ("native", "eager")
+    rates = found.pop("rows_per_second")
+    assert 0 < rates["inference"] < math.inf and math.isnan(rates["training"])
     assert found == {
         "calls": {"inference": 2, "training": 1},
         "rows": {"inference": 2 * B * T, "training": B * T},
@@ -197,17 +200,68 @@ def test_an_agents_own_temperature_parameter_stays_its_own():
     assert set(agent.state_dict()) == {"temperature"}
 
 
+class Cold(Net):
+    temperature = 0.5
+
+
+class Annealed(Net):
+    @property
+    def temperature(self):
+        return 0.5
+
+    @temperature.setter
+    def temperature(self, value):
+        raise AttributeError("read-only")
+
+
+def with_buffer():
+    agent = Net()
+    del agent.temperature
+    agent.register_buffer("temperature", torch.tensor(0.5))
+    return agent
+
+
+@pytest.mark.parametrize("make", [Cold, Annealed, with_buffer], ids=["class attribute", "property", "buffer"])
+def test_a_temperature_counts_wherever_the_agent_keeps_it(net, make):
+    agent, logits, actions = set_tables(make()), torch.randn(B * T, NUM_ACTIONS), make_actions(B, T)
+    net.temperature = 0.5
+    assert_equal(train(agent, actions, logits)["full_log_probs"], train(net, actions, logits)["full_log_probs"])
+    assert_equal(act(agent, logits)["full_log_probs"], act(net, logits)["full_log_probs"])
+
+
+@pytest.mark.parametrize(
+    "shape", [(B * T * NUM_ACTIONS,), (T, B, NUM_ACTIONS), (B, NUM_ACTIONS, T), (NUM_ACTIONS, B * T)]
+)
+def test_a_mask_of_another_layout_is_refused(net, shape):
+    mask, logits, value = torch.ones(shape, dtype=torch.bool), torch.zeros(B * T, NUM_ACTIONS), torch.zeros(B * T)
+    td = TensorDict({"action_mask": mask}, batch_size=[])
+    with pytest.raises(
+        ValueError, match=r"^action_mask: got a bool tensor .* expected bool values of shape .*\[12, 7\]"
+    ):
+        net.handle_training_mode(td, make_actions(B, T), logits, value)
+    with pytest.raises(ValueError, match=r"^action_mask: got a bool tensor .* expected bool values of shape \[12, 7\]"):
+        net.handle_inference_mode(td, logits, value)
+
+
+@pytest.mark.parametrize("options", [{}, {"on_nonfinite_logits": "count"}], ids=["raise", "count"])
+def test_training_follows_a_rollout_in_inference_mode(options):
+    agent = set_tables(Net(**options))
+    with torch.inference_mode():
+        act(agent, torch.randn(B, NUM_ACTIONS))
+    logits = torch.randn(B * T, NUM_ACTIONS, requires_grad=True)
+    train(agent, make_actions(B, T), logits)["act_log_prob"].sum().backward()
+    assert agent.diagnostics()["nonfinite_rows"] == 0
+
+
 def test_a_temperature_moves_with_the_agent(net):
     net.temperature = torch.tensor(2.0)
     assert net.to(torch.float64).temperature.dtype == torch.float32
     assert net.to("meta").temperature.device.type in ("cpu", "meta")
 
 
-@pytest.mark.parametrize("agent", [make_agent, lambda: Fast(make_env())], ids=["guide's", "Fast"])
-def test_masks_reach_the_handlers_of_whole_agents(agent):
-    agent = agent()
-    if isinstance(agent, Fast):
-        agent.activate_actions(["noop", "move", "turn"], [0, 3, 1])
+@pytest.mark.parametrize("make", [make_agent, make_fast])
+def test_masks_reach_the_handlers_of_whole_agents(make):
+    agent = make()
     mask = torch.zeros(B, NUM_ACTIONS, dtype=torch.bool)
     mask[:, 5] = True
     td = agent(TensorDict({"env_obs": make_observations(B), "action_mask": mask}, batch_size=[B]))
@@ -243,3 +297,29 @@ def test_a_profiler_shows_the_parts():
     names = {event.key for event in profile.key_averages()}
     expected = {"handle_inference_mode", "handle_training_mode", "clip_weights"}
     assert {f"metta_fastagent.{name}" for name in expected} <= names
+
+
+def test_many_small_steps_on_several_threads_are_told_once(net, monkeypatch, caplog):
+    monkeypatch.setattr(_agent_state, "_told", False)
+    monkeypatch.setattr(_agent_state, "MANY_STEPS", 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+
+    def messages_after(steps, rows):
+        for _ in range(steps):
+            act(net, torch.zeros(rows, NUM_ACTIONS))
+        return [record.getMessage() for record in caplog.records]
+
+    assert messages_after(2, B) == []
+    (message,) = messages_after(1, B)
+    assert message.startswith(f"batches of {B} run on 4 threads")
+    net._agent_state.calls.calls.clear()
+    assert messages_after(5, B) == [message]
+
+
+@pytest.mark.parametrize(("threads", "rows"), [(1, B), (4, 1000)])
+def test_one_thread_and_large_steps_are_not_told(net, monkeypatch, caplog, threads, rows):
+    monkeypatch.setattr(_agent_state, "_told", False)
+    monkeypatch.setattr(_agent_state, "MANY_STEPS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    act(net, torch.zeros(rows, NUM_ACTIONS))
+    assert not caplog.records

@@ -1,10 +1,9 @@
-import copy
-import pickle
-import re
+"""ActionSpace: its tables written out by hand, its names, and what it takes as integers."""
 
 import numpy as np
 import pytest
 import torch
+from agents_for_tests import on_copies
 
 from metta_fastagent import ActionSpace
 
@@ -70,42 +69,8 @@ def test_device():
     assert space.action_index_tensor.device.type == "meta"
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))], ids=["deepcopy", "pickle"])
+@on_copies
 def test_copies(copied):
     space = copied(ActionSpace(["a", "b"], [1, 0]))
     assert space.full_action_names == ["a_0", "a_1", "b_0"]
     assert space.action_index_tensor.tolist() == [[0, 0], [0, 1], [1, 0]]
-
-
-@pytest.mark.parametrize(
-    ("names", "max_params", "error", "argument", "came", "expected"),
-    [
-        ([], [], ValueError, "action_names", "no name", "at least one"),
-        ("move", [1], TypeError, "action_names", "'move'", "a list of names"),
-        (None, [1], TypeError, "action_names", "None", "a list of names"),
-        (3, [1], TypeError, "action_names", "3", "a list of names"),
-        (["a", 1], [1, 1], TypeError, "action_names[1]", "1", "non-empty string"),
-        (["a", None], [1, 1], TypeError, "action_names[1]", "None", "non-empty string"),
-        (["", "b"], [1, 1], TypeError, "action_names[0]", "''", "non-empty string"),
-        (["a", "b", "a"], [1, 1, 1], ValueError, "action_names", "a", "distinct"),
-        (["a"], [], ValueError, "action_max_params", "0 values", "1"),
-        (["a"], [1, 2], ValueError, "action_max_params", "2 values", "1"),
-        (["a"], 1, TypeError, "action_max_params", "1", "a list of integers"),
-        (["a"], None, TypeError, "action_max_params", "None", "a list of integers"),
-        (["a"], "1", TypeError, "action_max_params", "'1'", "a list of integers"),
-        (["a"], b"1", TypeError, "action_max_params", "b'1'", "a list of integers"),
-        (["a", "b"], [0, -1], ValueError, "action_max_params[1]", "-1", ">= 0"),
-        (["a"], np.array([-1]), ValueError, "action_max_params[0]", "-1", ">= 0"),
-        (["a", "b"], [1, 1.0], TypeError, "action_max_params[1]", "1.0", "integer"),
-        (["a"], [True], TypeError, "action_max_params[0]", "True", "integer"),
-        (["a"], np.array([True]), TypeError, "action_max_params[0]", "True", "integer"),
-        (["a"], ["1"], TypeError, "action_max_params[0]", "'1'", "integer"),
-        (["a"], [None], TypeError, "action_max_params[0]", "None", "integer"),
-        (["a"], [float("nan")], TypeError, "action_max_params[0]", "nan", "integer"),
-    ],
-)
-def test_wrong_arguments(names, max_params, error, argument, came, expected):
-    with pytest.raises(
-        error, match=rf"^{re.escape(argument)}: got .*{re.escape(came)}.*expected.*{re.escape(expected)}"
-    ):
-        ActionSpace(names, max_params)

@@ -120,35 +120,25 @@ def test_inference_matches_the_formulas_over_steps_and_resets(cls):
 
 
 @both_bases
-@pytest.mark.parametrize("batch_size", [[B, T], [B]])
-@pytest.mark.parametrize("action_shape", [(B, T), (B * T,)])
-def test_training_matches_the_formulas(cls, batch_size, action_shape):
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "action_shape"),
+    [(T, [B, T], (B, T)), (T, [B, T], (B * T,)), (T, [B], (B, T)), (T, [B], (B * T,)), (1, [B], (B, 1))],
+)
+def test_training_matches_the_formulas(cls, steps, batch_size, action_shape):
     agent = make_agent(cls)
-    td = TensorDict({"env_obs": make_observations(B, T)}, batch_size=batch_size)
+    td = TensorDict({"env_obs": make_observations(B, steps)}, batch_size=batch_size)
     action = make_actions(*action_shape)
     logits, value, _ = plain_forward(agent, td["env_obs"])
     expected = upstream_training(action, logits, value)
     out = agent(td, action=action)
-    assert out.batch_size == (B, T)
-    assert out["value"].shape == (B, T, 1)
-    assert_equal(out["env_obs"], make_observations(B, T))
-    assert_equal(out["bptt"], torch.full((B, T), T))
-    assert_equal(out["batch"], torch.full((B, T), B))
+    assert out.batch_size == (B, steps)
+    assert out["value"].shape == (B, steps, 1)
+    assert_equal(out["env_obs"], make_observations(B, steps))
+    assert_equal(out["bptt"], torch.full((B, steps), steps))
+    assert_equal(out["batch"], torch.full((B, steps), B))
     results = {key: out[key].flatten(0, 1) for key in expected}
     assert_close(results, expected)
     assert_close(gradients(agent, results), gradients(agent, expected))
-
-
-@both_bases
-def test_training_on_segments_of_one_step(cls):
-    agent = make_agent(cls)
-    td = TensorDict({"env_obs": make_observations(B, 1)}, batch_size=[B])
-    action = make_actions(B, 1)
-    logits, value, _ = plain_forward(agent, td["env_obs"])
-    out = agent(td, action=action)
-    assert out.batch_size == (B, 1)
-    expected = upstream_training(action, logits, value)
-    assert_close({key: out[key].flatten(0, 1) for key in expected}, expected)
 
 
 def test_every_step_of_the_guide_runs_with_its_configuration():

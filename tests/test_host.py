@@ -1,25 +1,24 @@
 """The host: tables and calls passed on, features renumbered and back, and the host under DistributedDataParallel."""
 
+import copy
 import logging
-import os
-import runpy
-import subprocess
-import sys
-import textwrap
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
+from agents_for_tests import ACTION_NAMES, MAX_PARAMS, PAIRS, make_actions, make_agent, make_env, make_observations
 from tensordict import TensorDict
 from torch import distributed, nn
 
-from metta_fastagent import ActionSpace, DistributedMettaAgent, Fast, LSTMWrapper, MettaAgent, PyTorchAgentMixin
+from metta_fastagent import ActionSpace, DistributedMettaAgent, Fast, MettaAgent
 
 NORMALIZATIONS = {"wall": 1.0, "altar": 10.0, "agent": 4.0, "mine": 20.0}
 ORIGINAL_IDS = {"wall": 0, "altar": 1, "agent": 2, "mine": 4}
 RENUMBERED_IDS = {"wall": 2, "altar": 0, "agent": 4, "mine": 1}
-NAMES, MAX_PARAMS = ["noop", "move", "use"], [0, 3, 1]
-PAIRS = [[0, 0], [1, 0], [1, 1], [1, 2], [1, 3], [2, 0], [2, 1]]
+# Renumbered id -> original id.
+REMAP = {2: 0, 0: 1, 4: 2, 1: 4}
+ACTIONS = ACTION_NAMES, MAX_PARAMS
 
 
 def features(ids, **extra):
@@ -31,15 +30,81 @@ def environment():
     return SimpleNamespace(feature_normalizations={i: NORMALIZATIONS[name] for name, i in ORIGINAL_IDS.items()})
 
 
-def fast_host(ids=ORIGINAL_IDS, seed=0):
-    torch.manual_seed(seed)
+class Recorder(nn.Module):
+    """A policy that remembers the calls it gets; answers with the method's name."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 2))
+        self.frozen = nn.Parameter(torch.zeros(5), requires_grad=False)
+        self.calls = []
+        self.action_index_tensor = self.cum_action_max_params = None
+
+    def forward(self, *args):
+        self.calls.append(("forward", args))
+        return "forward"
+
+    def arguments(self, method):
+        """The arguments of the only call of a method."""
+        (args,) = [args for name, args in self.calls if name == method]
+        return args
+
+
+def recorded(method):
+    def call(self, *args):
+        self.calls.append((method, args))
+        return method
+
+    return call
+
+
+# Method, arguments, answer of the host if the policy has the method (it answers with its name), and if it does not.
+PASSED_ON = [
+    ("has_memory", (), True, False),
+    ("get_memory", (), "get_memory", {}),
+    ("set_memory", ("memory",), None, None),
+    ("reset_memory", (), None, None),
+    ("reset_env_memory", (3,), None, None),
+    ("clip_weights", (), None, None),
+    ("l2_init_loss", (), "l2_init_loss", torch.tensor(0.0)),
+    ("update_l2_init_weight_copy", (), None, None),
+    ("compute_weight_metrics", (0.02,), "compute_weight_metrics", []),
+    ("maybe_compute_weight_metrics", (5, 0.02), "maybe_compute_weight_metrics", None),
+]
+CONVERSIONS = ["_convert_action_to_logit_index", "_convert_logit_index_to_action"]
+AT_START = ["activate_action_embeddings", "initialize_to_environment"]
+FEATURES = ["_apply_feature_remapping", "update_normalization_factors"]
+for name in [*(row[0] for row in PASSED_ON), *CONVERSIONS, *AT_START, *FEATURES]:
+    setattr(Recorder, name, recorded(name))
+
+
+@pytest.fixture
+def host():
+    """A host of a Fast agent that tells observations apart, which a fresh one hardly does."""
+    return fast_host()
+
+
+def fast_host():
+    torch.manual_seed(0)
     host = MettaAgent(environment(), Fast(environment()))
-    host.initialize_to_environment(features(ids), NAMES, MAX_PARAMS)
+    host.initialize_to_environment(features(ORIGINAL_IDS), *ACTIONS)
     with torch.no_grad():
-        # A fresh agent hardly tells observations apart; this one does.
         host.policy.policy.action_embeddings.weight.mul_(100)
         for name, param in host.lstm.named_parameters():
             param.mul_(0 if "bias" in name else 4)
+    return host
+
+
+@pytest.fixture
+def recorder_host():
+    return MettaAgent(environment(), Recorder())
+
+
+def renumbered(host, second, training):
+    """The host after the original numbering and `second`; only the calls for the latter are recorded."""
+    host.initialize_to_environment(features(ORIGINAL_IDS), *ACTIONS)
+    host.policy.calls.clear()
+    host.train(training).initialize_to_environment(second, *ACTIONS)
     return host
 
 
@@ -64,7 +129,7 @@ def assert_same_outputs(actual, expected):
         torch.testing.assert_close(now, then, rtol=0, atol=1e-6)
 
 
-# Construction, tables
+# Construction, tables, calls
 
 
 @pytest.mark.parametrize("policy", [None, "fast", Fast])
@@ -73,116 +138,53 @@ def test_a_policy_that_is_no_module_is_refused(policy):
         MettaAgent(environment(), policy)
 
 
-class Recorder(nn.Module):
-    """A policy that remembers the calls it gets; answers with the method's name."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(3, 2))
-        self.frozen = nn.Parameter(torch.zeros(5), requires_grad=False)
-        self.calls = []
-        self.action_index_tensor = self.cum_action_max_params = None
-
-    def forward(self, *args):
-        self.calls.append(("forward", args))
-        return "forward"
+@pytest.mark.parametrize(("method", "args", "answer", "default"), PASSED_ON)
+def test_each_call_reaches_the_policy_or_gives_a_default(recorder_host, method, args, answer, default):
+    found = getattr(recorder_host, method)(*args)
+    assert recorder_host.policy.calls == [(method, args)]
+    assert found == answer
+    without = getattr(MettaAgent(environment(), nn.Identity()), method)(*args)
+    assert type(without) is type(default)
+    assert without == default
 
 
-def recording(method):
-    def call(self, *args):
-        self.calls.append((method, args))
-        return method
-
-    return call
-
-
-DELEGATED = [
-    # method, arguments, what a policy without it gives
-    ("has_memory", (), False),
-    ("get_memory", (), {}),
-    ("set_memory", ("memory",), None),
-    ("reset_memory", (), None),
-    ("reset_env_memory", (3,), None),
-    ("clip_weights", (), None),
-    ("l2_init_loss", (), torch.tensor(0.0)),
-    ("update_l2_init_weight_copy", (), None),
-    ("compute_weight_metrics", (0.02,), []),
-    ("maybe_compute_weight_metrics", (5, 0.02), None),
-]
-for name in [
-    *(method for method, _, _ in DELEGATED),
-    "_convert_action_to_logit_index",
-    "_convert_logit_index_to_action",
-    "activate_action_embeddings",
-    "initialize_to_environment",
-    "_apply_feature_remapping",
-    "update_normalization_factors",
-]:
-    setattr(Recorder, name, recording(name))
-
-
-@pytest.mark.parametrize(("method", "args"), [entry[:2] for entry in DELEGATED])
-def test_each_call_reaches_the_policy(method, args):
-    host = MettaAgent(environment(), Recorder())
-    answer = getattr(host, method)(*args)
-    assert host.policy.calls == [(method, args)]
-    assert answer == (True if method == "has_memory" else method) or method in ANSWERLESS
-
-
-ANSWERLESS = {"set_memory", "reset_memory", "reset_env_memory", "clip_weights", "update_l2_init_weight_copy"}
-
-
-@pytest.mark.parametrize("method", ["_convert_action_to_logit_index", "_convert_logit_index_to_action"])
-def test_conversions_reach_the_policy(method):
-    host, argument = MettaAgent(environment(), Recorder()), torch.zeros(2, 2)
-    assert getattr(host, method)(argument) == method
-    assert host.policy.calls == [(method, (argument,))]
-
-
-@pytest.mark.parametrize(("method", "args", "default"), DELEGATED)
-def test_a_policy_without_a_method_gets_its_default(method, args, default):
-    answer = getattr(MettaAgent(environment(), nn.Identity()), method)(*args)
-    assert type(answer) is type(default)
-    assert answer == default
-
-
-def test_forward_hands_everything_to_the_policy():
-    host = MettaAgent(environment(), Recorder())
+def test_conversions_and_forward_reach_the_policy(recorder_host):
     td, state, action = object(), object(), object()
-    assert host(td, state, action) == "forward"
-    host(td)
-    assert host.policy.calls == [("forward", (td, state, action)), ("forward", (td, None, None))]
+    assert [getattr(recorder_host, method)(action) for method in CONVERSIONS] == CONVERSIONS
+    assert recorder_host(td, state, action) == "forward"
+    recorder_host(td)
+    conversions = [(method, (action,)) for method in CONVERSIONS]
+    forwards = [("forward", (td, state, action)), ("forward", (td, None, None))]
+    assert recorder_host.policy.calls == [*conversions, *forwards]
 
 
-def test_attributes_describe_the_policy():
-    host = MettaAgent(environment(), Recorder(), device="cpu")
-    assert host.total_params == 6
-    assert host.device == torch.device("cpu")
-    assert host.lstm is None
-    assert (host.action_space, host.action_index_tensor, host.cum_action_max_params) == (None, None, None)
-    assert host.feature_normalizations == {0: 1.0, 1: 10.0, 2: 4.0, 4: 20.0}
-    agent = fast_host()
-    assert agent.lstm is agent.policy.lstm
+def test_attributes_describe_the_policy(host):
+    assert host.lstm is host.policy.lstm
+    recorder_host = MettaAgent(environment(), Recorder(), device="cpu")
+    assert recorder_host.total_params == 6
+    assert recorder_host.device == torch.device("cpu")
+    assert recorder_host.lstm is None
+    tables = recorder_host.action_space, recorder_host.action_index_tensor, recorder_host.cum_action_max_params
+    assert tables == (None, None, None)
+    assert recorder_host.feature_normalizations == {0: 1.0, 1: 10.0, 2: 4.0, 4: 20.0}
 
 
-def test_tables_and_names_are_passed_on():
-    host = MettaAgent(environment(), Recorder())
-    host.initialize_to_environment(features(ORIGINAL_IDS), NAMES, MAX_PARAMS, "cpu")
-    full_names = ["noop_0", "move_0", "move_1", "move_2", "move_3", "use_0", "use_1"]
-    assert [name for name, _ in host.policy.calls] == ["activate_action_embeddings", "initialize_to_environment"]
-    assert all(args == (full_names, torch.device("cpu")) for _, args in host.policy.calls)
-    assert host.policy.action_index_tensor.tolist() == PAIRS
-    assert host.policy.action_index_tensor.dtype == torch.int32
-    assert host.policy.cum_action_max_params.tolist() == [0, 0, 3, 4]
-    assert host.policy.cum_action_max_params.dtype == torch.int64
-    assert host.action_index_tensor is host.policy.action_index_tensor
-    assert host.cum_action_max_params is host.policy.cum_action_max_params
-    assert isinstance(host.action_space, ActionSpace)
-    assert host.action_space.num_actions == 7
+def test_tables_and_names_are_passed_on(recorder_host):
+    recorder_host.initialize_to_environment(features(ORIGINAL_IDS), *ACTIONS, "cpu")
+    policy = recorder_host.policy
+    full_names = ["noop_0", "move_0", "move_1", "move_2", "move_3", "turn_0", "turn_1"]
+    assert policy.calls == [(name, (full_names, torch.device("cpu"))) for name in AT_START]
+    assert policy.action_index_tensor.tolist() == PAIRS
+    assert policy.action_index_tensor.dtype == torch.int32
+    assert policy.cum_action_max_params.tolist() == [0, 0, 3, 4]
+    assert policy.cum_action_max_params.dtype == torch.int64
+    assert recorder_host.action_index_tensor is policy.action_index_tensor
+    assert recorder_host.cum_action_max_params is policy.cum_action_max_params
+    assert isinstance(recorder_host.action_space, ActionSpace)
+    assert recorder_host.action_space.num_actions == 7
 
 
-def test_tables_can_be_set_again():
-    host = fast_host()
+def test_tables_can_be_set_again(host):
     host.initialize_to_environment(features(ORIGINAL_IDS), ["noop", "move"], [0, 4])
     assert host.policy.cum_action_max_params.tolist() == [0, 0, 4]
     assert outputs(host, tokens_of(ORIGINAL_IDS))[0].shape == (4, 6)
@@ -191,122 +193,85 @@ def test_tables_can_be_set_again():
 def test_a_policy_with_nothing_but_forward_will_do():
     host = MettaAgent(SimpleNamespace(), nn.Identity())
     for ids in (ORIGINAL_IDS, RENUMBERED_IDS):
-        host.initialize_to_environment(features(ids), NAMES, MAX_PARAMS)
+        host.initialize_to_environment(features(ids), *ACTIONS)
     assert host.policy.action_index_tensor.tolist() == PAIRS
 
 
 # Features
 
 
-def applied_remap(host):
-    calls = [args[0] for name, args in host.policy.calls if name == "_apply_feature_remapping"]
-    assert len(calls) == 1
-    assert calls[0].dtype == torch.uint8
-    assert calls[0].shape == (256,)
-    return calls[0].tolist()
+def assert_applied(host, expected):
+    (table,) = host.policy.arguments("_apply_feature_remapping")
+    assert table.dtype == torch.uint8
+    assert table.tolist() == [expected.get(i, 255) for i in range(256)]
 
 
-def recorder_host(second, training):
-    """A host that saw the original numbering first and `second` then; only the calls of the latter are recorded."""
-    host = MettaAgent(environment(), Recorder())
-    host.initialize_to_environment(features(ORIGINAL_IDS), NAMES, MAX_PARAMS)
-    host.policy.calls.clear()
-    host.train(training).initialize_to_environment(second, NAMES, MAX_PARAMS)
-    return host
+# A new feature is unknown, 255, in evaluation, and keeps an id that is free in training.
+NUMBERINGS = [
+    # ids, new features, training, table that the policy gets, ids that change
+    (ORIGINAL_IDS, {}, True, {0: 0, 1: 1, 2: 2, 4: 4}, {}),
+    (ORIGINAL_IDS, {}, False, {0: 0, 1: 1, 2: 2, 4: 4}, {}),
+    (RENUMBERED_IDS, {}, True, REMAP, REMAP),
+    (RENUMBERED_IDS, {}, False, REMAP, REMAP),
+    (RENUMBERED_IDS, {"lava": 3}, False, REMAP, REMAP | {3: 255}),
+    (RENUMBERED_IDS, {"lava": 3}, True, REMAP | {3: 3}, REMAP),
+    (RENUMBERED_IDS, {"lava": 9}, True, REMAP | {9: 9}, REMAP),
+]
 
 
-def table(entries):
-    return [entries.get(i, 255) for i in range(256)]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_same_numbering_is_the_identity(training):
-    host = recorder_host(features(ORIGINAL_IDS), training)
-    assert applied_remap(host) == table({0: 0, 1: 1, 2: 2, 4: 4})
-    assert host.feature_id_remap == {}
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_another_numbering_is_mapped_to_the_original_one(training, caplog):
+@pytest.mark.parametrize(("ids", "new", "training", "applied", "changed"), NUMBERINGS)
+def test_a_numbering_is_mapped_to_the_original_one(recorder_host, caplog, ids, new, training, applied, changed):
     with caplog.at_level(logging.INFO, logger="metta_fastagent"):
-        host = recorder_host(features(RENUMBERED_IDS), training)
-    assert applied_remap(host) == table({2: 0, 0: 1, 4: 2, 1: 4})
-    assert host.feature_id_remap == {2: 0, 0: 1, 4: 2, 1: 4}
-    assert "4 features renumbered" in caplog.text
-    assert host.get_original_feature_mapping() == ORIGINAL_IDS
-    (factors,) = (args for name, args in host.policy.calls if name == "update_normalization_factors")
-    assert factors == (features(RENUMBERED_IDS), ORIGINAL_IDS)
+        host = renumbered(recorder_host, features(ids, **new), training)
+    assert_applied(host, applied)
+    assert host.feature_id_remap == changed
+    assert (f"{len(changed)} features renumbered" in caplog.text) == bool(changed)
+    mapping = ORIGINAL_IDS | (new if training else {})
+    assert host.get_original_feature_mapping() == mapping
+    assert host.policy.arguments("update_normalization_factors") == (features(ids, **new), mapping)
 
 
-def test_a_new_feature_is_unknown_in_evaluation():
-    host = recorder_host(features(RENUMBERED_IDS, lava=3), training=False)
-    assert applied_remap(host) == table({2: 0, 0: 1, 4: 2, 1: 4})
-    assert host.feature_id_remap[3] == 255
-    assert host.get_original_feature_mapping() == ORIGINAL_IDS
-
-
-@pytest.mark.parametrize(("wanted", "given"), [(9, 9), (3, 3)])
-def test_a_new_feature_in_training_keeps_its_id_where_that_is_free(wanted, given):
-    host = recorder_host(features(RENUMBERED_IDS, lava=wanted), training=True)
-    assert applied_remap(host)[wanted] == given
-    assert host.get_original_feature_mapping() == {**ORIGINAL_IDS, "lava": given}
-
-
-def test_new_features_in_training_get_free_ids():
+def test_new_features_in_training_get_free_ids(recorder_host):
     # Their own ids 0 and 2 belong to wall and agent, which this environment does not have.
-    host = recorder_host(features({"altar": 1}, lava=0, snow=2), training=True)
+    host = renumbered(recorder_host, features({"altar": 1}, lava=0, snow=2), training=True)
     mapping = host.get_original_feature_mapping()
-    assert applied_remap(host) == table({1: 1, 0: mapping["lava"], 2: mapping["snow"]})
+    assert_applied(host, {1: 1, 0: mapping["lava"], 2: mapping["snow"]})
     assert {name: mapping[name] for name in ORIGINAL_IDS} == ORIGINAL_IDS
     assert len(set(mapping.values())) == 6
     assert max(mapping.values()) < 255
 
 
-def test_a_mapping_moves_to_another_host():
+def test_a_mapping_moves_to_another_host(recorder_host):
     trained = MettaAgent(environment(), Recorder())
     assert trained.get_original_feature_mapping() is None
-    trained.initialize_to_environment(features(ORIGINAL_IDS), NAMES, MAX_PARAMS)
+    trained.initialize_to_environment(features(ORIGINAL_IDS), *ACTIONS)
     saved = trained.get_original_feature_mapping()
-
-    fresh = MettaAgent(environment(), Recorder())
-    fresh.restore_original_feature_mapping(saved)
+    recorder_host.restore_original_feature_mapping(saved)
     saved["wall"] = 17
-    assert trained.get_original_feature_mapping() == fresh.get_original_feature_mapping() == ORIGINAL_IDS
-    fresh.initialize_to_environment(features(RENUMBERED_IDS), NAMES, MAX_PARAMS)
-    assert applied_remap(fresh) == table({2: 0, 0: 1, 4: 2, 1: 4})
+    assert trained.get_original_feature_mapping() == recorder_host.get_original_feature_mapping() == ORIGINAL_IDS
+    recorder_host.initialize_to_environment(features(RENUMBERED_IDS), *ACTIONS)
+    assert_applied(recorder_host, REMAP)
 
 
-@pytest.mark.parametrize("bad", [None, [("wall", 0)], {"wall": 255}, {"wall": "0"}, {"wall": 0, "altar": 0}])
-def test_a_bad_mapping_is_refused_and_the_old_one_kept(bad):
-    host = fast_host()
-    with pytest.raises((TypeError, ValueError), match=r"mapping.*got .*expected"):
-        host.restore_original_feature_mapping(bad)
-    assert host.get_original_feature_mapping() == ORIGINAL_IDS
-
-
-def test_fast_sees_the_same_in_every_numbering():
-    host = fast_host().eval()
-    expected = outputs(host, tokens_of(ORIGINAL_IDS))
+def test_fast_sees_the_same_in_every_numbering(host):
+    expected = outputs(host.eval(), tokens_of(ORIGINAL_IDS))
     assert (outputs(host, tokens_of(RENUMBERED_IDS))[0] - expected[0]).abs().max() > 1e-2
-    host.initialize_to_environment(features(RENUMBERED_IDS), NAMES, MAX_PARAMS)
-    assert_same_outputs(outputs(host, tokens_of(RENUMBERED_IDS)), expected)
-    host.initialize_to_environment(features(ORIGINAL_IDS), NAMES, MAX_PARAMS)
-    assert_same_outputs(outputs(host, tokens_of(ORIGINAL_IDS)), expected)
+    for ids in (RENUMBERED_IDS, ORIGINAL_IDS):
+        host.initialize_to_environment(features(ids), *ACTIONS)
+        assert_same_outputs(outputs(host, tokens_of(ids)), expected)
 
 
-def test_fast_with_a_restored_mapping_sees_the_same():
-    trained = fast_host()
+def test_fast_with_a_restored_mapping_sees_the_same(host):
     fresh = MettaAgent(environment(), Fast(environment()))
-    fresh.restore_original_feature_mapping(trained.get_original_feature_mapping())
-    fresh.initialize_to_environment(features(RENUMBERED_IDS), NAMES, MAX_PARAMS)
-    fresh.load_state_dict(trained.state_dict())
-    assert_same_outputs(outputs(fresh, tokens_of(RENUMBERED_IDS)), outputs(trained, tokens_of(ORIGINAL_IDS)))
+    fresh.restore_original_feature_mapping(host.get_original_feature_mapping())
+    fresh.initialize_to_environment(features(RENUMBERED_IDS), *ACTIONS)
+    fresh.load_state_dict(host.state_dict())
+    assert_same_outputs(outputs(fresh, tokens_of(RENUMBERED_IDS)), outputs(host, tokens_of(ORIGINAL_IDS)))
 
 
-def test_fast_drops_tokens_of_an_unknown_feature():
-    host = fast_host().eval()
+def test_fast_drops_tokens_of_an_unknown_feature(host):
     ids = {"wall": 2, "altar": 0, "agent": 4, "mine": 3}
-    host.initialize_to_environment(features(ids, lava=1), NAMES, MAX_PARAMS)
+    host.eval().initialize_to_environment(features(ids, lava=1), *ACTIONS)
     observations = tokens_of(ids, lava=1)
     lava = observations[..., 1] == 1
     assert lava.any()
@@ -318,50 +283,26 @@ def max_vec(host):
     return host.policy.policy.max_vec.flatten().tolist()
 
 
-def test_normalisation_is_updated_at_the_original_ids():
-    host = fast_host()
+def test_normalisation_is_updated_at_the_original_ids(host):
     assert max_vec(host) == [1, 10, 4, 1, 20]
     changed = features(RENUMBERED_IDS)
     changed["altar"]["normalization"] = 50.0
     del changed["mine"]["normalization"]
-    host.initialize_to_environment(changed, NAMES, MAX_PARAMS)
+    host.initialize_to_environment(changed, *ACTIONS)
     assert max_vec(host) == [1, 50, 4, 1, 20]
     assert host.feature_normalizations == {2: 1.0, 0: 50.0, 4: 4.0}
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("number", [1, 3, 200])
-def test_a_new_feature_leaves_the_normalisation_of_the_others(training, number):
-    host = fast_host().train(training)
+def test_a_new_feature_leaves_the_normalisation_of_the_others(host, training, number):
     # Number 1 is the altar's, which this environment does not have.
-    host.initialize_to_environment(features({"wall": 2, "mine": 0}, lava=number), NAMES, MAX_PARAMS)
+    host.train(training).initialize_to_environment(features({"wall": 2, "mine": 0}, lava=number), *ACTIONS)
     vector = max_vec(host)
     assert [vector[i] for i in ORIGINAL_IDS.values()] == [1, 10, 4, 20]
 
 
-def wall(**properties):
-    return {"wall": {"id": 0, "normalization": 2.0} | properties}
-
-
-BAD_FEATURES = {
-    "none": None,
-    "list": ["wall"],
-    "id only": {"wall": 0},
-    "no id": {"wall": {"normalization": 1.0}},
-    "id 255": wall(id=255),
-    "negative id": wall(id=-1),
-    "string id": wall(id="3"),
-    "bool id": wall(id=True),
-    "float id": wall(id=1.0),
-    "same id twice": {**wall(), "altar": {"id": 0}},
-    "normalization 0": wall(normalization=0),
-    "negative normalization": wall(normalization=-1.0),
-    "nan normalization": wall(normalization=float("nan")),
-    "infinite normalization": wall(normalization=float("inf")),
-    "string normalization": wall(normalization="1"),
-    "no normalization": wall(normalization=None),
-    "wrong one last": {**features(RENUMBERED_IDS), "lava": {"id": 300}},
-}
+# Bad inputs
 
 
 def snapshot(host):
@@ -377,33 +318,55 @@ def snapshot(host):
     ]
 
 
-@pytest.mark.parametrize("bad", BAD_FEATURES.values(), ids=BAD_FEATURES.keys())
-def test_bad_features_are_refused_and_nothing_changes(bad):
-    host = fast_host()
-    before = snapshot(host)
-    with pytest.raises((TypeError, ValueError), match=r"^features.*got .*expected"):
-        host.initialize_to_environment(bad, ["noop", "jump"], [0, 1])
-    assert snapshot(host) == before
+def wall(**properties):
+    return {"wall": {"id": 0, "normalization": 2.0} | properties}
+
+
+OTHER_ACTIONS = ["noop", "jump"], [0, 1]
+RENUMBERED = features(RENUMBERED_IDS)
+# Features, names and limits of actions, and the start of the message.
+BAD_ENVIRONMENTS = {
+    "no features": (None, *OTHER_ACTIONS, "features: got None, expected"),
+    "list of features": (["wall"], *OTHER_ACTIONS, "features: got "),
+    "id only": ({"wall": 0}, *OTHER_ACTIONS, "features['wall']: got id None"),
+    "no id": ({"wall": {"normalization": 1.0}}, *OTHER_ACTIONS, "features['wall']: got id None"),
+    "id 255": (wall(id=255), *OTHER_ACTIONS, "features['wall']: got id 255"),
+    "negative id": (wall(id=-1), *OTHER_ACTIONS, "features['wall']: got id -1"),
+    "string id": (wall(id="3"), *OTHER_ACTIONS, "features['wall']: got id '3'"),
+    "bool id": (wall(id=True), *OTHER_ACTIONS, "features['wall']: got id True"),
+    "float id": (wall(id=1.0), *OTHER_ACTIONS, "features['wall']: got id 1.0"),
+    "same id twice": ({**wall(), "altar": {"id": 0}}, *OTHER_ACTIONS, "features['altar']: got id 0, which another"),
+    "normalization 0": (wall(normalization=0), *OTHER_ACTIONS, "features['wall']: got normalization 0"),
+    "negative one": (wall(normalization=-1.0), *OTHER_ACTIONS, "features['wall']: got normalization -1.0"),
+    "nan": (wall(normalization=float("nan")), *OTHER_ACTIONS, "features['wall']: got normalization nan"),
+    "infinite": (wall(normalization=float("inf")), *OTHER_ACTIONS, "features['wall']: got normalization inf"),
+    "string": (wall(normalization="1"), *OTHER_ACTIONS, "features['wall']: got normalization '1'"),
+    "no normalization": (wall(normalization=None), *OTHER_ACTIONS, "features['wall']: got normalization None"),
+    "wrong one last": ({**RENUMBERED, "lava": {"id": 300}}, *OTHER_ACTIONS, "features['lava']: got id 300"),
+    "more limits than names": (RENUMBERED, ["noop"], [0, 1], "action_max_params: got "),
+    "negative limit": (RENUMBERED, ["noop"], [-1], "action_max_params[0]: got -1"),
+    "no actions": (RENUMBERED, [], [], "action_names: got "),
+    "more than embeddings": (RENUMBERED, ["noop", "move"], [0, 100], "full_action_names: got 102 actions, expected at"),
+}
 
 
 @pytest.mark.parametrize(
-    ("names", "max_params", "named"),
-    [(["noop"], [0, 1], "action_max_params"), (["noop"], [-1], "action_max_params"), ([], [], "action_names")],
+    ("given", "names", "limits", "message"), BAD_ENVIRONMENTS.values(), ids=BAD_ENVIRONMENTS.keys()
 )
-def test_bad_actions_are_refused_and_nothing_changes(names, max_params, named):
-    host = fast_host()
+def test_a_bad_environment_is_refused_and_nothing_changes(host, given, names, limits, message):
     before = snapshot(host)
-    with pytest.raises(ValueError, match=rf"^{named}.*got .*expected"):
-        host.initialize_to_environment(features(RENUMBERED_IDS), names, max_params)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        host.initialize_to_environment(given, names, limits)
+    assert str(caught.value).startswith(message)
+    assert ", expected " in str(caught.value)
     assert snapshot(host) == before
 
 
-def test_more_actions_than_embeddings_change_nothing():
-    host = fast_host()
-    before = snapshot(host)
-    with pytest.raises(ValueError, match=r"got 102 actions, expected at most 100"):
-        host.initialize_to_environment(features(RENUMBERED_IDS), ["noop", "move"], [0, 100])
-    assert snapshot(host) == before
+@pytest.mark.parametrize("bad", [None, [("wall", 0)], {"wall": 255}, {"wall": "0"}, {"wall": 0, "altar": 0}])
+def test_a_bad_mapping_is_refused_and_the_old_one_kept(host, bad):
+    with pytest.raises((TypeError, ValueError), match=r"mapping.*got .*expected"):
+        host.restore_original_feature_mapping(bad)
+    assert host.get_original_feature_mapping() == ORIGINAL_IDS
 
 
 # DistributedDataParallel
@@ -416,61 +379,38 @@ def one_process_group(tmp_path):
     distributed.destroy_process_group()
 
 
-class TinyAgent(PyTorchAgentMixin, LSTMWrapper):
-    """The smallest agent with the mixin: a Linear for each head."""
-
-    def __init__(self, **kwargs):
-        mixin_params = self.extract_mixin_params(kwargs)
-        heads = nn.ModuleDict({"encoder": nn.Linear(90, 8), "actor": nn.Linear(8, 7), "critic": nn.Linear(8, 1)})
-        super().__init__(None, heads, 8, 8, num_layers=1)
-        self.init_mixin(**mixin_params)
-
-    def forward(self, td, state=None, action=None):
-        observations = td["env_obs"]
-        B, TT = self.set_tensordict_fields(td, observations)
-        encoded = self.policy["encoder"](observations.reshape(B * TT, -1) / 255)
-        hidden = self.run_lstm(td, encoded, B, TT)
-        logits, value = self.policy["actor"](hidden), self.policy["critic"](hidden)
-        if action is None:
-            return self.handle_inference_mode(td, logits, value)
-        return self.handle_training_mode(td, action, logits, value)
-
-
-def tiny_host(**kwargs):
-    torch.manual_seed(0)
-    host = MettaAgent(environment(), TinyAgent(**kwargs))
-    host.initialize_to_environment(features(ORIGINAL_IDS), NAMES, MAX_PARAMS)
+def small_host(**kwargs):
+    host = MettaAgent(environment(), make_agent(active=False, **kwargs))
+    host.initialize_to_environment(features(ORIGINAL_IDS), *ACTIONS)
     return host
 
 
-def segments(rows=4, steps=3):
-    observations = tokens_of(ORIGINAL_IDS, rows * steps).view(rows, steps, 30, 3)
-    actions = torch.tensor(PAIRS)[torch.arange(rows * steps) % 7].view(rows, steps, 2)
-    return observations, actions
-
-
-def loss_of(agent, observations, actions):
+def loss_of(agent, observations):
     td = TensorDict({"env_obs": observations}, batch_size=observations.shape[:2])
-    out = agent(td, action=actions)
+    out = agent(td, action=make_actions(*observations.shape[:2]))
     return out["act_log_prob"].mean() + out["value"].square().mean()
 
 
-@pytest.mark.parametrize("make_host", [tiny_host, fast_host])
-def test_distributed_forward_and_backward_equal_the_plain_ones(one_process_group, make_host):
+@pytest.mark.parametrize(
+    ("make_host", "observations"),
+    [(small_host, make_observations(4, 3)), (fast_host, tokens_of(ORIGINAL_IDS, 12).view(4, 3, 30, 3))],
+    ids=["small", "fast"],
+)
+def test_distributed_forward_and_backward_equal_the_plain_ones(one_process_group, make_host, observations):
     plain, agent = make_host(), DistributedMettaAgent(make_host(), "cpu")
-    loss_of(plain, *segments()).backward()
-    loss_of(agent, *segments()).backward()
+    loss_of(plain, observations).backward()
+    loss_of(agent, observations).backward()
     for (name, param), expected in zip(agent.module.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(param.grad, expected.grad, msg=lambda text, name=name: f"{name}: {text}")
-    observations = segments()[0][:, 0]
-    torch.manual_seed(1)
-    expected = plain(TensorDict({"env_obs": observations}, batch_size=[4]))["actions"]
-    torch.manual_seed(1)
-    assert torch.equal(agent(TensorDict({"env_obs": observations}, batch_size=[4]))["actions"], expected)
+    actions = []
+    for each in (plain, agent):
+        torch.manual_seed(1)
+        actions.append(each(TensorDict({"env_obs": observations[:, 0]}, batch_size=[4]))["actions"])
+    assert torch.equal(*actions)
 
 
 def test_distributed_agent_passes_attributes_and_calls_on(one_process_group):
-    host = tiny_host(clip_range=0.01)
+    host = small_host(clip_range=0.01)
     agent = DistributedMettaAgent(host, "cpu")
     assert agent.policy is host.policy
     assert agent.action_space is host.action_space
@@ -478,9 +418,9 @@ def test_distributed_agent_passes_attributes_and_calls_on(one_process_group):
     assert agent.has_memory()
     assert agent.lstm is host.policy.lstm
     assert agent.l2_init_loss().item() == 0
-    assert host.policy.policy["encoder"].weight.abs().max() > 0.01
+    assert host.policy.policy.encoder.weight.abs().max() > 0.01
     agent.clip_weights()
-    assert host.policy.policy["encoder"].weight.abs().max() <= 0.01
+    assert host.policy.policy.encoder.weight.abs().max() <= 0.01
     agent.initialize_to_environment(features(RENUMBERED_IDS), ["noop"], [0])
     assert host.policy.action_index_tensor.tolist() == [[0, 0]]
     with pytest.raises(AttributeError, match="no_such_name"):
@@ -489,56 +429,41 @@ def test_distributed_agent_passes_attributes_and_calls_on(one_process_group):
 
 def test_distributed_agent_with_batch_norm_works_on_the_cpu(one_process_group):
     agent = DistributedMettaAgent(MettaAgent(None, nn.BatchNorm1d(2)), "cpu")
-    assert agent.policy(torch.tensor([[1.0, 2.0], [3.0, 2.0]])).tolist() == [
-        pytest.approx([-1, 0], abs=1e-4),
-        pytest.approx([1, 0], abs=1e-4),
-    ]
+    normalized = agent.policy(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+    assert normalized.flatten().tolist() == pytest.approx([-1, 0, 1, 0], abs=1e-4)
 
 
 def test_distributed_agent_passes_options_on(one_process_group):
-    agent = DistributedMettaAgent(tiny_host(), "cpu", find_unused_parameters=True, gradient_as_bucket_view=True)
+    agent = DistributedMettaAgent(small_host(), "cpu", find_unused_parameters=True, gradient_as_bucket_view=True)
     assert agent.find_unused_parameters and agent.gradient_as_bucket_view
 
 
-WORKER = """
-    import sys, torch
-    from datetime import timedelta
-    from torch import distributed, nn
-    from metta_fastagent import DistributedMettaAgent, MettaAgent
-
-    class Product(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
-
-        def forward(self, td, state, action):
-            return self.weight * td
-
-    rank, store = int(sys.argv[1]), sys.argv[2]
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
-        agent = DistributedMettaAgent(MettaAgent(None, Product()), "cpu")
-        agent(torch.tensor([1.0, 10.0]) * (1 + 2 * rank)).sum().backward()
-        print(agent.policy.weight.grad.tolist())
-    finally:
-        distributed.destroy_process_group()
-"""
+def test_the_policys_attributes_are_read_and_written_through_the_host():
+    """Every attribute that the host lacks is the policy's, for reading and writing."""
+    host = MettaAgent(make_env(), make_agent())
+    policy = host.policy
+    names = ("temperature", "l2_init_scale", "clip_scale", "clip_range", "validate")
+    for name in (*names, "on_nonfinite_logits", "initial_weights", "cum_action_max_params"):
+        value = object()
+        setattr(host, name, value)
+        assert getattr(policy, name) is value and getattr(host, name) is value and name not in vars(host)
+    assert host.diagnostics.__self__ is policy and host.greedy.__self__ is policy
+    with host.greedy():
+        assert policy._greedy
+    assert not policy._greedy
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = host.nothing
 
 
-@pytest.mark.slow
-def test_two_processes_average_their_gradients(tmp_path, monkeypatch, capsys):
-    script, store = tmp_path / "worker.py", str(tmp_path / "store")
-    script.write_text(textwrap.dedent(WORKER))
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    other = subprocess.Popen([sys.executable, script, "1", store], env=environ, stdout=subprocess.PIPE, text=True)
-    try:
-        monkeypatch.setattr(sys, "argv", [str(script), "0", store])
-        runpy.run_path(str(script))
-        printed, _ = other.communicate(timeout=60)
-    finally:
-        other.kill()
-        other.wait()
-    # Gradients are (1, 10) and (3, 30).
-    assert capsys.readouterr().out.strip() == printed.strip() == "[2.0, 20.0]"
+def test_the_hosts_own_attributes_stay_its_own():
+    host = MettaAgent(make_env(), make_agent())
+    policy = host.policy
+    policy.action_space = policy.mine = "the policy's"
+    host.action_space, host.own = None, 1
+    host.eval()
+    assert policy.action_space == "the policy's" and not hasattr(policy, "own") and host.mine == "the policy's"
+    host.policy = other = make_agent()
+    assert host._modules["policy"] is other and host.training is False
+    for twin in (copy.deepcopy(host), pickle.loads(pickle.dumps(host)), copy.copy(host)):
+        assert type(twin) is MettaAgent and twin.own == 1 and twin.temperature == 1.0
+    assert copy.deepcopy(host).policy is not other

@@ -1,12 +1,12 @@
 """L2-init loss, stored initial weights, weight metrics and action heads."""
 
 import copy
-import math
 
 import pytest
 import torch
-from agents_for_tests import Net, assert_equal, make_env
+from agents_for_tests import Doubled, Net, assert_equal, make_agent, make_env, parameters_of
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrize
 
 from metta_fastagent import PyTorchAgentMixin
@@ -26,10 +26,9 @@ OTHERS = {
 }
 
 
-def make_net(dtype=None, **kwargs):
+def make_net(**kwargs):
     torch.manual_seed(0)
-    net = Net([make() for make in (REGULARIZED | OTHERS).values()], **kwargs)
-    return net if dtype is None else net.to(dtype)
+    return Net([make() for make in (REGULARIZED | OTHERS).values()], **kwargs)
 
 
 def shift(net, amount=0.25):
@@ -68,35 +67,30 @@ def test_initial_weights_are_detached_copies():
         assert not weight.requires_grad
 
 
-@pytest.mark.parametrize("scale", [1, 0.5, 0, 30.0])
-def test_loss_and_gradients(scale):
-    net = make_net()
+@pytest.mark.parametrize(
+    ("scale", "dtype", "tolerance"),
+    [
+        (1, torch.float32, 1e-5),
+        (0.5, torch.float32, 1e-5),
+        (0, torch.float32, 1e-5),
+        (30.0, torch.float64, 1e-6),
+        (1, torch.bfloat16, 2e-2),
+        (1, torch.float16, 2e-3),
+    ],
+)
+def test_the_loss_is_float32_and_its_gradients_have_the_weights_dtype(scale, dtype, tolerance):
+    net = make_net().to(dtype)
     initial = copy.deepcopy(net)
     shift(net)
     net.l2_init_scale = scale
-    loss = net.l2_init_loss()
+    loss, expected = net.l2_init_loss(), reference_loss(net, initial, scale)
     assert (loss.dtype, loss.shape) == (torch.float32, ())
-    expected = reference_loss(net, initial, scale)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
     params = list(net.parameters())
     actual = torch.autograd.grad(loss * 1.5, params, allow_unused=True)
-    reference = torch.autograd.grad(expected * 1.5, params, allow_unused=True)
-    torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-7)
+    wanted = torch.autograd.grad(expected * 1.5, params, allow_unused=True)
+    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=1e-7)
     assert [grad is not None for grad in actual].count(True) == len(REGULARIZED)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
-def test_loss_is_float32_for_other_weight_dtypes(dtype, tolerance):
-    net = make_net(dtype)
-    initial = copy.deepcopy(net)
-    shift(net)
-    loss = net.l2_init_loss()
-    assert (loss.dtype, loss.shape) == (torch.float32, ())
-    torch.testing.assert_close(loss.double(), reference_loss(net, initial), rtol=1e-5, atol=1e-6)
-    (grad,) = torch.autograd.grad(loss, net.layers[0].weight)
-    expected = 2 * (net.layers[0].weight - initial.layers[0].weight).double()
-    assert grad.dtype == dtype
-    torch.testing.assert_close(grad.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_loss_of_unchanged_weights_is_zero_with_a_graph():
@@ -120,15 +114,14 @@ def test_layers_without_a_stored_weight_are_skipped():
     torch.testing.assert_close(net.l2_init_loss().double(), reference_loss(kept, initial), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("stored", ["no attribute", "empty"])
-def test_without_initial_weights_the_loss_is_a_plain_zero(stored):
+def test_without_initial_weights_the_loss_is_a_plain_zero():
     net = make_net()
-    if stored == "empty":
-        net.initial_weights = {}
-    else:
-        del net.initial_weights
-    loss = net.l2_init_loss()
-    assert (loss.item(), loss.dtype, loss.shape, loss.requires_grad) == (0.0, torch.float32, (), False)
+    net.initial_weights = {}
+    losses = [net.l2_init_loss()]
+    del net.initial_weights
+    losses.append(net.l2_init_loss())
+    for loss in losses:
+        assert (loss.item(), loss.dtype, loss.shape, loss.requires_grad) == (0.0, torch.float32, (), False)
 
 
 def test_update_makes_the_present_weights_the_start():
@@ -158,10 +151,6 @@ def test_a_module_that_is_itself_a_layer_is_called_root():
 
 
 def test_replaced_and_parametrized_layers_use_their_present_weight():
-    class Doubled(nn.Module):
-        def forward(self, weight):
-            return weight * 2
-
     net = Net([nn.Linear(2, 2), nn.Linear(2, 2)])
     start = [layer.weight.detach().clone() for layer in net.layers]
     net.l2_init_loss()
@@ -205,11 +194,11 @@ def test_metrics_take_delta():
 
 def test_metrics_change_no_weight_and_draw_no_random_number():
     net = make_net()
-    before = {name: param.detach().clone() for name, param in net.named_parameters()}
+    before = parameters_of(net)
     state = torch.get_rng_state()
     net.compute_weight_metrics()
     assert_equal(torch.get_rng_state(), state)
-    assert_equal({name: param.detach() for name, param in net.named_parameters()}, before)
+    assert_equal(parameters_of(net), before)
 
 
 @pytest.mark.parametrize(("interval", "epochs"), [(3, [0, 3, 6]), (1, list(range(8))), (0, [])])
@@ -223,18 +212,59 @@ def test_metrics_are_computed_on_their_interval(interval, epochs):
 # Action heads
 
 
-@pytest.mark.parametrize(("kwargs", "width"), [({}, 528), ({"input_size": 20}, 20)])
-def test_action_heads_are_made_for_an_unrelated_module(kwargs, width):
-    heads = PyTorchAgentMixin.create_action_heads(nn.Identity(), make_env(max_action_args=[0, 3, 1]), **kwargs)
+@pytest.mark.parametrize(
+    ("max_action_args", "kwargs", "width", "logits"), [([0, 3, 1], {}, 528, 7), ([2, 5], {"input_size": 20}, 20, 9)]
+)
+def test_action_heads_are_made_for_an_unrelated_module(max_action_args, kwargs, width, logits):
+    heads = PyTorchAgentMixin.create_action_heads(nn.Identity(), make_env(max_action_args=max_action_args), **kwargs)
     assert isinstance(heads, nn.ModuleList)
     (head,) = heads
-    assert (head.in_features, head.out_features) == (width, 7)
+    assert (head.in_features, head.out_features) == (width, logits)
     gram = head.weight.detach().double() @ head.weight.detach().double().T
-    torch.testing.assert_close(gram, torch.eye(7).double() * 1e-4, rtol=1e-5, atol=1e-9)
-    assert_equal(head.bias.detach(), torch.zeros(7))
+    torch.testing.assert_close(gram, torch.eye(logits).double() * 1e-4, rtol=1e-5, atol=1e-9)
+    assert_equal(head.bias.detach(), torch.zeros(logits))
 
 
-def test_action_heads_count_the_logits_of_each_type():
-    (head,) = Net().create_action_heads(make_env(max_action_args=[2, 5]), 8)
-    assert head.out_features == 9
-    assert math.isclose(torch.linalg.matrix_norm(head.weight.double(), ord=2).item(), 0.01, rel_tol=1e-5)
+class Sharded(nn.Module):
+    """Holds a module as FSDP does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+
+def wrap_policy(agent, wrap):
+    agent.policy = wrap(agent.policy)
+
+
+def wrap_layer(agent, wrap):
+    agent.policy.actor = wrap(agent.policy.actor)
+
+
+WRAPS = [torch.compile, checkpoint_wrapper, Sharded, lambda module: torch.compile(checkpoint_wrapper(Sharded(module)))]
+
+
+@pytest.mark.parametrize("wrap", WRAPS, ids=["compile", "checkpoint", "fsdp", "all"])
+@pytest.mark.parametrize("place", [wrap_policy, wrap_layer])
+def test_a_wrapped_agent_keeps_its_loss_its_bounds_and_its_names(wrap, place):
+    """The same layers have the same names, whether they are wrapped or not."""
+    found = []
+    for before, after in ((None, None), (None, place), (place, None)):
+        agent = make_agent(clip_range=1.0, clip_mode="init_scaled")
+        weights = list(agent.parameters())
+        if before:
+            before(agent, wrap)
+            agent.init_mixin(clip_range=1.0, clip_mode="init_scaled")
+        if after:
+            after(agent, wrap)
+        with torch.no_grad():
+            for weight in weights:
+                weight += 1
+            loss = agent.l2_init_loss().item()
+            for weight in weights:
+                weight *= 100
+        agent.clip_weights()
+        names = [metrics["name"] for metrics in agent.compute_weight_metrics()]
+        largest = [weight.abs().max().item() for weight in weights]
+        found.append((loss, largest, names, list(agent.initial_weights), agent.diagnostics()["clipped"]))
+    assert found[0] == found[1] == found[2] and found[0][0] > 0

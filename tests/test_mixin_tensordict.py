@@ -1,9 +1,10 @@
 """The TensorDict fields, the two handlers and the action conversions."""
 
+import copy
+
 import pytest
 import torch
 from agents_for_tests import (
-    CUM_ACTION_MAX_PARAMS,
     NUM_ACTIONS,
     PAIRS,
     Net,
@@ -19,15 +20,13 @@ from tensordict import NonTensorStack, TensorDict
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 
-from metta_fastagent import LSTMWrapper, PyTorchAgentMixin, use_backend
+from metta_fastagent import use_backend
 
 B, T = 3, 4
 TRAINING_KEYS = {"act_log_prob", "entropy", "full_log_probs", "value"}
 INFERENCE_KEYS = {"actions", "act_log_prob", "values", "full_log_probs"}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
-both_training_names = pytest.mark.parametrize("name", ["handle_training_mode", "forward_training"])
-both_inference_names = pytest.mark.parametrize("name", ["handle_inference_mode", "forward_inference"])
 training_layouts = pytest.mark.parametrize("batch_size", [[B, T], [B], [B * T]], ids=str)
 
 
@@ -55,36 +54,47 @@ def assert_close(actual, expected, dtype=torch.float32):
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
+def run_training(net, td, observations, action, logits, value, name="handle_training_mode"):
+    net.set_tensordict_fields(td, observations)
+    return getattr(net, name)(td, action, logits, value)
+
+
+def train(net, td, action=None, logits=None, value=None, **kwargs):
+    """A training call with its fields set; the same actions, logits and values each time unless given."""
+    usual_logits, usual_value = head_outputs()
+    action = make_actions(B, T) if action is None else action
+    logits, value = usual_logits if logits is None else logits, usual_value if value is None else value
+    return run_training(net, td, make_observations(B, T), action, logits, value, **kwargs)
+
+
 # Fields
 
 
 @pytest.mark.parametrize(
     ("batch_size", "observations", "returned", "shape"),
     [
-        ([B, T], [B, T], (B, T), [B, T]),
-        ([B], [B, T], (B, T), [B, T]),
-        ([B * T], [B, T], (B, T), [B * T]),
-        ([], [B, T], (B, T), [B * T]),
-        ([B, 1], [B, 1], (B, 1), [B, 1]),
-        ([B], [B, 1], (B, 1), [B, 1]),
+        ([B, T], [B, T, 4, 3], (B, T), [B, T]),
+        ([B], [B, T, 4, 3], (B, T), [B, T]),
+        ([B * T], [B, T, 4, 3], (B, T), [B * T]),
+        ([], [B, T, 4, 3], (B, T), [B * T]),
+        ([B, 1], [B, 1, 4, 3], (B, 1), [B, 1]),
+        ([B], [B, 1, 4, 3], (B, 1), [B, 1]),
+        ([B], [B, 4, 3], (B, 1), [B]),
+        ([], [B, 4, 3], (B, 1), [B]),
+        ([1], [1, 4, 3], (1, 1), [1]),
+        # Observations of other than four dimensions mean inference.
         ([B], [B], (B, 1), [B]),
-        ([], [B], (B, 1), [B]),
-        ([1], [1], (1, 1), [1]),
+        ([B], [B, 7], (B, 1), [B]),
+        ([B], [B, 7, 3, 2, 2], (B, 1), [B]),
     ],
 )
 def test_fields(net, batch_size, observations, returned, shape):
     td = TensorDict({}, batch_size=batch_size)
-    result = net.set_tensordict_fields(td, make_observations(*observations))
+    result = net.set_tensordict_fields(td, torch.zeros(observations))
     assert result == returned
     assert [type(number) for number in result] == [int, int]
     assert_equal(td["batch"], torch.full(shape, returned[0]))
     assert_equal(td["bptt"], torch.full(shape, returned[1]))
-
-
-@pytest.mark.parametrize("shape", [(B, 7), (B,), (B, 7, 3, 2, 2)])
-def test_observations_of_other_than_four_dimensions_mean_inference(net, shape):
-    td = TensorDict({}, batch_size=[B])
-    assert net.set_tensordict_fields(td, torch.zeros(shape)) == (B, 1)
 
 
 @pytest.mark.parametrize("batch_size", [[B, T], [B]])
@@ -104,30 +114,40 @@ def test_fields_are_fresh_each_call(net, batch_size):
 # Training
 
 
-@both_training_names
-@training_layouts
-@pytest.mark.parametrize("action_shape", [(B, T), (B * T,)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_training_values_and_gradients(net, name, batch_size, action_shape, dtype):
+@pytest.mark.parametrize(
+    ("name", "batch_size", "action_shape", "value_shape", "dtype"),
+    [
+        ("handle_training_mode", [B, T], (B, T), (B * T, 1), torch.float32),
+        ("handle_training_mode", [B], (B * T,), (B * T,), torch.float64),
+        ("handle_training_mode", [B * T], (B, T), (B * T,), torch.bfloat16),
+        ("handle_training_mode", [B, T], (B * T,), (B * T,), torch.float16),
+        ("forward_training", [B], (B, T), (B * T, 1), torch.float32),
+        ("forward_training", [B * T], (B * T,), (B * T, 1), torch.float32),
+    ],
+    ids=str,
+)
+def test_training_values_and_gradients(net, name, batch_size, action_shape, value_shape, dtype):
     logits, value = head_outputs(dtype=dtype)
     action = make_actions(*action_shape)
-    td = make_td(batch_size)
-    net.set_tensordict_fields(td, make_observations(B, T))
-    out = getattr(net, name)(td, action, logits, value)
+    out = train(net, make_td(batch_size), action, logits, value.view(value_shape), name=name)
 
     exact_logits = logits.detach().double().requires_grad_()
     expected = upstream_training(action, exact_logits, value.detach().double())
+    del expected["value"]
     assert out.batch_size == (B, T)
     assert {key: out[key].dtype for key in TRAINING_KEYS} == dict.fromkeys(TRAINING_KEYS, dtype)
     for key, reference in expected.items():
         assert_close(out[key].flatten(0, 1).double(), reference.detach(), dtype)
-    assert out["value"].shape == (B, T, 1)
-
-    computed = ["act_log_prob", "entropy", "full_log_probs"]
-    weights = [torch.randn(expected[key].shape, dtype=torch.float64) for key in computed]
-    (actual_grad,) = torch.autograd.grad([out[key] for key in computed], logits, segment_weights(weights, dtype))
-    (expected_grad,) = torch.autograd.grad([expected[key] for key in computed], exact_logits, weights)
+    weights = [torch.randn(reference.shape, dtype=torch.float64) for reference in expected.values()]
+    outputs = [out[key] for key in expected]
+    (actual_grad,) = torch.autograd.grad(outputs, logits, segment_weights(weights, dtype))
+    (expected_grad,) = torch.autograd.grad(list(expected.values()), exact_logits, weights)
     assert_close(actual_grad.double(), expected_grad, dtype if dtype.itemsize >= 4 else torch.bfloat16)
+    # The value is passed on as it was given.
+    assert_equal(out["value"], value.view(B, T, *value_shape[1:]))
+    assert "values" not in set(out.keys())
+    (grad,) = torch.autograd.grad(out["value"].sum(), value)
+    assert_equal(grad, torch.ones(B * T, 1, dtype=dtype))
 
 
 def segment_weights(weights, dtype):
@@ -150,23 +170,8 @@ def test_actions_need_not_be_contiguous(net, batch_size):
     assert not action.is_contiguous()
     assert not strided.is_contiguous()
     for given, rows in ((action, action.reshape(-1, 2)), (strided, make_actions(B * T))):
-        td = make_td(batch_size)
-        net.set_tensordict_fields(td, make_observations(B, T))
-        out = net.handle_training_mode(td, given, logits, value)
+        out = train(net, make_td(batch_size), given, logits, value)
         assert_close(out["act_log_prob"].flatten(), upstream_training(rows, logits, value)["act_log_prob"])
-
-
-@training_layouts
-@pytest.mark.parametrize("value_shape", [(B * T, 1), (B * T,)], ids=str)
-def test_value_is_passed_on_as_it_was_given(net, batch_size, value_shape):
-    logits, value = head_outputs()
-    td = make_td(batch_size)
-    net.set_tensordict_fields(td, make_observations(B, T))
-    out = net.handle_training_mode(td, make_actions(B, T), logits, value.view(value_shape))
-    assert "values" not in set(out.keys())
-    assert_equal(out["value"], value.view(B, T, *value_shape[1:]))
-    (grad,) = torch.autograd.grad(out["value"].sum(), value)
-    assert_equal(grad, torch.ones(B * T, 1))
 
 
 @pytest.mark.parametrize("action_shape", [(B, T), (B * T,)], ids=str)
@@ -182,50 +187,35 @@ def test_without_the_fields_the_result_stays_flat(net, action_shape, missing):
     assert_close({key: out[key] for key in expected}, expected)
 
 
-@pytest.mark.parametrize("setter", ["mixin", "caller", "caller after the mixin"])
+@pytest.mark.parametrize("setter", ["mixin", "caller", "caller after the mixin", "another agent"])
 @pytest.mark.parametrize("action_shape", [(B, T), (B * T,)], ids=str)
 def test_a_flat_tensordict_becomes_segments_whoever_set_the_fields(net, setter, action_shape):
     logits, value = head_outputs()
     td = make_td([B * T])
-    if setter != "caller":
-        # In the last case an earlier call for another shape must not decide.
-        rows, steps = (B, T) if setter == "mixin" else (T, B)
-        net.set_tensordict_fields(td, make_observations(rows, steps))
-    if setter != "mixin":
+    if setter in ("caller after the mixin", "another agent"):
+        # An earlier call for another shape must not decide.
+        net.set_tensordict_fields(td if setter != "another agent" else make_td([B * T]), make_observations(T, B))
+    if setter in ("mixin", "another agent"):
+        (net if setter == "mixin" else Net()).set_tensordict_fields(td, make_observations(B, T))
+    else:
         td["bptt"], td["batch"] = torch.full((B * T,), T), torch.full((B * T,), B)
     out = net.handle_training_mode(td, make_actions(*action_shape), logits, value)
     assert out.batch_size == (B, T)
     expected = upstream_training(make_actions(*action_shape), logits, value)
     assert_close({key: out[key].flatten(0, 1) for key in expected}, expected)
-
-
-def test_a_flat_tensordict_receives_the_results_too(net):
-    logits, value = head_outputs()
-    td = make_td([B * T])
-    net.set_tensordict_fields(td, make_observations(B, T))
-    out = net.handle_training_mode(td, make_actions(B, T), logits, value)
+    # The flat one receives the results too.
     assert td.batch_size == (B * T,)
     assert {*TRAINING_KEYS, "env_obs"} <= set(td.keys())
     assert_equal(td["act_log_prob"].view(B, T), out["act_log_prob"])
 
 
-def test_fields_that_another_agent_set_are_understood(net):
-    logits, value = head_outputs()
-    td = make_td([B * T])
-    Net().set_tensordict_fields(td, make_observations(B, T))
-    net.set_tensordict_fields(make_td([B * T]), make_observations(T, B))
-    assert net.handle_training_mode(td, make_actions(B * T), logits, value).batch_size == (B, T)
-
-
 @training_layouts
 def test_entries_survive_training(net, batch_size):
-    logits, value = head_outputs()
     td = make_td(batch_size)
     td.set_non_tensor("note", "kept")
     td["extra"] = torch.arange(B * T).view(*td["env_obs"].shape[: -2 if batch_size != [B * T] else 1])
     td["nested"] = TensorDict({"deep": td["extra"] * 2}, batch_size=batch_size)
-    net.set_tensordict_fields(td, make_observations(B, T))
-    out = net.handle_training_mode(td, make_actions(B, T), logits, value)
+    out = train(net, td)
     assert_equal(out["env_obs"], make_observations(B, T))
     assert out["note"] == "kept"
     assert_equal(out["extra"], torch.arange(B * T).view(B, T))
@@ -233,37 +223,22 @@ def test_entries_survive_training(net, batch_size):
 
 
 def test_entries_of_one_row_per_segment_hold_for_all_its_steps(net):
-    logits, value = head_outputs()
-    state = torch.randn(B, 2, 5)
-    nested = TensorDict({"score": torch.arange(B)}, batch_size=[B])
-    td = make_td([B], lstm_h=state, level=torch.arange(B), nested=nested)
-    net.set_tensordict_fields(td, make_observations(B, T))
-    out = net.handle_training_mode(td, make_actions(B, T), logits, value)
-    assert_equal(out["lstm_h"], torch.stack([state] * T, dim=1))
+    td = make_td([B], state=torch.randn(B, 2, 5), level=torch.arange(B), map=NonTensorStack("cave", "hill", "lake"))
+    td["nested"] = TensorDict({"score": torch.arange(B)}, batch_size=[B])
+    out = train(net, td)
+    assert_equal(out["state"], torch.stack([td["state"]] * T, dim=1))
     assert_equal(out["level"], torch.arange(B).view(B, 1).expand(B, T))
-    assert_equal(out["nested", "score"], torch.arange(B).view(B, 1).expand(B, T))
-
-
-def test_non_tensor_entries_of_one_value_per_segment_hold_for_all_its_steps(net):
-    logits, value = head_outputs()
-    td = make_td([B])
-    td["map"] = NonTensorStack("cave", "hill", "lake")
-    net.set_tensordict_fields(td, make_observations(B, T))
-    out = net.handle_training_mode(td, make_actions(B, T), logits, value)
-    assert [[out[row, step]["map"] for step in range(T)] for row in range(B)] == [
-        ["cave"] * T,
-        ["hill"] * T,
-        ["lake"] * T,
-    ]
+    assert_equal(out["nested", "score"], out["level"])
+    maps = [[out[row, step]["map"] for step in range(T)] for row in range(B)]
+    assert maps == [["cave"] * T, ["hill"] * T, ["lake"] * T]
 
 
 @pytest.mark.parametrize("batch_size", [[B, T], [B]])
 def test_training_leaves_a_tensordict_of_segments_as_it_was(net, batch_size):
-    logits, value = head_outputs()
     td = make_td(batch_size)
     net.set_tensordict_fields(td, make_observations(B, T))
     entries = dict(td.items())
-    net.handle_training_mode(td, make_actions(B, T), logits, value)
+    net.handle_training_mode(td, make_actions(B, T), *head_outputs())
     assert dict(td.items()).keys() == entries.keys()
     assert all(td[key] is entries[key] for key in entries)
 
@@ -284,9 +259,15 @@ def test_masked_logits_give_finite_entropy_and_gradients(net):
 # Inference
 
 
-@both_inference_names
-@pytest.mark.parametrize("value_shape", [(B, 1), (B,)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("name", "value_shape", "dtype"),
+    [
+        ("handle_inference_mode", (B, 1), torch.float32),
+        ("handle_inference_mode", (B,), torch.float64),
+        ("forward_inference", (B, 1), torch.float32),
+    ],
+    ids=str,
+)
 @use_backend("eager")
 def test_inference_writes_into_the_given_tensordict(net, name, value_shape, dtype):
     logits, value = head_outputs(B, dtype)
@@ -304,14 +285,13 @@ def test_inference_writes_into_the_given_tensordict(net, name, value_shape, dtyp
     assert_equal(td["actions"], expected["actions"])
 
 
-@pytest.mark.parametrize("seed", range(3))
 @use_backend("eager")
-def test_draws_are_those_of_multinomial(net, seed):
-    logits, value = head_outputs(500, seed=seed)
-    torch.manual_seed(seed)
+def test_draws_are_those_of_multinomial(net):
+    logits, value = head_outputs(1500)
+    torch.manual_seed(5)
     expected = upstream_inference(logits, value)["actions"]
-    torch.manual_seed(seed)
-    td = net.handle_inference_mode(TensorDict({}, batch_size=[500]), logits, value)
+    torch.manual_seed(5)
+    td = net.handle_inference_mode(TensorDict({}, batch_size=[1500]), logits, value)
     assert_equal(td["actions"], expected)
     assert len(td["actions"].unique(dim=0)) == NUM_ACTIONS
 
@@ -338,13 +318,6 @@ def test_every_pair_converts_to_its_logit_and_back(net):
     assert_equal(index, torch.arange(NUM_ACTIONS))
     pairs = net._convert_logit_index_to_action(torch.arange(NUM_ACTIONS))
     assert_equal(pairs, torch.tensor(PAIRS, dtype=torch.int32))
-
-
-def test_the_base_formula_is_right_for_the_first_type_only(net):
-    pairs = torch.tensor(PAIRS)
-    without_type = torch.tensor(CUM_ACTION_MAX_PARAMS)[pairs[:, 0]] + pairs[:, 1]
-    same = net._convert_action_to_logit_index(pairs) == without_type
-    assert_equal(same, pairs[:, 0] == 0)
 
 
 class ReversedLogits(Net):
@@ -379,38 +352,6 @@ def test_conversions_set_on_the_agent_itself_are_honoured(net):
     assert_close(out["act_log_prob"], logits.log_softmax(-1)[:, 0])
 
 
-# Tables
-
-
-@pytest.mark.parametrize("state", ["missing", "None"])
-@pytest.mark.parametrize("base", [Net, LSTMWrapper])
-@pytest.mark.parametrize(
-    ("table", "use"),
-    [
-        ("cum_action_max_params", lambda net: net._convert_action_to_logit_index(make_actions(2))),
-        ("action_index_tensor", lambda net: net._convert_logit_index_to_action(torch.tensor([0]))),
-        (
-            "cum_action_max_params",
-            lambda net: net.handle_training_mode(make_td([B, T]), make_actions(B, T), *head_outputs()),
-        ),
-        ("action_index_tensor", lambda net: net.handle_inference_mode(make_td([B * T]), *head_outputs())),
-    ],
-)
-def test_tables_that_are_not_set(state, base, table, use):
-    if base is Net:
-        net = Net()
-        if state == "None":
-            net.cum_action_max_params = net.action_index_tensor = None
-    elif state == "None":
-        # LSTMWrapper starts them as None.
-        net = type("Agent", (PyTorchAgentMixin, LSTMWrapper), {})(None, torch.nn.Linear(1, 1), 2, 2, 1)
-    else:
-        net = type("Agent", (PyTorchAgentMixin, LSTMWrapper), {})(None, torch.nn.Linear(1, 1), 2, 2, 1)
-        del net.cum_action_max_params, net.action_index_tensor
-    with pytest.raises(RuntimeError, match=rf"{table} not set\. MettaAgent"):
-        use(net)
-
-
 def test_tables_may_be_set_again(net):
     net.cum_action_max_params = torch.tensor([0, 1, 1])
     net.action_index_tensor = torch.tensor([[0, 0], [0, 1], [1, 0]], dtype=torch.int32)
@@ -419,11 +360,6 @@ def test_tables_may_be_set_again(net):
 
 
 # Tracing
-
-
-def run_training(net, td, observations, action, logits, value):
-    net.set_tensordict_fields(td, observations)
-    return net.handle_training_mode(td, action, logits, value)
 
 
 @training_layouts
@@ -464,6 +400,37 @@ def operators():
     torch.compiler.reset()
     yield aot_autograd(fw_compiler=record), names
     torch.compiler.reset()
+
+
+@training_layouts
+def test_logits_are_returned_where_they_are_asked_for(net, batch_size):
+    logits, value = head_outputs()
+    mask = torch.rand(B, T, logits.shape[1]) < 2
+    td = make_td(batch_size)
+    if len(batch_size) == 2:
+        td["action_mask"] = mask
+    td.set_non_tensor("return_logits", True)
+    out = run_training(net, td, make_observations(B, T), make_actions(B, T), logits, value)
+    assert out.batch_size == (B, T)
+    assert torch.equal(out["logits"], logits.view(B, T, -1)) and torch.equal(out["value"], value.view(B, T, -1))
+    assert not {"act_log_prob", "entropy", "full_log_probs"} & set(out.keys())
+    assert len(batch_size) != 2 or torch.equal(out["action_mask"], mask)
+    assert net.diagnostics()["rows"]["training"] == B * T and "training" not in net.diagnostics()["mean_entropy"]
+
+
+def test_an_agent_of_its_own_ways_evaluates_instead_of_returning_logits(net):
+    cases = [set_tables(ReversedLogits()), *(copy.deepcopy(net) for _ in range(2))]
+    cases[1].temperature, cases[2].on_nonfinite_logits = 0.7, "count"
+    logits, value = head_outputs()
+    for each in cases:
+        plain, asked = make_td([B, T]), make_td([B, T])
+        asked.set_non_tensor("return_logits", True)
+        expected, out = (
+            run_training(each, td, make_observations(B, T), make_actions(B, T, seed=1), logits, value)
+            for td in (plain, asked)
+        )
+        assert "logits" not in out.keys()
+        assert torch.equal(out["act_log_prob"], expected["act_log_prob"])
 
 
 @training_layouts

@@ -4,34 +4,30 @@ import socket
 
 import pytest
 import torch
+from agents_for_tests import Net
 from torch import distributed, multiprocessing, nn
 
-from metta_fastagent import PyTorchAgentMixin, ops
+from metta_fastagent import ops
 
 RANKS = 2
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="PyTorch was built without distributed")
 
 
-class Agent(PyTorchAgentMixin, nn.Module):
+def make_net(**kwargs):
     """Two layers, the second one with an odd number of rows, so that the shards differ in size."""
-
-    def __init__(self, **kwargs):
-        params = self.extract_mixin_params(kwargs)
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 7)
-        self.init_mixin(**params)
+    torch.manual_seed(0)
+    return Net([nn.Linear(6, 8), nn.Linear(8, 7)], **kwargs)
 
 
 def sharded(**kwargs):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    agent = Agent(**kwargs)
+    net = make_net(**kwargs)
     mesh = init_device_mesh("cpu", (RANKS,))
-    for layer in (agent.first, agent.second):
+    for layer in net.layers:
         fully_shard(layer, mesh=mesh)
-    return agent
+    return net
 
 
 def whole(tensor):
@@ -55,12 +51,12 @@ def compare(rank, port):
     distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
     try:
         for mode in ("absolute", "init_scaled"):
-            one, many = Agent(clip_range=0.2, clip_mode=mode), sharded(clip_range=0.2, clip_mode=mode)
+            one, many = make_net(clip_range=0.2, clip_mode=mode), sharded(clip_range=0.2, clip_mode=mode)
             one.clip_weights()
             many.clip_weights()
             for expected, found in zip(one.parameters(), many.parameters(), strict=True):
                 assert torch.equal(whole(found.detach()), expected.detach()), mode
-        one, many = Agent(), sharded()
+        one, many = make_net(), sharded()
         many.update_l2_init_weight_copy()
         with torch.no_grad():
             for agent in (one, many):
@@ -73,7 +69,7 @@ def compare(rank, port):
         for expected, found in zip(one.parameters(), many.parameters(), strict=True):
             if expected.grad is not None:
                 torch.testing.assert_close(whole(found.grad), expected.grad)
-        assert many.first.weight.grad is not None
+        assert many.layers[0].weight.grad is not None
         for expected, found in zip(one.compute_weight_metrics(), many.compute_weight_metrics(), strict=True):
             assert found.pop("name") == expected.pop("name")
             assert found == pytest.approx(expected, rel=1e-5)

@@ -1,5 +1,6 @@
+"""The metrics of weights: against numpy and against spectra written out by hand, and what is read and left alone."""
+
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -8,17 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import metta_fastagent.weight_metrics as module
+from metta_fastagent import weight_metrics as module
+from metta_fastagent.weight_metrics import analyze_weights
 
 HOST_READS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
-FIT_KEYS = {"sv_loglog_r2", "sv_loglog_slope"}
 ERROR_KEYS = {"name", "weight_norm", "svd_error"}
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
-
-
-def analyze_weights(weights: Any, delta: Any = 0.01) -> list[dict[str, Any]]:
-    return [dict(record) for record in module.analyze_weights(weights, delta)]
 
 
 class OperatorLog(TorchDispatchMode):
@@ -76,21 +73,28 @@ def orthogonal(rows, columns, dtype=torch.float64):
     return torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64))[0].to(dtype)
 
 
-def with_spectrum(values, rows, columns):
-    n = len(values)
-    return orthogonal(rows, n) @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ orthogonal(columns, n).mT
-
-
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(3)
 
 
+# One value, vectors, five singular values and six, which the fit needs, square, wide and tall; every dtype.
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("delta", [0, 0.01, 0.5, 0.999])
-@pytest.mark.parametrize("shape", [(8, 8), (6, 40), (40, 6), (5, 9), (9, 5), (1, 7), (7, 1), (1, 1), (64, 33)])
-def test_matches_numpy(shape, delta, device):
-    weight = torch.randn(shape, device=device)
+@pytest.mark.parametrize(
+    ("shape", "delta", "dtype"),
+    [
+        ((1, 1), 0, torch.float32),
+        ((1, 7), 0.5, torch.float64),
+        ((7, 1), 0.01, torch.float32),
+        ((5, 9), 0.01, torch.bfloat16),
+        ((6, 40), 0.5, torch.float32),
+        ((40, 6), 0, torch.float16),
+        ((8, 8), 0.999, torch.float32),
+        ((64, 33), 0.01, torch.float64),
+    ],
+)
+def test_matches_numpy(shape, delta, dtype, device):
+    weight = torch.randn(shape, device=device).to(dtype)
     (got,) = analyze_weights({"layer": weight}, delta)
     assert got["name"] == "layer"
     assert_matches(got, reference(weight, delta))
@@ -98,35 +102,38 @@ def test_matches_numpy(shape, delta, device):
     assert all(isinstance(value, float) for key, value in got.items() if key not in ("name", "effective_rank"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_every_dtype_is_computed_on_its_exact_values(dtype):
-    weight = torch.randn(12, 20).to(dtype)
-    (got,) = analyze_weights({"w": weight})
-    assert_matches(got, reference(weight))
+NO_FIT = {"sv_loglog_slope": 0.0, "sv_loglog_r2": 0.0}
+SPECTRA = {
+    # Singular values, delta, and metrics: 4 + 2 = 6 is below 0.9 x 7.5 = 6.75, 4 + 2 + 1 = 7 is not.
+    "mixed": (
+        [4, 2, 1, 0.5, 0, 0],
+        0.1,
+        {"weight_norm": math.sqrt(16 + 4 + 1 + 0.25), "mean_sv": 7.5 / 6, "largest_sv": 4.0, "sv_ratio": 8.0}
+        | {"collapsed_dim_%": 2 / 6, "effective_rank": 3},
+    ),
+    "zeros": (
+        [0] * 8,
+        0.01,
+        {"weight_norm": 0.0, "mean_sv": 0.0, "largest_sv": 0.0, "sv_ratio": 0.0, "collapsed_dim_%": 1.0} | NO_FIT,
+    ),
+    "few zeros": ([0] * 3, 0.01, {"sv_ratio": 0.0, "collapsed_dim_%": 1.0, "effective_rank": 1}),
+    "one alive": ([2.5, *[0] * 6], 0.01, {"sv_ratio": 1.0, "collapsed_dim_%": 6 / 7} | NO_FIT),
+    "two alive": ([2, 1, *[0] * 5], 0.01, {"sv_loglog_slope": -1.0, "sv_loglog_r2": 1.0}),
+    "steep power law": ([k**-2.0 for k in range(1, 13)], 0.01, {"sv_loglog_slope": -2.0, "sv_loglog_r2": 1.0}),
+    "power law": ([k**-0.25 for k in range(1, 13)], 0.01, {"sv_loglog_slope": -0.25, "sv_loglog_r2": 1.0}),
+}
 
 
-def test_written_out_spectrum():
-    weight = torch.diag(torch.tensor([4.0, 2.0, 1.0, 0.5, 0.0, 0.0]))
-    (got,) = analyze_weights({"w": weight}, delta=0.1)
-    assert got["weight_norm"] == pytest.approx(math.sqrt(16 + 4 + 1 + 0.25))
-    assert got["mean_sv"] == pytest.approx(7.5 / 6)
-    assert got["largest_sv"] == pytest.approx(4.0)
-    assert got["sv_ratio"] == pytest.approx(8.0)
-    assert got["collapsed_dim_%"] == pytest.approx(2 / 6)
-    # 4 + 2 = 6 is below 0.9 x 7.5 = 6.75, 4 + 2 + 1 = 7 is not.
-    assert got["effective_rank"] == 3
+@pytest.mark.parametrize(("spectrum", "delta", "expected"), SPECTRA.values(), ids=SPECTRA.keys())
+def test_spectra_written_out(spectrum, delta, expected):
+    (got,) = analyze_weights({"w": torch.diag(torch.tensor(spectrum, dtype=torch.float64))}, delta)
+    assert {key: got[key] for key in expected} == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert ("sv_loglog_slope" in got) == (len(spectrum) > 5)
 
 
-@pytest.mark.parametrize("exponent", [-2.0, -1.0, -0.25])
-def test_power_law_is_found(exponent):
-    weight = with_spectrum([k**exponent for k in range(1, 13)], 30, 20)
-    (got,) = analyze_weights({"w": weight})
-    assert got["sv_loglog_slope"] == pytest.approx(exponent, rel=1e-6)
-    assert got["sv_loglog_r2"] == pytest.approx(1.0, abs=1e-9)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [8, 128, 300])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(8, torch.bfloat16), (300, torch.bfloat16), (128, torch.float32), (300, torch.float64)]
+)
 def test_flat_spectrum_has_no_slope(size, dtype):
     (got,) = analyze_weights({"w": orthogonal(size, size, dtype)})
     assert got["sv_loglog_slope"] == 0.0
@@ -136,8 +143,7 @@ def test_flat_spectrum_has_no_slope(size, dtype):
 
 
 def test_a_shallow_slope_is_not_taken_for_rounding():
-    weight = with_spectrum([k**-0.001 for k in range(1, 9)], 8, 8).float()
-    (got,) = analyze_weights({"w": weight})
+    (got,) = analyze_weights({"w": torch.diag(torch.arange(1, 9).double() ** -0.001).float()})
     assert got["sv_loglog_slope"] == pytest.approx(-0.001, rel=1e-2)
     assert got["sv_loglog_r2"] > 0.99
 
@@ -155,30 +161,7 @@ def test_duplicated_columns_are_collapsed(dtype):
     assert got["sv_loglog_slope"] == pytest.approx(np.polyfit(x, y, 1)[0], rel=1e-6)
 
 
-def test_fit_needs_more_than_five_singular_values():
-    five, six = analyze_weights({"five": torch.randn(5, 30), "six": torch.randn(6, 30)})
-    assert not FIT_KEYS & five.keys()
-    assert six.keys() >= FIT_KEYS
-
-
-@pytest.mark.parametrize("shape", [(3, 4), (8, 8)])
-def test_zero_weight_gives_finite_values(shape):
-    (got,) = analyze_weights({"w": torch.zeros(shape)})
-    assert got["sv_ratio"] == 0.0
-    assert got["collapsed_dim_%"] == 1.0
-    assert got["effective_rank"] == 1
-    assert all(math.isfinite(value) for key, value in got.items() if key != "name")
-
-
-def test_one_live_value_has_no_slope():
-    weight = torch.zeros(7, 7)
-    weight[2, 3] = -2.5
-    (got,) = analyze_weights({"w": weight})
-    assert (got["sv_loglog_slope"], got["sv_loglog_r2"]) == (0.0, 0.0)
-    assert got["sv_ratio"] == pytest.approx(1.0)
-
-
-def test_two_live_values_fit_exactly_and_never_better():
+def test_a_fit_is_never_better_than_exact():
     spectra = torch.zeros(200, 7)
     spectra[:, :2] = torch.rand(200, 2) + 0.1
     for record in analyze_weights({str(i): torch.diag(spectrum) for i, spectrum in enumerate(spectra)}):
@@ -233,17 +216,12 @@ def test_only_the_matrix_that_does_not_converge_loses_its_metrics(monkeypatch):
 def test_equal_shapes_share_a_call_and_keep_their_order():
     shapes = {"a": (6, 9), "b": (4, 4), "c": (9, 6), "d": (6, 9), "e": (4, 4), "f": (7, 2)}
     weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    weights |= {"double": torch.randn(6, 9).double(), "half": torch.randn(6, 9).bfloat16()}
     with OperatorLog() as log:
         got = analyze_weights(weights)
-    assert sorted(log.shapes_of("aten._linalg_svd")) == [(1, 2, 7), (2, 4, 4), (3, 6, 9)]
-    assert [record["name"] for record in got] == list(shapes)
+    assert sorted(log.shapes_of("aten._linalg_svd")) == [(1, 2, 7), (1, 6, 9), (1, 6, 9), (2, 4, 4), (3, 6, 9)]
+    assert [record["name"] for record in got] == list(weights)
     for record in got:
-        assert_matches(record, reference(weights[record["name"]]))
-
-
-def test_dtypes_may_be_mixed():
-    weights = {str(dtype): torch.randn(6, 8).to(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)}
-    for record in analyze_weights(weights):
         assert_matches(record, reference(weights[record["name"]]))
 
 
@@ -294,34 +272,30 @@ def test_strided_views_and_no_weights():
     assert analyze_weights({}) == []
 
 
+ONES = torch.ones(2, 2)
+DELTA = r"expected a real number in \[0, 1\)"
+
+
 @pytest.mark.parametrize(
-    ("weights", "error", "message"),
+    ("weights", "delta", "error", "message"),
     [
-        ([torch.ones(2, 2)], TypeError, r"weights: got list, expected a mapping"),
-        ({0: torch.ones(2, 2)}, TypeError, r"weights: got the name 0 \(int\), expected a string"),
-        ({"w": [[1.0]]}, TypeError, r"weights\['w'\]: got list, expected a tensor"),
-        (
-            {"w": torch.ones(2, 2, dtype=torch.int64)},
-            TypeError,
-            r"weights\['w'\]: got torch.int64, expected",
-        ),
-        ({"w": torch.ones(2, 2, dtype=torch.complex64)}, TypeError, r"weights\['w'\]: got torch.complex64, expected"),
-        ({"w": torch.ones(3)}, ValueError, r"weights\['w'\]: got shape \[3\], expected two"),
-        ({"w": torch.ones(1, 2, 3)}, ValueError, r"weights\['w'\]: got shape \[1, 2, 3\]"),
+        ([ONES], 0, TypeError, r"weights: got list, expected a mapping"),
+        ({0: ONES}, 0, TypeError, r"weights: got the name 0 \(int\), expected a string"),
+        ({"w": [[1.0]]}, 0, TypeError, r"weights\['w'\]: got list, expected a tensor"),
+        ({"w": ONES.long()}, 0, TypeError, r"weights\['w'\]: got torch.int64, expected a floating-point dtype"),
+        ({"w": ONES.cfloat()}, 0, TypeError, r"weights\['w'\]: got torch.complex64, expected"),
+        ({"w": torch.ones(3)}, 0, ValueError, r"weights\['w'\]: got shape \[3\], expected two"),
+        ({"w": torch.ones(1, 2, 3)}, 0, ValueError, r"weights\['w'\]: got shape \[1, 2, 3\]"),
+        ({"w": ONES}, -0.01, ValueError, f"delta: got -0.01, {DELTA}"),
+        ({"w": ONES}, 1.0, ValueError, f"delta: got 1.0, {DELTA}"),
+        ({"w": ONES}, math.nan, ValueError, f"delta: got nan, {DELTA}"),
+        ({"w": ONES}, math.inf, ValueError, f"delta: got inf, {DELTA}"),
+        ({"w": ONES}, "0.01", TypeError, r"delta: got '0.01' \(str\), expected a real number"),
+        ({"w": ONES}, None, TypeError, r"delta: got None \(NoneType\), expected a real number"),
+        ({"w": ONES}, True, TypeError, r"delta: got True \(bool\), expected a real number"),
+        ({"w": ONES}, torch.tensor(0.01), TypeError, "delta: got a .*tensor.*, expected a real number"),
     ],
 )
-def test_wrong_weights(weights, error, message):
+def test_bad_arguments(weights, delta, error, message):
     with pytest.raises(error, match=message):
-        analyze_weights(weights)
-
-
-@pytest.mark.parametrize("delta", [-0.01, 1.0, 2, math.nan, math.inf])
-def test_delta_out_of_range(delta):
-    with pytest.raises(ValueError, match=r"delta: got .*, expected a real number in \[0, 1\)"):
-        analyze_weights({"w": torch.ones(2, 2)}, delta)
-
-
-@pytest.mark.parametrize("delta", ["0.01", None, True, torch.tensor(0.01)])
-def test_delta_of_a_wrong_type(delta):
-    with pytest.raises(TypeError, match=r"delta: got .*, expected a real number"):
-        analyze_weights({"w": torch.ones(2, 2)}, delta)
+        analyze_weights(weights, delta)

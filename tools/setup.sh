@@ -25,9 +25,9 @@ if [[ -z "$made" ]] || ! finds pip; then
   # If the environment is activated, PYTHON is its own, which is about to be deleted.
   python="$("$python" -c "if True:
     import os, sys
-    inside = os.path.realpath(sys.prefix) == os.path.realpath('$venv')
+    inside = os.path.realpath(sys.prefix) == os.path.realpath(sys.argv[1])
     sys.exit(1) if sys.version_info < (3, 11) else print(sys._base_executable if inside else sys.executable)" \
-    2>/dev/null)" || fail "Python >= 3.11 is needed, '$1' is older or does not run: $another"
+    "$venv" 2>/dev/null)" || fail "Python >= 3.11 is needed, '$1' is older or does not run: $another"
   lowest="$(sed -nE 's/.*"torch>=([0-9.]+).*/\1/p' pyproject.toml)"
   reused="$("$python" -c "if True:
     import importlib.metadata, os, torch

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metta_fastagent import ops
-from metta_fastagent.mixin import PyTorchAgentMixin, require_tensordict
-from metta_fastagent.ops._checks import describe, is_number, is_whole
-from metta_fastagent.recurrent import LSTMWrapper, checked_sizes, own_computation
+from metta_fastagent._shapes import require_tensordict
+from metta_fastagent.mixin import PyTorchAgentMixin
+from metta_fastagent.recurrent import LSTMWrapper, checked_sizes
+from metta_fastagent.runtime.checks import describe, is_number, is_whole, own_computation
 
 DEFAULT_NUM_FEATURES = 25
 DEFAULT_WINDOW = 11
@@ -39,6 +40,15 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         max_actions: rows of the action embedding, the largest number of actions.
         num_envs: rows of a preallocated rollout memory, or None; see `LSTMWrapper`.
         kwargs: the mixin's parameters, see `PyTorchAgentMixin.init_mixin`.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from tensordict import TensorDict
+        >>> agent = Fast(SimpleNamespace(obs_width=11, obs_height=11), num_envs=2)
+        >>> agent.activate_actions(["noop", "move"], [0, 3])
+        >>> td = TensorDict({"env_obs": torch.zeros(2, 40, 3, dtype=torch.uint8)}, batch_size=[2])
+        >>> agent(td)["actions"].shape
+        torch.Size([2, 2])
     """
 
     policy: "FastPolicy"
@@ -68,40 +78,22 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
 
         Args:
             td: `env_obs` uint8 [B, tokens, 3] in a TensorDict of batch size [B], or [B, T, tokens, 3] in one of [B, T]
-                or [B]; optional entries as in `LSTMWrapper.run_lstm`.
+                or [B]; optional entries as in `LSTMWrapper.run_lstm`. It receives `bptt` and `batch`.
             state: unused; part of the agents' common signature.
             action: integer (type, parameter) pairs [B, T, 2] or [B * T, 2], or None.
 
         Returns:
-            As `handle_inference_mode` (`td` itself) or `handle_training_mode` (a new TensorDict; `td` stays as it is).
+            As `handle_inference_mode` (`td` itself) or `handle_training_mode`.
         """
-        observations = self._check_call(td, action)
+        require_tensordict(td)
+        observations = td["env_obs"]
+        B, TT = self.set_tensordict_fields(td, observations)
         hidden = self.policy.encode_observations(observations, state)
-        training = observations.dim() == 4
-        B, TT = observations.shape[0], observations.shape[1] if training else 1
-        hidden, h, c, env_id = self._advance_lstm(td, hidden, B, TT, training)
+        hidden = self.run_lstm(td, hidden, B, TT)
         logits, value = self.policy.decode_actions(hidden, B * TT)
         if action is None:
-            # State changes last: an error in the draw leaves `td` and the memory unchanged.
-            self.handle_inference_mode(td, logits, value)
-            self.set_tensordict_fields(td, observations)
-            self._store_lstm_state(h, c, env_id)
-            return td
-        td = td.copy()
-        self.set_tensordict_fields(td, observations)
-        result = self.handle_training_mode(td, action, logits, value)
-        self._store_lstm_state(h, c, env_id)
-        return result
-
-    def _check_call(self, td: TensorDictBase, action: Tensor | None) -> Tensor:
-        """The observations, after checking `td`, the tables and the mode."""
-        require_tensordict(td)
-        self._require_table("action_index_tensor" if action is None else "cum_action_max_params")
-        observations = td["env_obs"]
-        if action is None and isinstance(observations, Tensor) and observations.dim() == 4:
-            B, TT = observations.shape[:2]
-            raise ValueError(f"action: got None, expected pairs [{B}, {TT}, 2] for {describe(observations)} in env_obs")
-        return observations
+            return self.handle_inference_mode(td, logits, value)
+        return self.handle_training_mode(td, action, logits, value)
 
     def _apply_feature_remapping(self, remap_tensor: Tensor) -> None:
         """Read feature id i of every token as `remap_tensor[i]` (uint8 [256]) from now on."""
@@ -204,8 +196,8 @@ class FastPolicy(nn.Module):
         if self.feature_remap is not None:
             coordinate, feature, value = tokens.unbind(-1)
             tokens = torch.stack((coordinate, self.feature_remap[feature.long()], value), dim=-1)
-        features = F.relu(self._second_convolution(self._first_convolution(tokens))).flatten(1)
-        return F.relu(self.encoded_obs(F.relu(self.fc1(features))))
+        features = self._second_convolution(self._first_convolution(tokens)).flatten(1)
+        return ops.linear_layer(self.encoded_obs, ops.linear_layer(self.fc1, features, "relu"), "relu")
 
     def _first_convolution(self, tokens: Tensor) -> Tensor:
         """relu(cnn1(grid of the tokens)), straight from the tokens if `cnn1` is a plain convolution."""
@@ -219,14 +211,14 @@ class FastPolicy(nn.Module):
         return F.relu(conv(grid))
 
     def _second_convolution(self, images: Tensor) -> Tensor:
-        """cnn2(images); on the CPU, as the linear layer that it is if its kernel covers the whole image."""
+        """relu(cnn2(images)); on the CPU, as the linear layer that it is if its kernel covers the whole image."""
         conv = self.cnn2
         whole = images.shape[1:] == conv.weight.shape[1:]
         if whole and images.device.type == "cpu" and _is_plain_convolution(conv):
             # Channels last, as the images are in memory.
             weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-            return F.linear(images.permute(0, 2, 3, 1).flatten(1), weight, conv.bias)
-        return conv(images)
+            return ops.linear(images.permute(0, 2, 3, 1).flatten(1), weight, conv.bias, "relu")
+        return F.relu(conv(images))
 
     def decode_actions(self, hidden: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         """(logits [batch_size, actions], value [batch_size, 1]) from the LSTM's output [batch_size, hidden_size].
@@ -234,9 +226,9 @@ class FastPolicy(nn.Module):
         Logit of action a: tanh(actor @ actor_W) . embedding[a] + actor_bias. The projection does not depend on the
         action, so it is computed once for each row.
         """
-        value = self.value_head(ops.tanh(self.critic_1(hidden)))
-        actor = F.relu(self.actor_1(hidden))
-        query = ops.tanh(actor @ self.actor_W[0])
+        value = self.value_head(ops.linear_layer(self.critic_1, hidden, "tanh"))
+        actor = ops.linear_layer(self.actor_1, hidden, "relu")
+        query = ops.linear(actor, self.actor_W.squeeze(0).t(), None, "tanh")
         embeddings = self.action_embeddings.weight[: self.num_active_actions]
         return query @ embeddings.t() + self.actor_bias, value
 

@@ -1,13 +1,24 @@
 """VectorAgent: a small LSTM agent for vectors, the trainer's default where observations are not tokens."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from metta_fastagent import ops
 from metta_fastagent.mixin import PyTorchAgentMixin
 from metta_fastagent.recurrent import LSTMWrapper
+
+
+class TanhLayer(nn.Sequential):
+    """`nn.Sequential(nn.Linear(inputs, outputs), nn.Tanh())` by the package's operations."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(nn.Linear(inputs, outputs), nn.Tanh())
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear_layer(cast(nn.Linear, self[0]), input, "tanh")
 
 
 class VectorPolicy(nn.Module):
@@ -20,33 +31,50 @@ class VectorPolicy(nn.Module):
 
 
 class VectorAgent(PyTorchAgentMixin, LSTMWrapper):
-    """An LSTM agent for vectors and other small observations.
+    """An LSTM agent for vectors, images and other small observations.
+
+    Observations become numbers of the weights' dtype. Those in uint8 with two dimensions or more are images, and are
+    divided by 255.
 
     Args:
         env: the environment, with `single_observation_space.shape` and `max_action_args`.
-        encoder: module from float observations [rows, elements] to [rows, hidden_size]; None for one layer with tanh.
+        encoder: module from observations [rows, *single_observation_space.shape] to [rows, hidden_size]; None for one
+            layer with tanh over all elements.
         hidden_size: features of the encoding and of the LSTM's state.
         kwargs: the mixin's parameters.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> env = SimpleNamespace(single_observation_space=SimpleNamespace(shape=(4,)), max_action_args=[1])
+        >>> agent = VectorAgent(env, nn.Sequential(nn.Linear(4, 32), nn.ReLU()), hidden_size=32)
     """
 
     policy: VectorPolicy
 
     def __init__(self, env: Any, encoder: nn.Module | None = None, hidden_size: int = 64, **kwargs: Any) -> None:
         mixin_params = self.extract_mixin_params(kwargs)
-        elements = int(torch.Size(env.single_observation_space.shape).numel())
-        encoder = encoder or nn.Sequential(nn.Linear(elements, hidden_size), nn.Tanh())
+        shape = tuple(env.single_observation_space.shape)
+        self.images = len(shape) > 1
+        if encoder is None:
+            elements = torch.Size(shape).numel()
+            encoder, shape = TanhLayer(elements, hidden_size), (elements,)
         policy = VectorPolicy(encoder, hidden_size, sum(limit + 1 for limit in env.max_action_args))
         super().__init__(env, policy, hidden_size, hidden_size, num_layers=1)
+        self.encoded_shape = shape
         # The base class's biases of 1 and orthogonal weights suit large inputs; these are small.
         self.lstm.reset_parameters()
         self.init_mixin(**mixin_params)
 
     def forward(self, td: TensorDictBase, state: Any = None, action: Tensor | None = None) -> TensorDictBase:
         """A rollout step, observations [B, ...] of any dtype, or with `action` segments [B, T, ...]."""
-        B, TT = self.set_tensordict_fields(td, td["env_obs"])
-        hidden = self.policy.encoder(td["env_obs"].reshape(B * TT, -1).float())
+        given = td["env_obs"]
+        B, TT = self.set_tensordict_fields(td, given)
+        observations = given.reshape(B * TT, *self.encoded_shape).to(self.policy.critic.weight.dtype)
+        if self.images and given.dtype == torch.uint8:
+            observations = observations / 255
+        hidden = self.policy.encoder(observations)
         hidden = self.run_lstm(td, hidden, B, TT)
-        logits, value = self.policy.actor(hidden), self.policy.critic(hidden)
+        logits, value = ops.linear_layer(self.policy.actor, hidden), ops.linear_layer(self.policy.critic, hidden)
         if action is None:
             return self.handle_inference_mode(td, logits, value)
         return self.handle_training_mode(td, action, logits, value)

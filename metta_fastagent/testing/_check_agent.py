@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metta_fastagent.action_space import ActionSpace
 from metta_fastagent.mixin import PyTorchAgentMixin
-from metta_fastagent.ops._checks import describe, require_integer, require_number
+from metta_fastagent.runtime.checks import describe, require_integer, require_number
 from metta_fastagent.testing._replay import check_replay
 from metta_fastagent.testing._shared import (
     LOSS_KEYS,
@@ -34,6 +34,8 @@ TRAINING_ROWS = 3
 PROBE = {"clip_range": 0.375, "analyze_weights_interval": 17}
 # Errors of a log-probability of about 10.
 LOG_PROB_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+RAISED = "the agent raised"
+SAMPLE_HINT = "the checks drew random tokens: for other observations pass sample_input=, a TensorDict [N] with env_obs"
 SET_FIELDS = 'call self.set_tensordict_fields(td, td["env_obs"]) at the start of forward()'
 USE_INFERENCE = "end forward() with self.handle_inference_mode(td, logits, value) if action is None"
 USE_TRAINING = "end forward() with self.handle_training_mode(td, action, logits, value) if action is given"
@@ -47,10 +49,16 @@ class AgentCheckError(AssertionError):
 
 @dataclass(frozen=True)
 class AgentReport:
-    """Outcome of `check_agent`; `str(report)` is a table, `report[name]` one result."""
+    """Outcome of `check_agent`; `str(report)` is a table, `report[name]` one result.
+
+    Example:
+        >>> AgentReport("Fast", (CheckResult("action conversion"),)).ok
+        True
+    """
 
     agent_name: str
     checks: tuple[CheckResult, ...]
+    hint: str = ""
 
     @property
     def ok(self) -> bool:
@@ -82,7 +90,7 @@ class AgentReport:
                 head = f"  {mark:<4}  {name:<{width}}  "
                 text = [line for part in message.splitlines() for line in textwrap.wrap(part, 118 - len(head))]
                 lines += [(" " * len(head) if i else head) + line for i, line in enumerate(text)]
-        return "\n".join(lines)
+        return "\n".join([*lines, *textwrap.wrap(self.hint, 118)])
 
 
 def check_agent(
@@ -120,6 +128,16 @@ def check_agent(
     Raises:
         TypeError, ValueError: an argument has a wrong type or value, no actions are known, or the environment's
             observations are not tokens and `sample_input` is missing.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from metta_fastagent import Fast
+        >>> env = SimpleNamespace(action_names=["noop", "move"], max_action_args=[0, 3], num_tokens=8)
+        >>> agent = Fast(env)
+        >>> agent.activate_actions(env.action_names, env.max_action_args)
+        >>> report = check_agent(agent, env, updates=1)
+        >>> report.ok or print(report)
+        True
     """
     if not isinstance(agent, nn.Module):
         raise TypeError(f"agent: got {type(agent).__name__}, expected a torch.nn.Module")
@@ -130,7 +148,9 @@ def check_agent(
     with seeded(seed):
         samples = _random_tokens(env) if sample_input is None else _checked_samples(sample_input)
     subject = Subject(agent, env, space, samples, updates)
-    return AgentReport(type(agent).__name__, tuple(_run_check(name, subject, seed) for name in CHECKS))
+    checks = tuple(_run_check(name, subject, seed) for name in CHECKS)
+    raised = sample_input is None and any(RAISED in check.message for check in checks)
+    return AgentReport(type(agent).__name__, checks, SAMPLE_HINT if raised else "")
 
 
 def _action_space(agent: nn.Module, env: Any) -> ActionSpace:
@@ -180,7 +200,7 @@ def _run_check(name: str, subject: Subject, seed: int) -> CheckResult:
         with seeded(seed, subject.agent), torch.enable_grad():
             CHECKS[name](subject, result)
     except Exception as error:
-        result.expect(False, f"the agent raised {describe_error(error)}")
+        result.expect(False, f"{RAISED} {describe_error(error)}")
     return result
 
 
@@ -240,7 +260,7 @@ def _check_fields(subject: Subject, result: CheckResult) -> None:
             fields = _read_fields(subject, mode, rows, advice, found)
             _check_values(fields, {"bptt": T if mode == "training" else 1, "batch": rows[0]}, subject.space, found)
         except Exception as error:
-            found.expect(False, f"the agent raised {describe_error(error)}")
+            found.expect(False, f"{RAISED} {describe_error(error)}")
         result.problems += [f"{mode}: {problem}" for problem in found.problems]
         result.warnings += found.warnings
     result.summary = "inference and training write every field with the right shape, dtype and values"

@@ -10,14 +10,13 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from metta_fastagent._dispatch import use_backend
-from metta_fastagent._mode import is_training
-from metta_fastagent.mixin import _as_segments as as_segments
-from metta_fastagent.ops._checks import describe, is_number
+from metta_fastagent._layer_index import LayerIndex
+from metta_fastagent._shapes import as_segments, is_training
+from metta_fastagent.runtime.checks import describe, is_number
+from metta_fastagent.runtime.dispatch import use_backend
 from metta_fastagent.testing._shared import (
     LOSS_KEYS,
     STATE_KEYS,
-    clipped_parameters,
     describe_error,
     device_of,
     inner_agent,
@@ -82,6 +81,15 @@ def compare_agents(
     Raises:
         AgentsDifferError: they differ; the message has the stage, the entry, the largest difference and its place.
         TypeError, ValueError: an argument does not fit.
+
+    Example:
+        >>> import copy
+        >>> from tensordict import TensorDict
+        >>> from metta_fastagent import Fast
+        >>> old = Fast(None)
+        >>> old.activate_actions(["noop", "move"], [0, 3])
+        >>> td = TensorDict({"env_obs": torch.zeros(2, 4, 8, 3, dtype=torch.uint8)}, batch_size=[2, 4])
+        >>> compare_agents(old, copy.deepcopy(old), td)
     """
     training = _check_comparison(old, new, td, action, rtol, atol)
     names = _new_names(old, rename)
@@ -264,7 +272,8 @@ def _compare_clipping(old: nn.Module, new: nn.Module, names: dict[str, str], tol
 
 def _biting_range(agent: nn.Module) -> float:
     """Half the largest absolute value of the parameters that are clipped."""
-    largest = [float(p.detach().abs().max()) for p in clipped_parameters(agent).values() if p.numel() > 0]
+    clipped = LayerIndex(agent, lambda module: False).clipped
+    largest = [float(p.detach().abs().max()) for p in clipped if p.numel() > 0]
     return 0.5 * max(largest, default=1.0) or 0.5
 
 

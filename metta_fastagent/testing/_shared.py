@@ -11,7 +11,6 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from metta_fastagent._layer_index import CLIPPED_LAYERS
 from metta_fastagent.action_space import ActionSpace
 
 LOSS_KEYS = ("act_log_prob", "entropy", "value")
@@ -22,7 +21,12 @@ ROWS, T = 6, 5
 
 @dataclass
 class CheckResult:
-    """Outcome of one check: problems make it fail, warnings do not; `summary` is its message if it passes."""
+    """Outcome of one check: problems make it fail, warnings do not; `summary` is its message if it passes.
+
+    Example:
+        >>> CheckResult("action conversion", problems=["index 3 gives no pair"]).passed
+        False
+    """
 
     name: str
     problems: list[str] = field(default_factory=list)
@@ -84,23 +88,12 @@ def has_tables(agent: object) -> bool:
 def inner_agent(agent: nn.Module) -> nn.Module:
     """The mixin agent inside hosts and wrappers, else the agent itself."""
     inner: Any = agent
-    while not hasattr(inner, "init_mixin"):
+    # of the class: a host passes attributes of the agent on
+    while not hasattr(type(inner), "init_mixin"):
         inner = getattr(inner, "module", None) or getattr(inner, "policy", None)
         if not isinstance(inner, nn.Module):
             return agent
     return inner
-
-
-def clipped_parameters(agent: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights and biases that clip_weights() clips, by name, without the computed weights of a parametrization."""
-    found = {}
-    for prefix, module in agent.named_modules():
-        if isinstance(module, CLIPPED_LAYERS):
-            for name in ("weight", "bias"):
-                parameter = module._parameters.get(name)
-                if parameter is not None:
-                    found[f"{prefix}.{name}" if prefix else name] = parameter
-    return found
 
 
 def random_actions(action_index_tensor: Tensor, rows: Iterable[int]) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from metta_fastagent import Fast, MettaAgent
 from metta_fastagent.agents.vector import VectorAgent
-from metta_fastagent.ops._checks import describe, first_line
+from metta_fastagent.runtime.checks import describe, first_line
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.environments import Environment, import_object
+from metta_fastagent.train.environments.memory import MemoryEnvironment
 
 # What the trainer uses, and the class that brings it.
 METHODS = {
@@ -23,10 +24,21 @@ METHODS = {
 }
 
 
+def fast_without_biases(env: Environment, **options: Any) -> Fast:
+    """Fast with LSTM biases of 0: with its own of 1 + 1, saturated gates nearly hide a cue from the second layer."""
+    agent = Fast(env, **options)
+    for name, parameter in agent.lstm.named_parameters():
+        if "bias" in name:
+            nn.init.zeros_(parameter)
+    return agent
+
+
 def agent_maker(name: str, env: Environment) -> Callable[..., Any]:
     """The class or function that `TrainConfig.agent` names; "auto" is Fast for tokens, VectorAgent for the rest."""
     if name != "auto":
         return import_object("agent", name)
+    if isinstance(env.source, MemoryEnvironment):
+        return fast_without_biases
     space = env.single_observation_space
     tokens = space.dtype == torch.uint8 and len(space.shape) == 2 and space.shape[1] == 3
     return Fast if tokens else VectorAgent
@@ -35,7 +47,7 @@ def agent_maker(name: str, env: Environment) -> Callable[..., Any]:
 def make_agent(config: TrainConfig, env: Environment, make: Callable[..., Any] | None = None) -> MettaAgent:
     """A MettaAgent around `make(env)`, or the agent that `config` names, initialized to `env` and checked.
 
-    Of the mixin's parameters, those are passed as keywords that `config` changes from TrainConfig's defaults.
+    Passes only the mixin's parameters that differ from TrainConfig's defaults.
     Raises TypeError or ValueError, which says what the agent lacks.
     """
     make = make or agent_maker(config.agent, env)
@@ -52,6 +64,8 @@ def make_agent(config: TrainConfig, env: Environment, make: Callable[..., Any] |
     for name, source in METHODS.items():
         if not hasattr(policy, name):
             raise TypeError(f"agent: got {type(policy).__name__} without {name}, expected a subclass of {source}")
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError(f"agent: got {type(policy).__name__} without a parameter to train, expected at least one")
     if getattr(policy, "action_format", "pair") != "pair":
         raise ValueError(
             f"agent: got action_format={policy.action_format!r}, expected 'pair', as environments take them"
@@ -89,14 +103,13 @@ def _check_outputs(agent: MettaAgent, env: Environment) -> None:
 
 def one_step_segments(observations: Tensor, memory: tuple[Tensor, Tensor], starts: dict[str, Tensor]) -> TensorDict:
     """The agent's training inputs for segments of one step: observations [b, ...] and the LSTM state before them."""
-    entries: dict[str, Any] = {"env_obs": observations, **starts}
-    entries = {name: value.unsqueeze(1) for name, value in entries.items()}
-    entries |= {"lstm_h": memory[0].transpose(0, 1), "lstm_c": memory[1].transpose(0, 1)}
-    return TensorDict(entries, batch_size=observations.shape[:1])
+    entries = {name: value.unsqueeze(1) for name, value in {"env_obs": observations, **starts}.items()}
+    h, c = (part.transpose(0, 1) for part in memory)
+    return TensorDict({**entries, "lstm_h": h, "lstm_c": c}, batch_size=observations.shape[:1])
 
 
 def interface(agent: MettaAgent, env: Environment) -> dict[str, Any]:
-    """What a checkpoint records of actions and features."""
+    """The actions and features that a checkpoint records."""
     return {
         "action_names": list(env.action_names),
         "max_action_args": list(env.max_action_args),

@@ -1,21 +1,21 @@
 """Checkpoint files: written atomically, read without executing code from the file."""
 
-import contextlib
-import os
 import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from metta_fastagent.ops._checks import first_line
+from metta_fastagent.runtime.checks import first_line
+from metta_fastagent.train.folder import replacing
 
 # identifies the files of this trainer
 FORMAT = "metta_fastagent.train.checkpoint"
-VERSION = 3
+VERSION = 4
 REQUIRED = (
-    *("config", "counters", "model", "optimizer", "initial_weights", "initial_weight_magnitudes"),
+    *("config", "counters", "model", "optimizer", "return_moments", "initial_weights", "initial_weight_magnitudes"),
     *("action_names", "max_action_args", "feature_mapping"),
     # per rank: memory, environment, rollout and random
     "ranks",
@@ -28,26 +28,21 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values, with all keys of REQUIRED) to `path` atomically.
-
-    It is written to a temporary file in the same folder, flushed to the disk and renamed, so that a crash leaves the
-    previous file intact.
-    """
-    missing = [key for key in REQUIRED if key not in state]
-    if missing:
+    """Write `state` (tensors and plain values, with all keys of REQUIRED) to `path` atomically, see `replacing`."""
+    if missing := [key for key in REQUIRED if key not in state]:
         raise ValueError(f"state: got no {', '.join(missing)}, expected all keys of REQUIRED")
-    # a fixed name, so that the next save overwrites what a killed process left
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with open(unfinished, "wb") as file:
+    with replacing(path) as file:
+        try:
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+        except RuntimeError as error:
+            # PyTorch answers a failed write, as on a full disk, with an error about its archive
+            raise _write_error(error) or error from None
+
+
+def _write_error(error: BaseException) -> OSError | None:
+    """The OSError during whose handling `error` was raised, if there is one."""
+    cause = error.__cause__ or error.__context__
+    return cause if cause is None or isinstance(cause, OSError) else _write_error(cause)
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -64,8 +59,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise _unusable(path, f"a file without the format {FORMAT!r}")
     if state.get("version") != VERSION:
         raise _unusable(path, f"version {state.get('version')!r}", f"version {VERSION}")
-    missing = [key for key in REQUIRED if key not in state]
-    if missing:
+    if missing := [key for key in REQUIRED if key not in state]:
         raise _unusable(path, f"a file without {', '.join(missing)}")
     return state
 
@@ -91,11 +85,29 @@ def _check_archive(path: Path) -> None:
         raise _unusable(path, f"a damaged file (checksum of {damaged})")
 
 
-def _sync_folder(folder: Path) -> None:
-    # not all systems can open a folder; the file itself is already on the disk
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def layout(values: dict[str, Any]) -> dict[str, Any]:
+    """Name -> type of a number, or shape and dtype of a tensor."""
+    return {name: (each.shape, each.dtype) if isinstance(each, Tensor) else type(each) for name, each in values.items()}
+
+
+def on_cpu(state: Any) -> Any:
+    """`state` (nested dicts and tuples) with every tensor on the CPU."""
+    if isinstance(state, dict):
+        return {key: on_cpu(value) for key, value in state.items()}
+    if isinstance(state, tuple):
+        return tuple(map(on_cpu, state))
+    return state.cpu() if isinstance(state, Tensor) else state
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"].cpu())
+    # a checkpoint of a CPU run has no CUDA state
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)

@@ -3,8 +3,8 @@
 import copy
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,23 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from metta_fastagent import ActionSpace
-from metta_fastagent.ops._checks import first_line
-from metta_fastagent.train import agents
+from metta_fastagent.runtime.checks import first_line
+from metta_fastagent.runtime.settings import random_state_kept
+from metta_fastagent.train import agents, ranks
 from metta_fastagent.train.checkpoint import CheckpointError, load_checkpoint
 from metta_fastagent.train.config import TrainConfig
-from metta_fastagent.train.environments import Environment, make_environment
+from metta_fastagent.train.environments import Environment, ProtocolError, make_environment
 
 # (observations [N, ...], dones bool [N], truncateds bool [N]) -> actions [N, 2]
 Policy = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# seeds of evaluation worlds start here; those of training are below 2**31
-FIRST_SEED = 2**31
+# Seeds of the worlds of the final score and of the evaluations during training, which choose when to stop and what is
+# the best, start here; training seeds are below 2**31.
+FIRST_SEED, CHOICE_SEED = 2**31, 3 * 2**30
 # many worlds of few rows: rows of a world may share a map, so only worlds are independent samples
 WORLDS = 16
 ROWS = 32
-# checking whether all rows have finished is a host sync
+# on a device, checking whether all rows have finished is a host sync
 STEPS_BETWEEN_CHECKS = 16
 # two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; the last one is conservative for more
 STUDENT_T = (
@@ -40,11 +42,15 @@ STUDENT_T = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean episode return over rows, one value per world; the policies played in the same worlds."""
+    """Mean episode return over rows, one value per world; the policies played in the same worlds.
+
+    `learned` is the agent as it is at the end, `best` that of best.pt, or None without one.
+    """
 
     random: tuple[float, ...]
     learned: tuple[float, ...]
     scripted: tuple[float, ...] | None
+    best: tuple[float, ...] | None = None
 
     @property
     def score(self) -> float | None:
@@ -70,25 +76,53 @@ def mean_and_lower_bound(samples: Sequence[float]) -> tuple[float, float]:
 
 
 def random_policy(env: Environment, generator: torch.Generator) -> Policy:
-    """Uniform over all legal (type, parameter) pairs."""
+    """Uniform over all (type, parameter) pairs that are legal under the environment's mask, if it has one."""
     pairs = ActionSpace(env.action_names, env.max_action_args).action_index_tensor.to(env.device)
 
     def act(observations: Tensor, dones: Tensor, truncateds: Tensor) -> Tensor:
+        if env.action_mask is not None:
+            return pairs[torch.multinomial(env.action_mask.float(), 1, generator=generator).squeeze(1)]
         return pairs[torch.randint(len(pairs), (env.num_envs,), generator=generator, device=env.device)]
 
     return act
 
 
-def learned_policy(agent: Any, reset_state_every_step: bool = False, greedy: bool = False) -> Policy:
-    """Samples from the agent, or with `greedy` takes its likeliest action; every call advances its rollout memory."""
+def learned_policy(agent: Any, env: Environment, reset_state_every_step: bool = False, greedy: bool = False) -> Policy:
+    """Samples a legal action of the agent, or with `greedy` takes the likeliest; calls advance its rollout memory."""
 
     def act(observations: Tensor, dones: Tensor, truncateds: Tensor) -> Tensor:
         starts = torch.ones_like(dones) if reset_state_every_step else dones
         entries: dict[str, Any] = {"env_obs": observations, "dones": starts, "truncateds": truncateds}
+        if env.action_mask is not None:
+            entries["action_mask"] = env.action_mask
         with agent.greedy() if greedy else nullcontext():
             return agent(TensorDict(entries, batch_size=dones.shape))["actions"]
 
     return act
+
+
+@contextmanager
+def _player(policy: Any, num_envs: int) -> Iterator[Any]:
+    """A copy of `policy` in evaluation mode, with a memory and counts of its own but the same modules.
+
+    What the modules are made to keep in the `with` block, modes and buffers, is put back after it.
+    """
+    # what torch.compile returns sets attributes of the agent in it, also in a copy
+    policy = getattr(policy, "_orig_mod", policy)
+    player = copy.copy(policy)
+    player.__dict__.pop("_agent_state", None)
+    player.allocate_memory(num_envs)
+    modes = [(module, module.training) for module in policy.modules()]
+    owners = [module._buffers for module in policy.modules()]
+    kept = [(owner, name, buffer) for owner in owners for name, buffer in owner.items() if buffer is not None]
+    buffers = [(*each, each[-1].clone()) for each in kept]
+    try:
+        yield player.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
+        for owner, name, buffer, before in buffers:
+            owner[name] = buffer.copy_(before)
 
 
 def play(env: Environment, policy: Policy, seed: int, limit: int) -> Tensor:
@@ -98,13 +132,22 @@ def play(env: Environment, policy: Policy, seed: int, limit: int) -> Tensor:
     truncateds = torch.zeros_like(dones)
     running = torch.ones_like(dones)
     returns = torch.zeros(env.num_envs, device=env.device)
+    interval = 1 if env.device.type == "cpu" else STEPS_BETWEEN_CHECKS
     for t in range(limit):
         step = env.step(policy(observations, dones, truncateds))
         returns += step.rewards * running
         running &= ~(step.terminals | step.truncations)
         observations, dones, truncateds = step.observations, step.terminals, step.truncations
-        if (t + 1) % STEPS_BETWEEN_CHECKS == 0 and not running.any():
+        if (t + 1) % interval == 0 and not running.any():
             break
+    else:
+        if cut := int(running.sum()):
+            ranks.say(
+                f"note: {cut} of {len(running)} evaluated episodes were cut after {limit} steps, at their return so far"
+            )
+    if not returns.isfinite().all():
+        row = int((~returns.isfinite()).nonzero()[0])
+        raise ProtocolError(f"step: rewards: got a sum of {returns[row].item()} in row {row}, expected finite numbers")
     return returns
 
 
@@ -116,23 +159,22 @@ def play_worlds(
     names: Sequence[str] = ("learned",),
     worlds: int = WORLDS,
     *,
+    first_seed: int = FIRST_SEED,
     greedy: bool = False,
     limit: int = 10_000,
 ) -> dict[str, list[Tensor]]:
     """Play one episode per row with each policy of `names`: learned, random, scripted. Returns [N] for each world.
 
-    Changes neither the agent's rollout memory nor torch's random state. Without a scripted policy its list is empty.
+    The agent plays in evaluation mode. Its memory, buffers, modes and counts stay as they are, and so does torch's
+    random state. Without a scripted policy its list is empty.
     """
-    # shares the weights, but has its own rollout memory
-    player = copy.copy(agent.policy)
-    player.allocate_memory(env.num_envs)
     returns: dict[str, list[Tensor]] = {name: [] for name in names}
-    with torch.random.fork_rng(devices=[env.device] if env.device.type == "cuda" else []):
-        for seed in range(FIRST_SEED, FIRST_SEED + worlds):
+    with random_state_kept(env.device), _player(agent.policy, env.num_envs) as player:
+        for seed in range(first_seed, first_seed + worlds):
             player.reset_memory()
             policies = {
                 "random": random_policy(env, torch.Generator(env.device).manual_seed(seed)),
-                "learned": learned_policy(player, config.reset_state_every_step, greedy),
+                "learned": learned_policy(player, env, config.reset_state_every_step, greedy),
                 "scripted": lambda *observed: env.scripted_actions(),
             }
             for name in names if hasattr(env, "scripted_actions") else set(names) - {"scripted"}:
@@ -152,20 +194,28 @@ def evaluate(agent: Any, env: Environment, config: TrainConfig, worlds: int = WO
 def load_agent(
     path: Path | str, num_envs: int = 1, device: str = "cpu", make_env: Any = None, make_agent: Any = None
 ) -> tuple[Any, Environment, TrainConfig]:
-    """The agent of a checkpoint for acting, an environment of `num_envs` rows for it, and the run's configuration.
+    """The agent of the checkpoint `path` for acting, on `device`, an environment of `num_envs` rows, its TrainConfig.
 
     A step is `agent(TensorDict({"env_obs": observations, "dones": starts}, [num_envs]))["actions"]`, (type, parameter)
-    pairs [num_envs, 2]; `starts` is True where an episode starts. `make_env` and `make_agent` are those of `train`;
-    without them, the checkpoint's names are imported.
+    pairs [num_envs, 2]; `starts` is True where an episode starts. An environment with masks has the current one in
+    `env.action_mask`, which the TensorDict takes as `action_mask`. Pass `make_env` and
+    `make_agent` as to `train`; without them, the checkpoint's names are imported.
 
     Raises CheckpointError if the file is unusable or of another network, and the errors of `make_agent`.
+
+    Example:
+        agent, env, config = load_agent("runs/cartpole/best.pt", num_envs=1)
+        observations, starts = env.reset(seed=0), torch.tensor([True])
+        actions = agent(TensorDict({"env_obs": observations, "dones": starts}, [1]))["actions"]
     """
     state = load_checkpoint(Path(path))
     config = TrainConfig.from_dict({**state["config"], "device": device, "cuda_graphs": False})
-    env = make_environment(make_env or config.env, num_envs, torch.device(device))
-    agent = agents.make_agent(config, env, make_agent)
+    with random_state_kept(torch.device(device)):
+        env = make_environment(make_env or config.env, num_envs, torch.device(device))
+        agent = agents.make_agent(config, env, make_agent)
     try:
         agent.policy.load_state_dict(state["model"])
     except RuntimeError as error:
         raise CheckpointError(f"{path}: got another network ({first_line(error)}), expected the agent's own") from error
+    env.load_statistics(state["ranks"][0]["environment"])
     return agent.eval(), env, config

@@ -1,5 +1,6 @@
 """Experience: storage of one rollout, with the LSTM state at the start of each segment."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ class Experience:
     Args:
         observations: a batch of observations [B, ...], which gives dtype, shape and device.
         state: the LSTM state (h, c), each [layers, B, hidden].
+        action_mask: a mask of actions, bool [B, A], or None if all are legal at every step.
 
     Attributes:
         observations: [B, T, ...], before step t.
         actions: int32 [B, T, 2], (type, parameter) pairs.
+        action_mask: bool [B, T, A], the actions that were legal at step t; None if all were at every step.
         log_probs, values, rewards: float32 [B, T].
         dones, truncateds: bool [B, T], episode starts, an input of the agent: True if observation t starts an episode
             after a termination or a reset of the environment (dones), or after a truncation (truncateds).
@@ -26,16 +29,22 @@ class Experience:
         lstm_h, lstm_c: float32 [B, layers, hidden], the LSTM state before the first step and before any reset.
     """
 
-    def __init__(self, observations: Tensor, length: int, state: tuple[Tensor, Tensor]) -> None:
+    def __init__(
+        self, observations: Tensor, length: int, state: tuple[Tensor, Tensor], action_mask: Tensor | None = None
+    ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(len(observations), *shape, dtype=dtype, device=observations.device)
 
         self.observations = zeros(length, *observations.shape[1:], dtype=observations.dtype)
+        self.action_mask = None if action_mask is None else zeros(length, *action_mask.shape[1:], dtype=torch.bool)
         self.actions = zeros(length, 2, dtype=torch.int32)
         self.log_probs, self.values, self.rewards, self.bootstrap_values = (zeros(length) for _ in range(4))
         self.dones, self.truncateds = (zeros(length, dtype=torch.bool) for _ in range(2))
         self.terminals, self.truncations = (zeros(length, dtype=torch.bool) for _ in range(2))
         self.valid: Tensor | None = None
+        # Views of each time of a tensor: making them costs as much as copying a step.
+        stored = {name: each for name, each in vars(self).items() if each is not None}
+        self._times = SimpleNamespace(**{name: [each[:, t] for t in range(length)] for name, each in stored.items()})
         self.lstm_h, self.lstm_c = (zeros(part.shape[0], part.shape[2]) for part in state)
 
     @property
@@ -49,15 +58,19 @@ class Experience:
 
     def store(self, t: int, **step: Tensor) -> None:
         """Store the named tensors, each [B, ...], at time t. Raises AttributeError for an unknown name."""
-        for name, value in step.items():
-            getattr(self, name)[:, t] = value
+        torch._foreach_copy_([getattr(self._times, name)[t] for name in step], list(step.values()))  # pyright: ignore[reportPrivateImportUsage]
 
     def store_valid(self, t: int, valid: Tensor | None) -> None:
         """Store `valid`, bool [B], at time t; None counts every row."""
-        if valid is not None and self.valid is None:
-            self.valid = torch.ones_like(self.terminals)
+        if valid is not None:
+            self.mark_invalid()
         if self.valid is not None:
             self.valid[:, t] = True if valid is None else valid
+
+    def mark_invalid(self) -> None:
+        """Have a `valid`, in which every step so far counts."""
+        if self.valid is None:
+            self.valid = torch.ones_like(self.terminals)
 
     def valid_rows(self, rows: Tensor) -> Tensor | None:
         """`valid` of `rows`."""
@@ -65,6 +78,6 @@ class Experience:
 
     def segments(self, rows: Tensor) -> TensorDict:
         """The agent's inputs for the segments of `rows` (int64 [b]), a TensorDict of batch size [b]."""
-        names = ("dones", "truncateds", "lstm_h", "lstm_c")
+        names = ("dones", "truncateds", "lstm_h", "lstm_c") + ("action_mask",) * (self.action_mask is not None)
         entries: dict[str, Any] = {name: getattr(self, name)[rows] for name in names}
         return TensorDict({"env_obs": self.observations[rows], **entries}, batch_size=[len(rows)])

@@ -31,18 +31,15 @@ class Captured:
             kept.copy_(given)
         self._calls += 1
         if self._calls <= WARM_UPS:
-            return self._warm_up()
+            current = torch.cuda.current_stream(self._stream.device)
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                results = self._function(*self._inputs)
+            current.wait_stream(self._stream)
+            return results
         if self._calls == WARM_UPS + 1:
             with torch.cuda.graph(self._graph, stream=self._stream):
                 self._results = self._function(*self._inputs)
         self._graph.replay()
         # the next replay overwrites the results
         return tuple(map(torch.clone, self._results)) if type(self._results) is tuple else self._results.clone()
-
-    def _warm_up(self) -> Any:
-        current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            results = self._function(*self._inputs)
-        current.wait_stream(self._stream)
-        return results

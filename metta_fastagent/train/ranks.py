@@ -3,21 +3,24 @@
 The only module that uses torch.distributed: NCCL for tensors on CUDA, gloo for tensors on the CPU and for objects.
 """
 
+import gc
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 from metta_fastagent import DistributedMettaAgent, MettaAgent
-from metta_fastagent.ops._checks import first_line
+from metta_fastagent.runtime.checks import first_line
+from metta_fastagent.runtime.output import wrapped
 
 Result = TypeVar("Result")
 
+PROGRAM = "python -m metta_fastagent.train"
 TORCHRUN = "torchrun --nproc-per-node=N -m metta_fastagent.train"
 # seeds are below this; torch's CPU generator uses 32 bits only
 SEED_LIMIT = 2**31
@@ -37,8 +40,7 @@ class RanksDiffer(RuntimeError):
     """Parameters that must be equal on all ranks differ."""
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """Position of this process in the run; `local_rank` counts on one machine."""
 
     rank: int
@@ -51,8 +53,7 @@ def read_launch(variables: Mapping[str, str]) -> Launch:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if not any(name in variables for name in names[:3]):
         return Launch(0, 1, 0)
-    missing = [name for name in names if not variables.get(name)]
-    if missing:
+    if missing := [name for name in names if not variables.get(name)]:
         raise LaunchError(f"{', '.join(missing)}: got no value, expected all of torchrun's variables; use {TORCHRUN}")
     world_size = _integer(variables, "WORLD_SIZE", 1, 2**31)
     _integer(variables, "MASTER_PORT", 0, 2**16)
@@ -86,6 +87,8 @@ def process_group() -> Iterator[None]:
     try:
         yield
     finally:
+        # Cycles hold what DistributedDataParallel has of the group, whose threads abort Python if they outlive it.
+        gc.collect()
         distributed.destroy_process_group()
 
 
@@ -102,6 +105,12 @@ def world_size() -> int:
 def is_first() -> bool:
     """Whether this is rank 0, which logs, evaluates, plots and writes files."""
     return rank() == 0
+
+
+def say(message: str) -> None:
+    """Print one message for all ranks."""
+    if is_first():
+        print(wrapped(f"{PROGRAM}: {message}"), file=sys.stderr)
 
 
 def device(name: str) -> torch.device:
@@ -141,15 +150,16 @@ def mean(values: Tensor) -> Tensor:
 def moments(values: Tensor, dim: tuple[int, ...], valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over `dim` (kept as size 1) and over the ranks, whose `values` have the same shape.
 
-    Values where `valid` (bool, the same shape) is False do not count; None counts all.
+    Values where `valid` (bool, the same shape) is False do not count; None counts all; both are 0 if none counts.
     Two passes, so that a large mean does not cancel the variance.
     """
     if valid is None:
         center = mean(values.mean(dim, keepdim=True))
         return center, mean((values - center).square().mean(dim, keepdim=True))
     share = mean(valid.to(values.dtype).mean(dim, keepdim=True))
-    center = mean((values * valid).mean(dim, keepdim=True)) / share
-    return center, mean(((values - center).square() * valid).mean(dim, keepdim=True)) / share
+    share = share.where(share > 0, 1)
+    center = mean(values.where(valid, 0).mean(dim, keepdim=True)) / share
+    return center, mean((values - center).square().where(valid, 0).mean(dim, keepdim=True)) / share
 
 
 def all_gather(value: Any) -> list[Any]:
@@ -168,11 +178,10 @@ def run_on_all_ranks(action: Callable[[], Result]) -> Result:
     """
     if world_size() == 1:
         return action()
-    result, failure = None, None
     try:
-        result = action()
+        result, failure = action(), None
     except Exception as error:
-        failure = error
+        result, failure = None, error
     messages = all_gather(None if failure is None else first_line(failure))
     if failure is not None:
         raise failure
@@ -196,9 +205,21 @@ def wrap_ddp(agent: MettaAgent, device: torch.device) -> MettaAgent | Distribute
     return learner
 
 
-def no_sync(learner: MettaAgent | DistributedMettaAgent) -> AbstractContextManager[None]:
-    """A context in which backward accumulates gradients on each rank without averaging them over the ranks."""
-    return learner.no_sync() if isinstance(learner, DistributedMettaAgent) else nullcontext()
+def backward(learner: MettaAgent | DistributedMettaAgent, loss: Tensor) -> None:
+    """`loss.backward()`; with several ranks, parameters that `loss` does not use get a gradient of zeros.
+
+    DistributedDataParallel waits for the gradient of every parameter, and what one rank does not use, another may.
+    """
+    if isinstance(learner, DistributedMettaAgent):
+        nodes, used = [loss.grad_fn], set()
+        for node in nodes:
+            new = {each for each, _ in node.next_functions if each is not None} - used if node else set()
+            used |= new
+            nodes.extend(new)
+        reached = {id(node.variable) for node in used if hasattr(node, "variable")}
+        unused = [each for each in learner.parameters() if each.requires_grad and id(each) not in reached]
+        loss = sum((each.flatten()[:0].sum() for each in unused), start=loss)
+    loss.backward()
 
 
 def check_parameters_equal(module: nn.Module, when: str) -> None:
@@ -206,11 +227,8 @@ def check_parameters_equal(module: nn.Module, when: str) -> None:
 
     Raises RanksDiffer, which names the ranks that differ from rank 0.
     """
-    if world_size() == 1:
-        return
     hashes = all_gather(parameter_hash(module))
-    different = [str(index) for index, found in enumerate(hashes) if found != hashes[0]]
-    if different:
+    if different := [str(index) for index, found in enumerate(hashes) if found != hashes[0]]:
         plural = "ranks" if len(different) > 1 else "rank"
         raise RanksDiffer(f"{when}, the parameters of {plural} {', '.join(different)} differ from those of rank 0")
 

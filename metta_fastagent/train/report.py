@@ -4,68 +4,89 @@ import csv
 import importlib
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from metta_fastagent.runtime.install import how_to_install, missing
+from metta_fastagent.runtime.output import COLUMNS, show, wrapped
 from metta_fastagent.train.evaluate import Evaluation
+from metta_fastagent.train.folder import EVENTS, LOG, METRICS, append, replacing, set_aside
 from metta_fastagent.train.timer import PHASES
 
 Row = Mapping[str, float]
 
-# seconds between progress lines
+# seconds between two lines of progress
 LINE_INTERVAL = 10.0
 # window of the smoothed curve, as a share of the updates
 SMOOTHING_SHARE = 0.03
 
 
 class Progress:
-    """A line every LINE_INTERVAL seconds; on a terminal one short line, updated in place. Nothing if `quiet`."""
+    """A line of up to COLUMNS every LINE_INTERVAL seconds, or on a terminal updated in place. Nothing if `quiet`."""
 
     def __init__(self, total_steps: int, quiet: bool = False) -> None:
         self._total, self._quiet, self._in_place = total_steps, quiet, sys.stdout.isatty()
-        self._next = time.monotonic() + LINE_INTERVAL
+        self._next, self._line_is_open = time.monotonic() + LINE_INTERVAL, False
 
     def update(self, row: Row) -> None:
         """Show that the update of `row` is done."""
         last, now = row["steps"] >= self._total, time.monotonic()
         if self._quiet or not (self._in_place or last or now >= self._next):
             return
-        line = f"{row['steps']:,.0f} of {self._total:,} steps, {_status(row)}"
-        if self._in_place:
-            print(f"\r\x1b[K{line}", end="\n" if last else "", flush=True)
-        else:
-            print(f"{line}, {time_split(row)}", flush=True)
+        left = str(timedelta(seconds=round((self._total - row["steps"]) / row["steps_per_second"]))).removeprefix("0:")
+        done, speed = f"{100 * row['steps'] / self._total:.0f} %", f"{row['steps_per_second']:,.0f}/s"
+        line = f"{done}, {episodes_of(row)}, {speed}, {left} left, {update_of(row)}, "
+        line = line[: COLUMNS + 2].rpartition(", ")[0]
+        self._line_is_open = self._in_place and not last
+        show(f"\r\x1b[K{line}" if self._in_place else line, end="" if self._line_is_open else "\n")
         self._next = now + LINE_INTERVAL
 
-
-def require_packages(tensorboard: bool = False) -> None:
-    """Raise an ImportError that names the extra if a package of the plot or of the log cannot be imported."""
-    for name, extra in [("matplotlib", "train")] + [("tensorboard", "tensorboard")] * tensorboard:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ImportError(f"{name}: {error}; pip install 'metta-fastagent[{extra}]'") from None
+    def close(self) -> None:
+        """End the line, so that the next message has a line of its own."""
+        if self._line_is_open:
+            show("")
+            self._line_is_open = False
 
 
-def _status(row: Row) -> str:
-    mean = "no episode ended" if math.isnan(row["mean_return"]) else f"return {row['mean_return']:.3f}"
-    return f"{row['steps_per_second']:,.0f} steps/s, {mean}"
+def require_package(name: str) -> None:
+    """Raise an ImportError with the command that installs the package `name` if it cannot be imported."""
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise missing(name, error) from None
 
 
-def time_split(row: Row) -> str:
+def episodes_of(row: Row) -> str:
+    """The return and length of the episodes that ended in the update of `row`."""
+    if math.isnan(row["mean_return"]):
+        return "no episode ended"
+    return f"return {row['mean_return']:.3f}, length {row['mean_length']:.1f}"
+
+
+def update_of(row: Row) -> str:
+    """The entropy, KL and losses of the update of `row`."""
+    names = {"entropy": "entropy", "approx_kl": "KL", "policy_loss": "policy loss", "value_loss": "value loss"}
+    return ", ".join(f"{text} {row[name]:.3f}" for name, text in names.items())
+
+
+def time_split(rows: Sequence[Row]) -> str:
     """Percentages of the phases, as in "environment 9 %, inference 20 %, learning 70 %, clip 1 %"."""
-    total = sum(row[f"{phase}_seconds"] for phase in PHASES) or 1.0
-    return ", ".join(f"{phase} {100 * row[f'{phase}_seconds'] / total:.0f} %" for phase in PHASES)
+    seconds = {phase: sum(row[f"{phase}_seconds"] for row in rows) for phase in PHASES}
+    total = sum(seconds.values()) or 1.0
+    return ", ".join(f"{phase} {100 * value / total:.0f} %" for phase, value in seconds.items())
 
 
 class Log:
     """The run's log.csv, with a row per update, and its weight_metrics.jsonl.
 
-    A resumed run keeps the rows of the files in `source` up to update `after`, which is `steps` steps. With
-    `tensorboard`, the same numbers and those of `add_scalar` go to event files in the folder tensorboard.
+    A resumed run keeps the rows of the files in `source` up to update `after`, which is `steps` steps. A file in
+    `folder` of which it keeps less is set aside, and `notes` says so. With `tensorboard`, the same numbers
+    go to event files in the folder tensorboard.
     """
 
     def __init__(
@@ -81,61 +102,84 @@ class Log:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(folder / "tensorboard", purge_step=steps + 1 if after else None)
-        self._columns = tuple(columns)
-        self._csv, self._metrics = folder / "log.csv", folder / "weight_metrics.jsonl"
-        rows = read_log(source / "log.csv", columns) if source else []
-        self.rows: list[dict[str, float]] = [row for row in rows if row["update"] <= after]
-        metrics = read_metrics(source / "weight_metrics.jsonl") if source else []
-        with open(self._csv, "w", newline="") as file:
-            csv.writer(file).writerows([self._columns, *(self._cells(row) for row in self.rows)])
-        kept = [line for line in metrics if line["update"] <= after]
-        self._metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            if (folder / EVENTS).is_symlink():
+                raise OSError(f"{folder / EVENTS}: got a link, expected a folder")
+            self._writer = SummaryWriter(folder / EVENTS, purge_step=steps + 1 if after else None)
+        self._columns, self.notes = tuple(columns), list[str]()
+        self._csv, self._metrics = folder / LOG, folder / METRICS
+        header = _csv_line(self._columns)
+        self.rows: list[dict[str, float]] = self._kept(source, self._csv, after, self._parsed, header)
+        self._kept(source, self._metrics, after, _parsed_metrics)
 
-    def _cells(self, row: Row) -> list[str]:
-        return ["" if math.isnan(row[name]) else f"{row[name]:.7g}" for name in self._columns]
+    def _kept(
+        self, source: Path | None, path: Path, after: int, parsed: Callable[[str], dict], header: str = ""
+    ) -> list[dict]:
+        """The rows of the file in `source` up to update `after`, and `path` made to hold just these."""
+        found = None if source is None else source / path.name
+        if found is None or not os.path.lexists(found):
+            return []
+        rows, unreadable = read_lines(found, parsed, header)
+        kept = {line: row for line, row in rows.items() if row["update"] <= after}
+        dropped = len(rows) - len(kept)
+        lost = [unreadable] * bool(unreadable) + [f"{dropped} rows are later than update {after}"] * bool(dropped)
+        if lost:
+            aside = f"; kept as {set_aside(path)}" if os.path.lexists(path) else ""
+            self.notes.append(f"{found}: {', '.join(lost)}{aside}")
+        with replacing(path) as file:
+            file.write("".join([header, *kept] if kept else []).encode())
+        return list(kept.values())
+
+    def _parsed(self, line: str) -> dict[str, float]:
+        (cells,) = csv.reader([line])
+        row = {name: float(cell or "nan") for name, cell in zip(self._columns, cells, strict=True)}
+        return row | {"update": int(row["update"])}
 
     def add(self, row: Row) -> None:
         self.rows.append(dict(row))
-        with open(self._csv, "a", newline="") as file:
-            csv.writer(file).writerow(self._cells(row))
-        for name, value in row.items():
-            if not math.isnan(value):
-                self.add_scalar(name, value, int(row["steps"]))
-
-    def add_scalar(self, name: str, value: float, steps: int) -> None:
+        header = "" if self._csv.exists() and self._csv.stat().st_size else _csv_line(self._columns)
+        cells = ("" if math.isnan(row[name]) else f"{row[name]:.7g}" for name in self._columns)
+        append(self._csv, header + _csv_line(cells))
         if self._writer is not None:
-            self._writer.add_scalar(name, value, steps)
+            for name, value in row.items():
+                if not math.isnan(value):
+                    self._writer.add_scalar(name, value, int(row["steps"]))
             # a reader sees each update, and a killed run loses none
             self._writer.flush()
 
     def add_weight_metrics(self, update: int, metrics: list[dict[str, Any]]) -> None:
-        with open(self._metrics, "a") as file:
-            file.write(json.dumps({"update": update, "metrics": metrics}) + "\n")
+        append(self._metrics, json.dumps({"update": update, "metrics": metrics}) + "\n")
 
 
-def read_log(path: Path, columns: Sequence[str]) -> list[dict[str, float]]:
-    """The rows of a log.csv, empty cells as NaN, without an incomplete last line that a killed run has left.
+def _csv_line(cells: Iterable[str]) -> str:
+    return ",".join(cells) + "\r\n"
 
-    A missing file is an empty log. Raises ValueError if the file has other columns.
+
+def _parsed_metrics(line: str) -> dict[str, Any]:
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("update"), int):
+        raise ValueError(f"got {row!r}, expected a dict with an update")
+    return row
+
+
+def read_lines(path: Path, parsed: Callable[[str], dict], header: str = "") -> tuple[dict[str, dict], str]:
+    """Line -> what it holds, of a log's lines after its `header`, and which of them cannot be read, if any.
+
+    An incomplete last line, which a killed run leaves, does not count.
     """
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        rows = [row for row in reader if None not in row.values()]
-    if tuple(reader.fieldnames or ()) != tuple(columns):
-        came = ", ".join(reader.fieldnames or ()) or "none"
-        raise ValueError(
-            f"{path}: got the columns {came}, expected those of this trainer; resume without it by moving it"
-        )
-    return [{name: float(cell or "nan") for name, cell in row.items()} for row in rows]
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a weight_metrics.jsonl, without an incomplete last line that a killed run has left."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        first, *lines = [header] * (not header) + path.read_bytes().decode(errors="replace").splitlines(keepends=True)
+    except (OSError, ValueError) as error:
+        return {}, f"it cannot be read ({getattr(error, 'strerror', None) or 'it is empty'})"
+    if first.rstrip() != header.rstrip():
+        return {}, f"got the columns {' '.join(first.split(',')).strip()[:200]}, expected those of this trainer"
+    rows, unreadable = {}, []
+    for number, line in enumerate(lines, start=1 + bool(header)):
+        if line.endswith("\n") and line.strip():
+            try:
+                rows[line] = parsed(line)
+            except (ValueError, OverflowError, csv.Error, RecursionError):
+                unreadable.append(number)
+    return rows, f"{len(unreadable)} lines cannot be read, the first is line {unreadable[0]}" if unreadable else ""
 
 
 def new_axes() -> tuple[Any, Any]:
@@ -164,17 +208,34 @@ def finish_axes(axes: Any, title: str, baselines: Mapping[str, float], styles: S
     axes.grid(alpha=0.25)
 
 
-def draw_learning_curve(path: Path, rows: Sequence[Row], title: str, baselines: Mapping[str, float]) -> None:
-    """Plot the mean return over environment steps as a PNG, with `baselines` (name -> return) as horizontal lines."""
+def draw_learning_curve(
+    path: Path, rows: Sequence[Row], title: str, baselines: Mapping[str, float], solved: bool = False
+) -> str:
+    """Plot the mean return over environment steps as a PNG, with `baselines` (name -> return) as horizontal lines.
+
+    Evaluations are points; a vertical line marks the end of a run that stopped because it was `solved`.
+    Returns the path, or why there is no plot.
+    """
+    try:
+        require_package("matplotlib")
+    except ImportError:
+        return f"not drawn without matplotlib, which this installs:\n{how_to_install('matplotlib')}"
     figure, axes = new_axes()
+    evaluated = [(row["steps"], row["evaluated_return"]) for row in rows if not math.isnan(row["evaluated_return"])]
     steps, returns = returns_by_step(rows)
     axes.plot(steps, returns, color="#9db8d2", linewidth=0.8)
     axes.plot(steps, smoothed(returns), color="#1f4e79", linewidth=1.8, label="learned")
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), "o", color="#d98032", markersize=3, label="evaluated")
+    if solved and rows:
+        axes.axvline(rows[-1]["steps"], color="#2e7d32", linewidth=1.2, label="stopped: solved")
     finish_axes(axes, title, baselines, ("--", ":", "-."))
     axes.set_xlabel("environment steps")
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
     axes.legend(loc="best", frameon=False)
-    figure.savefig(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
+    return str(path)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -184,8 +245,8 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def summary(facts: Mapping[str, str], evaluation: Evaluation) -> str:
-    """The final lines: the returns and their comparison, then `facts` (name -> text)."""
+def summary(facts: Mapping[str, str], evaluation: Evaluation, rows: Sequence[Row]) -> str:
+    """The final lines: the returns and their comparison, the last of `rows`, then the `facts` (name -> text)."""
     mean = {"random": evaluation.random, "scripted": evaluation.scripted, "learned": evaluation.learned}
     returns = ", ".join(f"{name} {sum(each) / len(each):.3f}" for name, each in mean.items() if each)
     difference, bound = evaluation.difference
@@ -195,7 +256,9 @@ def summary(facts: Mapping[str, str], evaluation: Evaluation) -> str:
         "score": "no scripted policy to compare with"
         if evaluation.score is None
         else f"{evaluation.score:.3f} = (learned - random) / (scripted - random)",
+        "last episodes": next((episodes_of(row) for row in reversed(rows) if row["episodes"]), ""),
+        "last update": update_of(rows[-1]) if rows else "",
         **facts,
     }
-    width = max(map(len, lines))
-    return "\n".join(f"{name:{width}}  {text}" for name, text in lines.items())
+    width = max(map(len, lines)) + 2
+    return "\n".join(f"{name:{width}}{wrapped(text, indent=width)}" for name, text in lines.items() if text)

@@ -13,21 +13,25 @@ from torch import Tensor
 
 import metta_fastagent
 from metta_fastagent import ops
-from metta_fastagent.ops._checks import first_line
-from metta_fastagent.train import ppo, ranks
+from metta_fastagent.runtime.checks import first_line
+from metta_fastagent.train import ppo, ranks, returns
 from metta_fastagent.train.agents import interface, make_agent, one_step_segments
-from metta_fastagent.train.checkpoint import CheckpointError
+from metta_fastagent.train.checkpoint import CheckpointError, layout, on_cpu, random_state, set_random_state
 from metta_fastagent.train.config import TrainConfig
-from metta_fastagent.train.environments import Step, make_environment
+from metta_fastagent.train.environments import ProtocolError, Step, make_environment
 from metta_fastagent.train.experience import Experience
 from metta_fastagent.train.graphs import Captured
 from metta_fastagent.train.timer import PHASES, PhaseTimer
 
 # Fast's LSTM starts almost saturated (biases of 1) and its first gradients are tiny: PPO's usual 1e-5 slows it down.
 ADAM_EPSILON = 1e-8
-COUNTERS = ("updates", "steps", "seconds", "cpu_seconds", "best_return")
+# Squares of sums of larger rewards overflow float32.
+LARGEST_REWARD = 1e18
+COUNTERS = ("updates", "steps", "seconds", "cpu_seconds", "best_return", "last_returns", "lr_share")
+ROLLOUT = ("observations", "action_mask", "dones", "truncateds", "episode_returns", "episode_lengths", "discounted")
 COLUMNS = (
-    *("update", "steps", "seconds", "cpu_seconds", "steps_per_second", "episodes", "mean_return"),
+    *("update", "steps", "seconds", "cpu_seconds", "steps_per_second", "episodes"),
+    *("mean_return", "mean_length", "evaluated_return"),
     *ppo.STATISTICS,
     *("explained_variance", "epochs", "lr"),
     *(f"{phase}_seconds" for phase in PHASES),
@@ -44,15 +48,17 @@ class Trainer:
     Each rank steps its own environment and learns from its own rows; gradients and statistics are averaged over ranks.
 
     Attributes:
-        config: TrainConfig.
         make_env: function that makes this run's environments, see `make_environment`.
-        device: this rank's device.
-        env: this rank's vector environment.
-        agent: MettaAgent around the agent.
+        make_policy: function that makes the agent; None if `config` names it.
+        device, env, agent: those of this rank; the agent is a MettaAgent.
         learner: the module that computes the loss: `agent`, or with several ranks DistributedDataParallel around it.
         updates, last_update: updates so far and in the whole run.
         steps: environment steps so far, over all rows and ranks.
-        best_return: highest evaluated return so far; -inf before an evaluation.
+        learning: whether an update is changing the weights; the state is that of no update then.
+        best_return, last_returns: the highest evaluated return and the last two; -inf before an evaluation.
+        lr_share: share of `config.lr` of the last update; it never rises, also in a run that is resumed to be longer.
+        return_moments: number, mean and variance of the discounted rewards so far, see `returns`; zeros without
+            `config.normalize_returns`.
         seconds, cpu_seconds: wall and process CPU time of all updates, those before a resume included.
 
     Seeds torch's global generators, see `ranks.seed`. Does not apply `config.threads`, which affects the whole process.
@@ -64,7 +70,7 @@ class Trainer:
         if config.cuda_graphs and ranks.world_size() > 1:
             raise ValueError(f"cuda_graphs: got True with {ranks.world_size()} ranks, expected a single process")
         torch.manual_seed(config.seed)
-        self.config, self.make_env = config, make_env or config.env
+        self.config, self.make_env, self.make_policy = config, make_env or config.env, make_policy
         self.device = ranks.run_on_all_ranks(lambda: ranks.device(config.device))
         seed = ranks.seed(config.seed)
         self.env = ranks.run_on_all_ranks(lambda: make_environment(self.make_env, config.num_envs, self.device, seed))
@@ -78,9 +84,11 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=lr, eps=ADAM_EPSILON, **options)
         self.timer = PhaseTimer(self.device)
         self.last_update = config.updates(ranks.world_size())
-        self.updates, self.steps, self.seconds, self.cpu_seconds, self.best_return = 0, 0, 0.0, 0.0, -math.inf
+        self.updates, self.steps, self.seconds, self.cpu_seconds, self.lr_share = 0, 0, 0.0, 0.0, 1.0
+        self.best_return, self.last_returns = -math.inf, (-math.inf, -math.inf)
+        self.learning, self.return_moments = False, returns.no_moments(self.device)
         self._reset_environment(seed)
-        self.experience = Experience(self.observations, config.segment_length, self.memory())
+        self.experience = Experience(self.observations, config.segment_length, self.memory(), self.action_mask)
         self._prepare_steps()
         if ranks.world_size() > 1:
             self._warm_up_ddp()
@@ -93,7 +101,7 @@ class Trainer:
         """
         segments = one_step_segments(self.observations, self.memory(), self._episode_starts())
         out = self.learner(segments, action=torch.zeros_like(self.experience.actions[:, :1]))
-        (out["act_log_prob"].sum() + out["value"].sum()).backward()
+        ranks.backward(self.learner, out["act_log_prob"].sum() + out["value"].sum())
         self.optimizer.zero_grad()
 
     def _prepare_steps(self) -> None:
@@ -105,9 +113,19 @@ class Trainer:
             step = partial(ppo.optimizer_step, self.learner, self.optimizer, self.experience, self.config, nullcontext)
             self.optimizer_steps = {kind: self.timer("learning")(Captured(step)) for kind in (True, False)}
 
+    @property
+    def solved(self) -> bool:
+        """Whether the last two evaluations reached `config.stop_return`, which ends the run."""
+        return min(self.last_returns) >= self.config.stop_return
+
+    def scheduled_share(self) -> float:
+        """The share of `config.lr` that the next update has in a run that started with this number of steps."""
+        left = 1 - self.updates / self.last_update
+        return min(1.0, left / self.config.anneal_lr) if self.config.anneal_lr else 1.0
+
     def run(self, after_update: Callable[[dict[str, float]], None]) -> None:
-        """Train until `last_update`; call `after_update` with the row of COLUMNS of each update."""
-        while self.updates < self.last_update:
+        """Train until `last_update` or until `solved`; call `after_update` with each update's row of COLUMNS."""
+        while self.updates < self.last_update and not self.solved:
             after_update(self.train_update())
 
     def train_update(self) -> dict[str, float]:
@@ -118,22 +136,31 @@ class Trainer:
         try:
             return self._train_update()
         except ops.BadRowError as error:
+            self._check_observations()
             raise TrainingDiverged(f"update {self.updates + 1}: {error}") from error
 
     def _train_update(self) -> dict[str, float]:
         config = self.config
         wall, cpu = time.perf_counter(), time.process_time()
-        left = 1 - self.updates / self.last_update
-        lr = config.lr * (min(1.0, left / config.anneal_lr) if config.anneal_lr else 1.0)
+        self.lr_share = min(self.lr_share, self.scheduled_share())
+        lr = config.lr * self.lr_share
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"].fill_(lr) if config.cuda_graphs else lr
         episodes = self.collect()
+        if self.device.type == "cpu":
+            ranks.run_on_all_ranks(self._check_rewards)
+        # Ranks that take the same collective steps need the same kind of rollout.
+        if any(ranks.all_gather(self.experience.valid is not None)):
+            self.experience.mark_invalid()
+        if config.normalize_returns:
+            self._measure_returns()
         advantages = self.advantages()
-        returns = advantages + self.experience.values
+        targets = advantages + self.experience.values
         self.agent.train()
-        rollout, step = (self.experience, advantages, returns), self.optimizer_steps.get(self.experience.valid is None)
+        self.learning = True
+        rollout, step = (self.experience, advantages, targets), self.optimizer_steps.get(self.experience.valid is None)
         statistics, epochs = ppo.update(self.learner, self.optimizer, *rollout, config, self.timer, step)
-        explained = ppo.explained_variance(self.experience.values, returns, self.experience.valid)
+        explained = ppo.explained_variance(self.experience.values, targets, self.experience.valid)
         # the only host sync of the update besides that of target_kl, after which all actions have been checked
         values = ranks.mean(torch.cat([statistics, explained.view(1), episodes])).tolist()
         ops.raise_if_reported(self.agent.cum_action_max_params)
@@ -145,10 +172,11 @@ class Trainer:
         row = self._row(values, epochs, lr, wall)
         if config.check_ranks and self.updates % config.check_ranks == 0:
             ranks.check_parameters_equal(self.agent, f"after update {self.updates}")
+        self.learning = False
         return row
 
     def _row(self, values: list[float], epochs: int, lr: float, wall: float) -> dict[str, float]:
-        *statistics, explained, finished, return_sum = values
+        *statistics, explained, finished, return_sum, length_sum = values
         row = {
             "update": self.updates,
             "steps": self.steps,
@@ -157,84 +185,124 @@ class Trainer:
             "steps_per_second": self.config.steps_per_update(ranks.world_size()) / wall,
             "episodes": round(finished * ranks.world_size()),
             "mean_return": return_sum / finished if finished else math.nan,
+            "mean_length": length_sum / finished if finished else math.nan,
+            "evaluated_return": math.nan,
             **dict(zip(ppo.STATISTICS, statistics, strict=True)),
             "explained_variance": explained if math.isfinite(explained) else math.nan,
             "epochs": epochs,
             "lr": lr,
             **{f"{phase}_seconds": seconds for phase, seconds in self.timer.read().items()},
         }
-        unusable = [name for name in ppo.STATISTICS if not math.isfinite(row[name])]
-        if unusable:
-            raise TrainingDiverged(f"{', '.join(unusable)}: not finite in update {self.updates}; try a lower --lr")
+        if unusable := [name for name in ppo.STATISTICS if not math.isfinite(row[name])]:
+            ranks.run_on_all_ranks(self._check_rewards)
+            largest = f"rewards up to {self.experience.rewards.abs().max().item():.3g}; try a lower --lr"
+            raise TrainingDiverged(f"{', '.join(unusable)}: not finite in update {self.updates} with {largest}")
         return row
+
+    def _check_rewards(self) -> None:
+        """Raise ProtocolError for a reward of the rollout that no update can learn from; reads the device."""
+        rewards = self.experience.rewards
+        wrong = ~(rewards.abs() <= LARGEST_REWARD)
+        if wrong.any():
+            row, t = wrong.nonzero()[0].tolist()
+            came = f"{rewards[row, t].item()} in row {row}, step {t + 1} of {self.experience.length} of this rollout"
+            raise ProtocolError(f"step: rewards: got {came}, expected finite numbers up to {LARGEST_REWARD:g}")
+
+    def _check_observations(self) -> None:
+        """Raise ProtocolError for observations that are not finite or allow no action; reads the device."""
+        if self.action_mask is not None and not self.action_mask.any(1).all():
+            row = (~self.action_mask.any(1)).nonzero()[0].item()
+            raise ProtocolError(f"step: action_mask: got no legal action in row {row}, expected at least one")
+        for observations in (self.experience.observations, self.observations):
+            wrong = ~observations.flatten(1).isfinite().all(1)
+            if wrong.any():
+                came = f"NaN or infinity in row {wrong.nonzero()[0].item()}"
+                raise ProtocolError(f"step: observations: got {came}, expected finite numbers")
 
     @torch.no_grad()
     def collect(self) -> Tensor:
-        """Fill `experience` with `segment_length` steps of every row.
+        """Fill `experience` with `segment_length` steps of every row, played in evaluation mode.
 
-        Returns float [2] on the device: the number of finished episodes and the sum of their returns.
+        Returns float [3] on the device: the number of finished episodes and the sums of their returns and lengths.
         """
         experience = self.experience
+        self.agent.eval()
         # in the ablation the stored state keeps its initial zeros
         if not self.config.zero_segment_state:
             experience.store_initial_state(self.memory())
-        finished = torch.zeros(2, device=self.device)
+        experience.bootstrap_values.zero_()
+        finished = torch.zeros(3, len(self.episode_returns), device=self.device)
         for t in range(experience.length):
             with self.timer("inference"):
                 seen = {"observations": self.observations, **self._episode_starts()}
+                if self.action_mask is not None:
+                    seen["action_mask"] = self.action_mask
                 actions, log_probs, values = self.act(*seen.values())
                 experience.store(t, **seen, actions=actions, log_probs=log_probs, values=values)
             with self.timer("environment"):
                 step = self.env.step(actions)
             results = {"rewards": step.rewards, "terminals": step.terminals, "truncations": step.truncations}
-            experience.store(t, **results, bootstrap_values=self._bootstrap_values(step))
+            values = self._bootstrap_values(step)
+            experience.store(t, **results, **({} if values is None else {"bootstrap_values": values}))
             self.observations, self.dones, self.truncateds = step.observations, step.terminals, step.truncations
+            self.action_mask = step.action_mask
             ends = step.terminals | step.truncations
             experience.store_valid(t, step.valid)
             if step.valid is not None:
                 ends &= step.valid
-            self.episode_returns += step.rewards
-            finished += torch.stack([ends.sum(), (self.episode_returns * ends).sum()])
-            self.episode_returns *= ~ends
-        return finished
+            sums = self.episode_returns + step.rewards, self.episode_lengths + (1 if step.valid is None else step.valid)
+            self.episode_returns, self.episode_lengths = (each.masked_fill(ends, 0) for each in sums)
+            finished += torch.stack([ends, sums[0] - self.episode_returns, sums[1] - self.episode_lengths])
+        return finished.sum(1)
 
-    def advantages(self) -> Tensor:
-        """Generalized advantages of the collected rollout, float [B, T]; see `ppo.generalized_advantages`."""
+    def _measure_returns(self) -> None:
+        """Take the collected rewards into `return_moments`."""
         experience = self.experience
         ends = experience.terminals | experience.truncations
-        rollout = experience.rewards, experience.values, ends, self.next_value(), experience.bootstrap_values
-        return ppo.generalized_advantages(*rollout, self.config.gamma, self.config.gae_lambda)
+        sums, self.discounted = returns.discounted_sums(experience.rewards, ends, self.discounted, self.config.gamma)
+        self.return_moments = returns.merged(self.return_moments, sums, experience.valid)
+
+    def advantages(self) -> Tensor:
+        """Generalized advantages of the collected rollout, float [B, T]; see `ops.advantages`.
+
+        Their unit is `returns.scale(return_moments)`, and so is that of the agent's values.
+        """
+        experience = self.experience
+        ends = experience.terminals | experience.truncations
+        rewards = experience.rewards / returns.scale(self.return_moments).to(experience.rewards.dtype)
+        rollout = rewards, experience.values, ends, self.next_value(), experience.bootstrap_values
+        return ops.advantages(*rollout, self.config.gamma, self.config.gae_lambda, valid=experience.valid)
 
     @torch.no_grad()
     def next_value(self) -> Tensor:
         """Value of the observation after the rollout, float [B]."""
         with self.timer("inference"):
-            return self.value(self.observations, *self._episode_starts().values())
+            return self.value(self.observations, *self._episode_starts().values()).to(self.experience.values.dtype)
 
-    def _bootstrap_values(self, step: Step) -> Tensor:
-        """Values of the final observations of truncated episodes, float [B]; 0 for other rows.
+    def _bootstrap_values(self, step: Step) -> Tensor | None:
+        """Values of the final observations of truncated episodes, float [B], 0 for other rows; None if all are 0.
 
         A truncated episode could have continued, so the LSTM state is not reset before its final observation.
         """
-        values = torch.zeros_like(step.rewards)
         if not self.config.bootstrap_truncations or step.final_observations is None:
-            return values
+            return None
         with self.timer("inference"):
             if self.device.type != "cpu":
                 # all rows: selecting the truncated ones would need a host sync
-                all_values = self.value(step.final_observations, *self._no_episode_starts(len(values)).values())
-                return torch.where(step.truncations, all_values, values)
+                all_values = self.value(step.final_observations, *self._no_episode_starts(len(step.rewards)).values())
+                return torch.where(step.truncations, all_values.to(step.rewards.dtype), 0)
             rows = step.truncations.nonzero().squeeze(1)
-            if len(rows):
-                state = tuple(part[:, rows] for part in self.memory())
-                starts = self._no_episode_starts(len(rows)).values()
-                values[rows] = self._value(step.final_observations[rows], *starts, state=state)
-        return values
+            if len(rows) == 0:
+                return None
+            state = tuple(part[:, rows] for part in self.memory())
+            starts = self._no_episode_starts(len(rows)).values()
+            found = self._value(step.final_observations[rows], *starts, state=state)
+            return torch.zeros_like(step.rewards).index_copy(0, rows, found.to(step.rewards.dtype))
 
-    def _act(self, observations: Tensor, dones: Tensor, truncateds: Tensor) -> tuple[Tensor, ...]:
-        """Actions [B, 2], their log-probabilities [B] and values [B]; advances the rollout memory."""
-        inputs: dict[str, Any] = {"env_obs": observations, "dones": dones, "truncateds": truncateds}
-        td = self.agent(TensorDict(inputs, batch_size=dones.shape))
+    def _act(self, *seen: Tensor) -> tuple[Tensor, ...]:
+        """Actions [B, 2], log-probabilities [B] and values [B] for observations, dones, truncateds, any mask."""
+        inputs: dict[str, Any] = dict(zip(("env_obs", "dones", "truncateds", "action_mask"), seen, strict=False))
+        td = self.agent(TensorDict(inputs, batch_size=seen[1].shape))
         return td["actions"], td["act_log_prob"], td["values"]
 
     def _value(self, observations: Tensor, dones: Tensor, truncateds: Tensor, state: Any = None) -> Tensor:
@@ -262,24 +330,28 @@ class Trainer:
         return {"dones": zeros | self.config.reset_state_every_step, "truncateds": zeros}
 
     def _reset_environment(self, seed: int) -> None:
-        self.observations = self.env.reset(seed)
+        self.observations, self.action_mask = self.env.reset(seed), self.env.action_mask
         self.dones = torch.ones(self.config.num_envs, dtype=torch.bool, device=self.device)
         self.truncateds = torch.zeros_like(self.dones)
-        self.episode_returns = torch.zeros(self.config.num_envs, device=self.device)
+        zeros = torch.zeros(3, self.config.num_envs, device=self.device)
+        self.episode_returns, self.episode_lengths, self.discounted = zeros
         self.agent.reset_memory()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, with_environment: bool = True) -> dict[str, Any]:
         """The state that the next update depends on, of all ranks, in the form that `save_checkpoint` expects.
+
+        Without the environment's state, a resumed run starts new episodes.
 
         Raises ValueError if a kernel of this rank has reported an action out of range, which makes the weights invalid,
         or ranks.RankError if one of another rank has.
         """
-        own = ranks.run_on_all_ranks(self._rank_state)
+        own = ranks.run_on_all_ranks(lambda: self._rank_state(with_environment))
         return {
             "config": self.config.to_dict(),
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "model": self.agent.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "return_moments": self.return_moments,
             "initial_weights": dict(self.agent.policy.initial_weights),
             "initial_weight_magnitudes": dict(self.agent.policy.initial_weight_magnitudes),
             **interface(self.agent, self.env),
@@ -290,49 +362,54 @@ class Trainer:
             "backend": metta_fastagent.backend(self.device),
         }
 
-    def _rank_state(self) -> dict[str, Any]:
+    def _rank_state(self, with_environment: bool) -> dict[str, Any]:
         """The state that only this rank has, on the CPU."""
         ops.raise_if_reported(self.agent.cum_action_max_params, synchronize=True)
-        rollout = ("observations", "dones", "truncateds", "episode_returns")
         state = {
             "memory": self.agent.get_memory(),
-            "environment": self.env.state_dict(),
-            "rollout": {name: getattr(self, name) for name in rollout},
-            "random": _random_state(self.device),
+            "environment": self.env.state_dict() if with_environment else None,
+            "rollout": {name: getattr(self, name) for name in ROLLOUT},
+            "random": random_state(self.device),
         }
-        return _on_cpu(state)
+        return on_cpu(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned; an environment that could not be saved starts new episodes.
 
         Raises CheckpointError if the state is of another network, environment or number of ranks.
         """
-        self._check_compatible(state)
         try:
+            self._check_compatible(state)
             self.agent.policy.load_state_dict(state["model"])
             # the groups of this run: the checkpoint's may be those of another device
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
             self.agent.policy.initial_weights = {k: v.to(self.device) for k, v in state["initial_weights"].items()}
             self.agent.policy.initial_weight_magnitudes = dict(state["initial_weight_magnitudes"])
-            for name, value in state["counters"].items():
-                setattr(self, name, value)
+            self.return_moments = state["return_moments"].to(self.return_moments)
+            for name in COUNTERS:
+                setattr(self, name, state["counters"][name])
             own = state["ranks"][ranks.rank()]
-            if own["environment"] is None:
+            try:
+                self._restore_environment(own)
+            except NotImplementedError:
                 # a seed other than the initial one, so that episodes are not repeated
                 self._reset_environment(ranks.seed(self.config.seed + self.updates))
-            else:
-                self._restore_environment(own)
-            _set_random_state(own["random"], self.device)
+            set_random_state(own["random"], self.device)
             self._prepare_steps()
+        except CheckpointError:
+            raise
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             came = f"an incompatible state ({first_line(error)})"
             raise CheckpointError(f"checkpoint: got {came}, expected one of this network and environment") from error
 
     def _restore_environment(self, state: dict[str, Any]) -> None:
+        if state["environment"] is None:
+            raise NotImplementedError
         self.env.load_state_dict(state["environment"])
-        for name, value in state["rollout"].items():
-            setattr(self, name, value.to(self.device))
+        for name in ROLLOUT:
+            value = state["rollout"][name]
+            setattr(self, name, None if value is None else value.to(self.device))
         h, c = ({key: value.to(self.device) for key, value in part.items()} for part in state["memory"])
         self.agent.set_memory((h, c))
 
@@ -341,29 +418,19 @@ class Trainer:
         if saved != now:
             start = ranks.TORCHRUN.replace("=N", f"={saved}")
             raise CheckpointError(f"checkpoint: got {saved} ranks, expected {now} as in this run; resume with {start}")
+        policy, own = self.agent.policy, state["ranks"][ranks.rank()]
+        pairs = {
+            "counters": (state["counters"], {name: getattr(self, name) for name in COUNTERS}),
+            "initial_weights": (state["initial_weights"], policy.initial_weights),
+            "initial_weight_magnitudes": (state["initial_weight_magnitudes"], policy.initial_weight_magnitudes),
+        }
+        if own["environment"] is not None:
+            pairs["rollout"] = own["rollout"], {name: getattr(self, name) for name in ROLLOUT}
+        for name, (values, expected) in pairs.items():
+            came, ours = layout(values), layout(expected)
+            if came != ours:
+                different = sorted(str(key) for key in {*came, *ours} if came.get(key) != ours.get(key))
+                raise CheckpointError(f"checkpoint: got other {name} ({', '.join(different)}) than this run's")
         for name, value in interface(self.agent, self.env).items():
             if state[name] != value:
                 raise CheckpointError(f"checkpoint: got {name} {state[name]}, expected {value} as in the environment")
-
-
-def _on_cpu(state: Any) -> Any:
-    """`state` (nested dicts and tuples) with every tensor on the CPU."""
-    if isinstance(state, dict):
-        return {key: _on_cpu(value) for key, value in state.items()}
-    if isinstance(state, tuple):
-        return tuple(map(_on_cpu, state))
-    return state.cpu() if isinstance(state, Tensor) else state
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"].cpu())
-    # a checkpoint of a CPU run has no CUDA state
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"].cpu(), device)

@@ -124,19 +124,23 @@ def test_the_order_alternates_between_rounds():
     assert rounds == "abba" * 2 + "ab"
 
 
+SHORT, LONG = (Shape("full", {"tensors": count}) for count in (200, 2000))
+
+
 @pytest.mark.parametrize(
-    ("provider", "reason"),
-    [("torch.compile", "--compile on"), ("captured", "CUDA"), ("triton", "the package runs"), ("upstream", None)],
+    ("provider", "shape", "compiled", "reason"),
+    [
+        ("upstream", SHAPE, False, None),
+        ("captured", SHAPE, False, "CUDA"),
+        ("triton", SHAPE, False, "the package runs"),
+        ("torch.compile", SHAPE, False, "--compile on"),
+        ("torch.compile", SHORT, True, None),
+        ("torch.compile", LONG, True, "minutes"),
+    ],
 )
-def test_providers_that_cannot_run_are_named_with_the_reason(provider, reason):
-    found = harness.unavailable(provider, SHAPE, OPTIONS)
+def test_providers_that_cannot_run_are_named_with_the_reason(provider, shape, compiled, reason):
+    found = harness.unavailable(provider, shape, OPTIONS._replace(compiled=compiled))
     assert found is None if reason is None else reason in found
-
-
-def test_compiling_is_limited_to_short_lists():
-    options, shapes = OPTIONS._replace(compiled=True), [Shape("full", {"tensors": count}) for count in (200, 2000)]
-    few, many = (harness.unavailable("torch.compile", shape, options) for shape in shapes)
-    assert few is None and "minutes" in many
 
 
 def accumulating(inputs, wrong_from=99):

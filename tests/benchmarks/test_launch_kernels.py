@@ -8,7 +8,7 @@ import pytest
 import torch
 from processes_for_tests import interpreter_in_a_process
 
-from metta_fastagent import _triton
+from metta_fastagent.runtime import triton as _triton
 
 if _triton.triton is None:
     pytest.skip("needs Triton", allow_module_level=True)

@@ -10,22 +10,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_tokens_to_grid, bench_train_step, harness
+from benchmarks import bench_tokens_to_grid, bench_train_step, harness, machine
 from benchmarks.__main__ import SUITES, main
 from benchmarks.harness import Options, Provider, Shape
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-MODES = ("forward", "forward + backward")
-# Suite, first arguments of its make_case, and a size for each.
+BOTH = "forward + backward"
+# Suite, first arguments of its make_case, and a size.
 TINY = [
+    ("advantages", (), {"rows": 5, "time": 6}),
     ("clip", (), {"tensors": 4, "parameters": 128}),
-    *(("conversions", (name,), {"rows": 5}) for name in ("action_to_logit_index", "logit_index_to_action")),
-    *(("evaluate", (mode,), {"rows": 5, "actions": 9}) for mode in MODES),
-    *(("l2_init", (mode,), {"tensors": 3, "parameters": 48}) for mode in MODES),
-    *(("lstm", (MODES[n % 2],), {"segments": 3, "time": 4, "resets": 30 * (n // 2)}) for n in range(4)),
+    ("conversions", ("action_to_logit_index",), {"rows": 5}),
+    ("conversions", ("logit_index_to_action",), {"rows": 5}),
+    ("evaluate", ("forward",), {"rows": 5, "actions": 9}),
+    ("evaluate", (BOTH,), {"rows": 5, "actions": 9}),
+    ("l2_init", ("forward",), {"tensors": 3, "parameters": 48}),
+    ("l2_init", (BOTH,), {"tensors": 3, "parameters": 48}),
+    ("lstm", ("forward",), {"segments": 3, "time": 4, "resets": 0}),
+    ("lstm", (BOTH,), {"segments": 3, "time": 4, "resets": 30}),
+    ("ppo_loss", ("forward",), {"rows": 5, "actions": 9}),
+    ("ppo_loss", (BOTH,), {"rows": 5, "actions": 9}),
     ("sample", (), {"rows": 5, "actions": 9}),
-    *(("tensordict_fields", (), {"rows": 3, "time": time}) for time in (0, 2)),
+    ("tensordict_fields", (), {"rows": 3, "time": 0}),
+    ("tensordict_fields", (), {"rows": 3, "time": 2}),
     *(("tokens_to_grid", (kind,), {"rows": 2, "tokens": 40}) for kind in bench_tokens_to_grid.KINDS),
     ("weight_metrics", (), {"weights": 2, "width": 12}),
     ("train_step", ("rollout",), {"rows": 4, "time": 0}),
@@ -102,10 +110,17 @@ def test_all_agents_start_with_the_same_weights(size):
         assert all(torch.equal(ours[key], other[key]) for key in ours)
 
 
+def test_facts_of_the_machine():
+    facts = json.loads(json.dumps(machine.facts()))
+    assert facts["cuda"] is torch.cuda.is_available()
+    assert facts["cuda"] or (facts["why"] and facts["name"] == facts["processor_name"] and facts["gpu"] == "none used")
+    assert facts["torch"] == torch.__version__ and facts["backend"] in ("triton", "native", "eager")
+
+
 def test_an_unknown_suite_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["--only", "clip,nonsense"])
-    assert "--only: got nonsense, expected some of clip, " in capsys.readouterr().err
+    assert "--only: got nonsense, expected some of advantages, clip, " in capsys.readouterr().err
 
 
 def run(*arguments):

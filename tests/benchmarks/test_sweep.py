@@ -10,13 +10,15 @@ import pytest
 import torch
 from processes_for_tests import interpreter_in_a_process
 
-from metta_fastagent import _triton
+from metta_fastagent.runtime import triton as _triton
 
 if _triton.triton is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
 from benchmarks import harness, sweep
-from metta_fastagent.ops import _categorical, _chunk_table, _clip_weights
+from metta_fastagent.ops.categorical import kernels as categorical
+from metta_fastagent.ops.categorical import layouts
+from metta_fastagent.ops.tensor_lists import kernels as tensor_lists
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -38,18 +40,18 @@ def test_every_variant_agrees_in_the_interpreter(tmp_path):
 
 @pytest.mark.parametrize(("fault", "code"), [(None, 0), ("differs", 1), ("fails", 1)])
 def test_a_variant_that_differs_or_fails_is_not_timed(monkeypatch, capsys, fault, code):
-    monkeypatch.setattr(sweep, "use_backend", lambda name: sweep.patched([], {}))
+    monkeypatch.setattr(sweep, "use_backend", lambda name: sweep.patched(layouts, {}))
     monkeypatch.setattr(harness.Provider, "backend", "auto")
 
     def operation(size, device):
         def call():
-            if fault == "fails" and _categorical.MAX_COLUMNS == 0:
+            if fault == "fails" and layouts.MAX_COLUMNS == 0:
                 raise RuntimeError("out of resources:\nshared memory")
-            return torch.tensor(1.0 if fault is None else float(_categorical.MAX_COLUMNS))
+            return torch.tensor(1.0 if fault is None else float(layouts.MAX_COLUMNS))
 
         return harness.Case("made up", lambda name: (lambda: torch.tensor(64.0)) if fault and name == "eager" else call)
 
-    made_up = sweep.Experiment([_categorical], {"MAX_COLUMNS": (64, 0)}, [operation], [{"rows": 1}])
+    made_up = sweep.Experiment(layouts, {"MAX_COLUMNS": (64, 0)}, [operation], [{"rows": 1}])
     monkeypatch.setattr(sweep, "EXPERIMENTS", {"made up": made_up})
     assert sweep.main(["--device", "cpu", "--tiny", "--only", "made up"]) == code
     last = {"differs": "|  | Disagreement: triton: ", "fails": "|  | RuntimeError: out of resources: shared memory |"}
@@ -62,39 +64,28 @@ def test_sizes_that_have_not_begun_in_time_are_counted(capsys):
     assert "sizes not begun within --seconds: 2" in capsys.readouterr().out
 
 
-def test_constants_are_patched_in_every_module_and_restored(monkeypatch):
-    before = (_chunk_table.CHUNK, _clip_weights.CHUNK, _chunk_table._tables)
-    with sweep.patched(sweep.CHUNK_MODULES, {"CHUNK": 512, "CHUNK_WARPS": 2}):
-        assert (_chunk_table.CHUNK, _clip_weights.CHUNK, _clip_weights.CHUNK_WARPS) == (512, 512, 2)
-        assert _chunk_table._tables == {}
-    with sweep.patched([_categorical], {"MAX_COLUMNS": 0}):
-        assert _launched_layout(monkeypatch) == "tile"
-    assert _launched_layout(monkeypatch) == "columns"
-    assert before == (_chunk_table.CHUNK, _clip_weights.CHUNK, _chunk_table._tables)
+def test_constants_are_patched_and_restored():
+    before = tensor_lists.CHUNK, tensor_lists._tables
+    with sweep.patched(tensor_lists, {"CHUNK": 512, "CHUNK_WARPS": 2}):
+        assert (tensor_lists.CHUNK, tensor_lists.CHUNK_WARPS, tensor_lists._tables) == (512, 2, {})
+    with sweep.patched(layouts, {"MAX_COLUMNS": 0}):
+        assert not _in_columns()
+    assert _in_columns()
+    assert before == (tensor_lists.CHUNK, tensor_lists._tables)
 
 
-def _launched_layout(monkeypatch):
-    launched = []
-    monkeypatch.setattr(_categorical, "launch_with", lambda constants, kernel, *args: launched.append(kernel))
-    _categorical.launch_rows("columns", "tile", 5, 9, (), ())
-    return launched[0]
+def _in_columns():
+    constants, _ = categorical.constants_of(9, torch.float32, False, 0)
+    return constants.values["PIECE"] == 1
 
 
 @pytest.mark.parametrize("name", list(sweep.EXPERIMENTS))
 def test_the_packages_own_constants_are_among_the_values(name):
     experiment = sweep.EXPERIMENTS[name]
     for constant, values in experiment.constants.items():
-        owners = [module for module in experiment.modules if hasattr(module, constant)]
-        assert owners and all(getattr(module, constant) in values for module in owners)
+        assert getattr(experiment.module, constant) in values
 
 
 def test_the_tuning_page_names_every_experiment():
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "benchmarks" / "TUNING.md").read_text(), flags=re.MULTILINE)
     assert set(re.findall(r"\w+", " ".join(rows))) == set(sweep.EXPERIMENTS)
-
-
-@pytest.mark.parametrize("page", ["README.md", "TUNING.md"])
-def test_links_of_the_pages_lead_somewhere(page):
-    folder = ROOT / "benchmarks"
-    links = re.findall(r"\]\(([^)#]+)\)", (folder / page).read_text())
-    assert [link for link in links if not (folder / link).exists()] == []

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from metta_fastagent import _triton, use_backend
+from metta_fastagent import use_backend
+from metta_fastagent.runtime import triton as _triton
 
 interpreted = pytest.mark.skipif(not _triton.INTERPRETED, reason="the interpreter needs TRITON_INTERPRET=1 and Triton")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -69,7 +69,7 @@ def calls() -> dict[str, Callable[[int], Any]]:
     import torch
 
     from metta_fastagent import ops
-    from metta_fastagent.ops import _lstm_layer
+    from metta_fastagent.ops.lstm import kernels as _lstm_layer
 
     _lstm_layer.INTERPRETED = False
     table, pairs = torch.tensor([0, 0, 7]), torch.zeros(9, 2, dtype=torch.int32)
@@ -90,6 +90,14 @@ def calls() -> dict[str, Callable[[int], Any]]:
         leaf = logits(rows, num_actions, requires_grad=True)
         gradient(ops.evaluate_actions(leaf, actions(rows), table)[:2], leaf)
 
+    def differentiated_ppo_loss(rows: int, num_actions: int = 9, **options: Any) -> None:
+        leaf, numbers = logits(rows, num_actions, requires_grad=True), torch.zeros(rows)
+        coefficients = {"clip_coef": 0.2 + rows / 1e5, "vf_clip_coef": 0.0, "vf_coef": 0.5, "ent_coef": 0.01}
+        value = torch.zeros(rows, requires_grad=True)
+        given = leaf, actions(rows), value, numbers, numbers, numbers, numbers, table
+        loss, _ = ops.ppo_loss(*given, **options, **coefficients)
+        gradient((loss,), [leaf, value])
+
     def differentiated_l2(rows: int) -> None:
         gradient((ops.l2_init_loss(params, start, 0.5),), params)
 
@@ -101,7 +109,24 @@ def calls() -> dict[str, Callable[[int], Any]]:
         projected, output = lstm(rows, requires_grad=True)
         gradient((output,), projected)
 
+    def advantages(rows: int, **options: Any) -> None:
+        steps = torch.zeros(rows, 16)
+        ops.advantages(steps, steps, steps > 0, steps[:, 0].contiguous(), steps, 0.99, 0.95 - rows / 1e5, **options)
+
     return {
+        "advantages": advantages,
+        "advantages with options": lambda rows: advantages(
+            rows, valid=torch.ones(rows, 16, dtype=torch.bool), ratios=torch.ones(rows, 16)
+        ),
+        "ppo loss with gradient": differentiated_ppo_loss,
+        "ppo loss of many actions with gradient": lambda rows: differentiated_ppo_loss(rows, 70),
+        "ppo loss with options": lambda rows: differentiated_ppo_loss(
+            rows,
+            valid=torch.ones(rows, dtype=torch.bool),
+            count=torch.ones(()),
+            mask=logits(rows) == 0,
+            temperature=torch.ones(()),
+        ),
         "evaluate pairs": lambda rows: ops.evaluate_actions(logits(rows), actions(rows), table),
         "evaluate indices": lambda rows: ops.evaluate_actions(logits(rows), actions(rows)[:, 0]),
         "evaluate with gradient": differentiated_evaluation,

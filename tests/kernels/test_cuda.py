@@ -205,7 +205,10 @@ def test_launch_counts(agent):
     upstream = [torch.ones_like(outputs[0]), torch.ones_like(outputs[1])]
     weights = [torch.randn(n, device="cuda") for n in (10, 5000, 70000)]
     starts = [torch.zeros_like(weight) for weight in weights]
-    tokens = make_observations(ROWS)
+    samples = logits, pairs, *torch.randn(5, ROWS, device="cuda"), cum
+    coefficients = {"clip_coef": 0.2, "vf_clip_coef": 0.1, "vf_coef": 0.5, "ent_coef": 0.01}
+    loss, one = ops.ppo_loss(*samples, **coefficients)[0], torch.ones((), device="cuda")
+    tokens, steps = make_observations(ROWS), torch.randn(16, 16, device="cuda")
     counts = {
         "clip": (lambda: ops.clip_weights_(weights, [1.0] * 3), 1),
         "to index": (lambda: ops.action_to_logit_index(pairs, cum), 1),
@@ -214,6 +217,9 @@ def test_launch_counts(agent):
         "backward": (lambda: torch.autograd.grad(outputs[:2], logits, upstream, retain_graph=True), 1),
         "sample": (lambda: ops.sample_actions(logits.detach(), table), 2),
         "l2": (lambda: ops.l2_init_loss(weights, starts, 0.5), 1),
+        "loss": (lambda: ops.ppo_loss(*samples, **coefficients), 1),
+        "loss backward": (lambda: torch.autograd.grad(loss, logits, one, retain_graph=True), 1),
+        "advantages": (lambda: ops.advantages(steps, steps, steps > 0, steps[0], steps, 0.9, 0.8), 2),
         "grid": (lambda: ops.tokens_to_grid(tokens, 6, 11, 11, torch.ones(6, device="cuda")), 2),
     }
     for name, (function, expected) in counts.items():

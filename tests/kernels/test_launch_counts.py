@@ -10,24 +10,30 @@ from pathlib import Path
 
 import pytest
 
-from metta_fastagent import _triton
+from metta_fastagent.runtime import triton as _triton
 
 ROOT = Path(__file__).parents[2]
 SIZES = [*range(1, 34), 63, 64, 65, 100, 127, 128, 129, 255, 256, 257, 500, 512, 999, 1000, 1001, 1024, 2048, 4097]
 # An LSTM layer: few or many steps, and forward many rows.
 LSTM, LSTM_BACKWARD = ["_lstm_layer_fwd_kernel"] * 3, ["_lstm_layer_bwd_kernel"] * 2
+PPO_LOSS = ["_ppo_loss_fwd_kernel", "_ppo_loss_bwd_kernel"]
 # Call: kernel launches at every size; kernels first needed by it, once for each time it is compiled for all sizes.
 EXPECTED = {
-    "evaluate pairs": (1, ["_evaluate_actions_fwd_columns_kernel"]),
-    "evaluate indices": (1, ["_evaluate_actions_fwd_columns_kernel"]),
-    "evaluate with gradient": (2, ["_evaluate_actions_bwd_columns_kernel"]),
-    "sample": (1, ["_sample_actions_columns_kernel"]),
-    "sample pairs": (1, ["_sample_actions_columns_kernel"]),
+    "advantages": (1, ["_advantages_kernel"]),
+    "advantages with options": (1, ["_advantages_kernel"]),
+    "ppo loss with gradient": (2, PPO_LOSS),
+    "ppo loss of many actions with gradient": (2, PPO_LOSS),
+    "ppo loss with options": (2, PPO_LOSS),
+    "evaluate pairs": (1, ["_evaluate_actions_fwd_kernel"]),
+    "evaluate indices": (1, ["_evaluate_actions_fwd_kernel"]),
+    "evaluate with gradient": (2, ["_evaluate_actions_bwd_kernel"]),
+    "sample": (1, ["_sample_actions_kernel"]),
+    "sample pairs": (1, ["_sample_actions_kernel"]),
     "evaluate many actions with gradient": (
         2,
-        ["_evaluate_actions_fwd_tile_kernel", "_evaluate_actions_bwd_tile_kernel"],
+        ["_evaluate_actions_fwd_kernel", "_evaluate_actions_bwd_kernel"],
     ),
-    "sample many actions": (1, ["_sample_actions_tile_kernel"]),
+    "sample many actions": (1, ["_sample_actions_kernel"]),
     "pairs to indices": (1, ["_action_to_logit_index_kernel"]),
     "indices to pairs": (1, ["_logit_index_to_action_kernel"]),
     "clip": (1, ["_clip_weights_kernel"]),
@@ -36,10 +42,10 @@ EXPECTED = {
     "tokens to grid": (1, ["_tokens_to_grid_kernel"]),
     "lstm": (1, LSTM),
     "lstm with gradient": (2, LSTM + LSTM_BACKWARD),
-    "evaluate masked": (1, ["_evaluate_actions_fwd_columns_kernel"]),
-    "sample masked": (1, ["_sample_actions_columns_kernel"]),
-    "greedy": (1, ["_sample_actions_columns_kernel"]),
-    "evaluate a view": (1, ["_evaluate_actions_fwd_columns_kernel"]),
+    "evaluate masked": (1, ["_evaluate_actions_fwd_kernel"]),
+    "sample masked": (1, ["_sample_actions_kernel"]),
+    "greedy": (1, ["_sample_actions_kernel"]),
+    "evaluate a view": (1, ["_evaluate_actions_fwd_kernel"]),
 }
 
 

@@ -4,28 +4,14 @@ import copy
 
 import pytest
 import torch
+from operators_for_tests import FREE, Operators
 from tensordict import TensorDict
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from metta_fastagent import LSTMWrapper, recurrent, use_backend
-from metta_fastagent._rollout_memory import DeviceRows, clamped_rows
+from metta_fastagent import LSTMWrapper, _memory, use_backend
+from metta_fastagent._memory import DeviceRows, clamped_rows
 
 ENVS, SIZE = 5, 6
-# Operators that launch nothing: views and allocations.
-FREE = {"view", "transpose", "select", "unbind", "unsqueeze", "detach", "t", "slice", "_unsafe_view", "new_empty"}
-
-
-class Operators(TorchDispatchMode):
-    """Records the names of the operators that it sees."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name.split("::")[1])
-        return func(*args, **(kwargs or {}))
 
 
 def agent(device, num_envs=ENVS, layers=2):
@@ -75,13 +61,13 @@ def test_a_step_launches_a_product_and_a_kernel_for_each_layer(device):
     with torch.no_grad(), Operators() as operators:
         subject.run_lstm(td, inputs, ENVS, 1, training=False)
     launched = [name for name in operators.names if name not in FREE]
-    assert launched == ["bitwise_or", *["add", "addmm", "lstm_step_"] * 2, "_foreach_copy_"]
+    assert launched == ["bitwise_or", "_foreach_add", *["addmm", "lstm_step_"] * 2, "_foreach_copy_"]
 
 
 @pytest.mark.parametrize("start", [-1, ENVS])
 def test_an_id_out_of_range_gives_nan_even_for_rows_that_are_reset(device, start, monkeypatch):
     # On the CPU too, as if the host did not know the id.
-    monkeypatch.setattr(recurrent, "memory_rows", lambda ids, rows, *rest: DeviceRows(*clamped_rows(ids, rows, ENVS)))
+    monkeypatch.setattr(_memory, "memory_rows", lambda ids, rows, *rest: DeviceRows(*clamped_rows(ids, rows, ENVS)))
     subject = agent(device)
     before = subject.get_memory()
     td = TensorDict({"dones": torch.ones(2, dtype=torch.bool, device=device)}, batch_size=[2])

@@ -3,6 +3,7 @@
 Most tests use a fake compiler, a shell script; the last compiles a source with one operator.
 """
 
+import io
 import os
 import re
 import shutil
@@ -15,10 +16,10 @@ import pytest
 import torch
 
 from metta_fastagent import __main__ as command_line
-from metta_fastagent import _native
+from metta_fastagent.runtime import native as _native
 
 OLDEST_TORCH = _native.OLDEST_TORCH
-PACKAGE = Path(_native.__file__).parent
+PACKAGE = Path(_native.__file__).parents[1]
 SOURCE = """
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -85,43 +86,38 @@ def test_loading_compiles_and_writes_nothing(fake_compiler, monkeypatch, tmp_pat
     assert_not_loaded("no C++ sources in", "nowhere")
 
 
-def test_older_pytorch(fake_compiler, monkeypatch):
-    calls = fake_compiler()
-    monkeypatch.setattr(_native, "OLDEST_TORCH", "99.0")
-    reason = f"got PyTorch {torch.__version__}, expected 99.0 or newer"
-    with pytest.raises(_native.CannotBuildError, match=re.escape(reason)):
-        _native.build()
-    assert_not_loaded(reason)
-    assert calls() == []
+def no_compiler(patch, compiler):
+    patch.delenv("CXX")
+    patch.setenv("PATH", "/nonexistent")
 
 
-def test_missing_compiler(monkeypatch, tmp_path):
-    monkeypatch.setenv("CXX", "/nonexistent -m64")
-    with pytest.raises(_native.CannotBuildError, match=r"no C\+\+ compiler: CXX names '/nonexistent'"):
-        _native.build()
-    monkeypatch.delenv("CXX")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(_native.CannotBuildError, match=r"no C\+\+ compiler: found none of c\+\+, g\+\+, clang\+\+"):
-        _native.build()
-    assert not _native.cache_folder().exists()
+def hang(patch, compiler):
+    patch.setattr(_native, "COMPILE_LIMIT_S", 0.3)
+    compiler("exec sleep 1000")
 
 
-def test_failing_compiler(fake_compiler):
-    fake_compiler("echo 'first line'; echo 'fatal error: out of luck' >&2; exit 1")
+BREAKS = "echo first line; echo fatal error: it broke >&2; exit 1"
+CANNOT, FAILED = _native.CannotBuildError, _native.BuildError
+FAILURES = [
+    (CANNOT, r"got PyTorch .*, expected 99", lambda patch, _: patch.setattr(_native, "OLDEST_TORCH", "99.0")),
+    (CANNOT, "no C.. compiler: CXX names '/nonexistent'", lambda patch, _: patch.setenv("CXX", "/nonexistent -m64")),
+    (CANNOT, "no C.. compiler: found none of c.., g.., clang..", no_compiler),
+    (FAILED, ".*fake-c.. failed with status 1: fatal error: it broke\nfirst", lambda _, compiler: compiler(BREAKS)),
+    (FAILED, r".*fake-c.. exceeded the limit of 0\.3 s and was killed", hang),
+    (FAILED, "FileExistsError: .*cache", lambda *_: _native.cache_folder().write_text("a file, not a folder")),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "fault"), FAILURES)
+def test_a_failed_build_gives_the_reason_and_leaves_nothing(fake_compiler, monkeypatch, error, message, fault):
+    fake_compiler()
+    fault(monkeypatch, fake_compiler)
     with pytest.raises(_native.BuildError) as caught:
         _native.build()
-    assert not isinstance(caught.value, _native.CannotBuildError)
-    assert str(caught.value).splitlines()[0].endswith("fake-c++ failed with status 1: fatal error: out of luck")
-    assert "first line" in str(caught.value)
-    assert_not_loaded("not built")
-    assert list(_native.cache_folder().iterdir()) == []
-
-
-def test_hung_compiler(fake_compiler, monkeypatch):
-    monkeypatch.setattr(_native, "COMPILE_LIMIT_S", 0.3)
-    fake_compiler("exec sleep 1000")
-    with pytest.raises(_native.BuildError, match=r"fake-c\+\+ exceeded the limit of 0\.3 s and was killed"):
-        _native.build()
+    assert type(caught.value) is error
+    assert re.match(message, str(caught.value))
+    assert_not_loaded(str(caught.value) if "PyTorch" in message else "not built")
+    assert list(_native.cache_folder().glob("*")) == []
 
 
 def test_compiler_with_arguments_and_without_the_processor_flag(fake_compiler, monkeypatch):
@@ -130,14 +126,6 @@ def test_compiler_with_arguments_and_without_the_processor_flag(fake_compiler, m
     assert _native.build().exists()
     assert all(call.startswith("-m64 -Wextra -std=") for call in calls())
     assert [f"{_native.PROCESSOR_FLAG} " in call for call in calls()] == [True, False, False]
-
-
-def test_cache_that_cannot_be_written(fake_compiler):
-    fake_compiler()
-    _native.cache_folder().write_text("a file, not a folder")
-    with pytest.raises(_native.BuildError, match=r"FileExistsError: .*cache"):
-        _native.build()
-    assert_not_loaded("not built")
 
 
 def test_build_is_kept_and_needs_no_compiler(fake_compiler, monkeypatch):
@@ -208,6 +196,82 @@ def test_command_gives_the_reason_in_one_line(body, status, fake_compiler, monke
     assert re.fullmatch("metta_fastagent: native CPU operators not .*\n", output.err)
 
 
+def make_link(path):
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+# name: (change of the library and its folder, whether `build` repairs it)
+UNTRUSTED = {
+    "a library that others can write": (lambda library: library.chmod(0o666), True),
+    "a library that a group can write": (lambda library: library.chmod(0o620), True),
+    "a library of another user": (lambda library: os.chown(library, 4321, -1), True),
+    "a link to such a library": (lambda library: (library.chmod(0o666), make_link(library)), True),
+    "a link of another user": (lambda library: (make_link(library), os.lchown(library, 4321, -1)), True),
+    "a folder that others can write": (lambda library: library.parent.chmod(0o777), False),
+    "a folder that a group can write": (lambda library: library.parent.chmod(0o770), False),
+    "a sticky folder that others can write": (lambda library: library.parent.chmod(0o1777), False),
+    "a folder of another user": (lambda library: os.chown(library.parent, 4321, -1), False),
+    "a link to such a folder": (lambda library: (library.parent.chmod(0o777), make_link(library.parent)), False),
+    "a parent folder that others can write": (lambda library: library.parents[1].chmod(0o777), False),
+}
+
+
+@pytest.mark.parametrize(("change", "repaired"), UNTRUSTED.values(), ids=UNTRUSTED)
+def test_what_another_user_could_have_written_is_not_loaded(change, repaired, fake_compiler, monkeypatch):
+    monkeypatch.setattr(torch.ops, "load_library", lambda library: None)
+    fake_compiler()
+    library = _native.build()
+    assert _native.load()
+    try:
+        change(library)
+    except PermissionError:
+        pytest.skip("only root can give files to others")
+    assert_not_loaded()
+    assert re.search(r"belongs to another user|other users can write", _native.reason())
+    if repaired:
+        assert _native.build() == library and _native.load(), _native.reason()
+    else:
+        with pytest.raises(_native.BuildError, match=r"another user|other users"):
+            _native.build(force=True)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077], ids=oct)
+def test_the_cache_is_private(umask, fake_compiler):
+    fake_compiler()
+    before = os.umask(umask)
+    try:
+        library = _native.build()
+    finally:
+        os.umask(before)
+    assert library.parent.stat().st_mode & 0o777 == 0o700 and not library.stat().st_mode & 0o022
+    assert not _native.untrusted(library.parent, library)
+
+
+def test_no_home_folder_is_one_line(monkeypatch, capsys):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    for name in (_native.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert_not_loaded("Could not determine home directory", "set METTA_FASTAGENT_CACHE")
+    assert command_line.main(["build"]) == 1
+    err = capsys.readouterr().err
+    assert "set METTA_FASTAGENT_CACHE" in err and err.count("\n") == 1
+
+
+def test_a_path_that_the_output_cannot_encode_is_escaped(fake_compiler, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.ops, "load_library", lambda library: None)
+    fake_compiler()
+    monkeypatch.setenv(_native.CACHE_VARIABLE, os.fsdecode(bytes(tmp_path) + b"/caf\xe9 \xc3\xa9"))
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert command_line.main(["build"]) == command_line.main([]) == 0
+    output.flush()
+    assert rb"/caf\udce9 \xe9/" in output.buffer.getvalue()
+
+
 @pytest.mark.skipif(torch.__version__ < OLDEST_TORCH, reason=f"operators need PyTorch {OLDEST_TORCH} or newer")
 @pytest.mark.skipif(not any(map(shutil.which, _native.COMPILERS)), reason="no C++ compiler")
 def test_concurrent_builds_and_a_process_that_loads(tmp_path):
@@ -223,7 +287,8 @@ def test_concurrent_builds_and_a_process_that_loads(tmp_path):
     assert all(done.stdout.startswith("native CPU operators ready in ") for done in builds), builds
     assert len(list(_native.cache_folder().iterdir())) == 1
     code = (
-        "import torch; from metta_fastagent import _native; print(_native.loaded(), _native.load(), _native.reason());"
+        "import torch; from metta_fastagent.runtime import native;"
+        "print(native.loaded(), native.load(), native.reason());"
     )
     done = run("-c", code + "print(torch.ops.build_test.add_one_(torch.zeros(3)).tolist())")
     assert done.stdout.startswith("False True loaded from ") and done.stdout.endswith("\n[1.0, 1.0, 1.0]\n"), done

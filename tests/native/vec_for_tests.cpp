@@ -10,7 +10,8 @@ void apply(const T* x, T* outputs, int64_t count) {
     const Vec<T> v = load(x + i);
     T* output = outputs + i;
     for (const Vec<T> y : {exp_above_lowest<T>(above_lowest<T>(v)), metta_fastagent::log<T>(v),
-                           expm1_above_lowest<T>(above_lowest<T>(v)), sigmoid<T>(v), metta_fastagent::tanh<T>(v)}) {
+                           expm1_above_lowest<T>(above_lowest<T>(v)), sigmoid<T>(v), metta_fastagent::tanh<T>(v),
+                           metta_fastagent::exp<T>(v)}) {
       store(output, y);
       output += count;
     }

@@ -1,63 +1,50 @@
+"""Draws from categorical logits, with their log-probability and entropy."""
+
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from references import DTYPES, LAYOUTS, PAIRS, check_categorical, refuses
 
-from metta_fastagent import use_backend
 from metta_fastagent.ops import sample_actions
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(0, 9), (1, 1), (7, 1), (1, 5), (33, 9), (5, 21), (3, 128), (2, 5000), (257, 5)]
-OUTPUT_SUBSETS = [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
+SHAPES = [(0, 9), (1, 1), (7, 1), (1, 5), (3, 2), (33, 9), (129, 9), (13, 21), (5, 32), (9, 33), (2, 5000)]
+SUBSETS = [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
 
-# Two action types with largest parameters 1 and 2.
-PAIRS = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1], [1, 2]], dtype=torch.int32)
 
-LAYOUTS = {
-    "transposed": lambda x: x.t().contiguous().t(),
-    "every second column": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
-    "every second row": lambda x: x.repeat_interleave(2, dim=0)[::2],
-    "expanded": lambda x: x[:1].expand_as(x),
-}
+def generators(device, seed=5):
+    """The default generator, seeded, and an explicit one."""
+    torch.manual_seed(seed)
+    return {"manual_seed": None, "generator": torch.Generator(device).manual_seed(seed)}
 
-# Actions that may be drawn, of nine.
-ALLOWED = {
-    "first masked": range(1, 9),
-    "last masked": range(8),
-    "both ends masked": range(1, 8),
-    "one allowed": [4],
-    "only the first": [0],
-    "only the last": [8],
-    "every second": range(0, 9, 2),
-}
+
+explicitly = pytest.mark.parametrize("source", ["manual_seed", "generator"])
+
+
+def default_state(device):
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients(shape, dtype, check_categorical):
-    check_categorical(sample_actions, torch.randn(shape).to(dtype))
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_indices_are_in_range(shape):
-    index = sample_actions(torch.zeros(shape, requires_grad=True))[0]
+def test_values_and_gradients(shape, dtype, device):
+    index, _ = check_categorical(sample_actions, torch.randn(shape).to(device, dtype))
     assert (index.shape, index.dtype, index.requires_grad) == (shape[:1], torch.int64, False)
     assert ((index >= 0) & (index < shape[1])).all()
 
 
-@pytest.mark.parametrize("subset", OUTPUT_SUBSETS, ids=str)
-def test_each_subset_of_outputs(subset, check_categorical):
-    check_categorical(sample_actions, torch.randn(13, 9), subset)
+@pytest.mark.parametrize("subset", SUBSETS, ids=str)
+def test_gradients_of_some_outputs(subset, device):
+    check_categorical(sample_actions, torch.randn(13, 9, device=device), subset)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1e4, 1e-30])
-def test_extreme_logits(scale, dtype, check_categorical):
-    check_categorical(sample_actions, torch.randn(33, 9).to(dtype) * scale)
+def test_extreme_logits(scale, dtype, device):
+    check_categorical(sample_actions, torch.randn(33, 9).to(device, dtype) * scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_largest_finite_logits(dtype):
-    logits = torch.full((64, 9), -torch.finfo(dtype).max, dtype=dtype)
+def test_largest_finite_logits(dtype, device):
+    logits = torch.full((64, 9), -torch.finfo(dtype).max, dtype=dtype, device=device)
     logits[:, 3] = torch.finfo(dtype).max
     index, log_prob, entropy, _ = sample_actions(logits)
     assert (index == 3).all()
@@ -65,171 +52,123 @@ def test_largest_finite_logits(dtype):
     assert (entropy == 0).all()
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["manual_seed", "generator"])
+@explicitly
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_actions", [1, 5, 21, 5000])
-@use_backend("eager")
-def test_same_draws_as_multinomial(num_actions, dtype, explicit):
-    logits = (3 * torch.randn(40, num_actions)).to(dtype)
-    probs = torch.log_softmax(logits.double() if dtype == torch.float64 else logits.float(), dim=-1).exp()
-    ours, theirs = (torch.Generator().manual_seed(11) if explicit else None for _ in range(2))
-    torch.manual_seed(3)
-    draws = [sample_actions(logits, generator=ours)[0] for _ in range(2)]
-    state = torch.get_rng_state()
-    torch.manual_seed(3)
-    expected = [torch.multinomial(probs, 1, generator=theirs).view(-1) for _ in range(2)]
-    assert torch.equal(torch.stack(draws), torch.stack(expected))
-    assert torch.equal(state, torch.get_rng_state())
+@pytest.mark.parametrize("actions", [1, 5, 33, 300])
+def test_draws_belong_to_the_random_numbers(actions, dtype, source, backend, device):
+    logits = (3 * torch.randn(100, actions)).to(device, dtype)
+    compute = torch.promote_types(dtype, torch.float32)
+    generator = generators(device)[source]
+    drawn = [sample_actions(logits, generator=generator)[0].cpu() for _ in range(2)]
+    state = default_state(device)
+    generator = generators(device)[source]
+    for index in drawn:
+        if backend == "eager":
+            probs = torch.log_softmax(logits.to(compute), dim=-1).exp()
+            assert torch.equal(index, torch.multinomial(probs, 1, generator=generator).view(-1))
+            continue
+        # The inverse of the cumulative distribution, up to rounding.
+        uniform = torch.rand(100, dtype=compute, device=device, generator=generator).cpu()
+        ends = torch.cat([torch.zeros(100, 1), logits.cpu().double().softmax(-1).cumsum(-1)], dim=-1)
+        row, slack = torch.arange(100), 1e-14 if dtype == torch.float64 else 1e-6
+        assert (ends[row, index] <= uniform + slack).all()
+        assert (uniform <= ends[row, index + 1] + slack).all()
+    assert torch.equal(default_state(device), state)
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["manual_seed", "generator"])
-def test_seeds_reproduce_and_differ(explicit):
-    logits = torch.zeros(200, 9)
-
-    def draw(seed):
-        generator = torch.Generator().manual_seed(seed) if explicit else None
-        torch.manual_seed(seed)
-        return sample_actions(logits, generator=generator)[0]
-
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
+@explicitly
+def test_seeds_reproduce_and_differ(source, device):
+    logits = torch.zeros(200, 9, device=device)
+    first, again, other = (sample_actions(logits, generator=generators(device, seed)[source])[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
-def test_a_generator_leaves_the_default_one_alone():
-    before = torch.get_rng_state()
-    sample_actions(torch.zeros(20, 9), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(before, torch.get_rng_state())
+def test_a_generator_leaves_the_default_one_alone(device):
+    before = default_state(device)
+    sample_actions(torch.zeros(20, 9, device=device), generator=torch.Generator(device).manual_seed(0))
+    assert torch.equal(before, default_state(device))
+
+
+# Actions that may be drawn: all but the first, the last or both; one; every second.
+@pytest.mark.parametrize("allowed", [slice(1, None), slice(-1), slice(1, -1), slice(1), slice(-1, None), slice(1, 2),
+                                     slice(0, None, 2)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("actions", [3, 9, 32, 100])
+def test_never_a_forbidden_action(actions, allowed, device, monkeypatch):
+    rows = 130 if actions < 33 else 16
+    logits = torch.full((rows, actions), -torch.inf)
+    logits[:, allowed] = 20 * torch.randn_like(logits[:, allowed])
+    logits = logits.to(device)
+    check_categorical(sample_actions, logits)
+    # The smallest and the largest uniform number, and one that vanishes.
+    for number in (0.0, 1e-38, 1 - 2**-24):
+        monkeypatch.setattr(
+            torch, "rand", lambda n, number=number, **options: torch.full((n,), number, **keep(options))
+        )
+        index = sample_actions(logits)[0]
+        assert logits.gather(1, index.unsqueeze(1)).isfinite().all()
+
+
+def keep(options):
+    return {key: value for key, value in options.items() if key != "generator"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("allowed", ALLOWED.values(), ids=ALLOWED)
-def test_never_a_forbidden_action(allowed, dtype, check_categorical):
-    logits = torch.full((4096, 9), -torch.inf, dtype=dtype)
-    logits[:, list(allowed)] = torch.randn(4096, len(allowed)).to(dtype)
-    assert sample_actions(logits)[0].unique().tolist() == list(allowed)
-    check_categorical(sample_actions, logits[:16])
-
-
-def test_an_action_of_probability_zero_is_never_drawn():
-    logits = torch.tensor([-200.0, 0.0, -1e30, 0.0, -200.0]).expand(4096, 5)
+def test_every_allowed_action_is_drawn_and_none_of_probability_zero(dtype, device):
+    logits = torch.tensor([-200.0, 0.0, -torch.inf, 0.0, -200.0], dtype=dtype, device=device).expand(2048, 5)
     assert sample_actions(logits)[0].unique().tolist() == [1, 3]
 
 
-# Values of chi-squared that a right sampler passes with probability 1e-4, by degrees of freedom.
-@pytest.mark.parametrize(("degrees", "limit"), [(4, 23.51), (8, 31.83), (20, 52.39)])
-@pytest.mark.parametrize("explicit", [False, True], ids=["manual_seed", "generator"])
-def test_chi_squared(degrees, limit, explicit):
-    logits, rows = torch.linspace(-1.5, 1.5, degrees + 1), 100_000
-    index = sample_actions(logits.expand(rows, -1), generator=torch.Generator().manual_seed(5) if explicit else None)[0]
-    expected = rows * logits.double().exp() / logits.double().exp().sum()
-    counts = torch.bincount(index, minlength=degrees + 1)
+# Values of chi-squared that a right sampler exceeds with probability 1e-4, by degrees of freedom.
+@pytest.mark.parametrize(("degrees", "limit", "rows"), [(4, 23.51, 20_000), (8, 31.83, 20_000), (32, 70.57, 3_000)])
+@explicitly
+def test_chi_squared(degrees, limit, rows, source, device):
+    logits = torch.linspace(-1.5, 1.5, degrees + 1)
+    index = sample_actions(logits.to(device).expand(rows, -1), generator=generators(device)[source])[0]
+    expected = rows * logits.double().softmax(-1)
+    counts = torch.bincount(index.cpu(), minlength=degrees + 1)
     assert ((counts - expected) ** 2 / expected).sum() < limit
 
 
-def test_rows_are_drawn_independently():
-    index = sample_actions(torch.zeros(20_000, 2))[0]
+def test_rows_are_drawn_independently(device):
+    index = sample_actions(torch.zeros(20_000, 2, device=device))[0]
     # Neighbouring rows agree in half of the pairs; five standard deviations are 0.0177.
     assert abs((index[1:] == index[:-1]).double().mean() - 0.5) < 0.0177
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8], ids=str)
-def test_pairs(dtype):
-    outputs = sample_actions(torch.randn(50, 5, requires_grad=True), PAIRS.to(dtype))
-    index, pair = outputs[0], outputs[4]
-    assert (pair.dtype, pair.requires_grad) == (torch.int32, False)
-    assert pair.tolist() == [[[0, 0], [0, 1], [1, 0], [1, 1], [1, 2]][i] for i in index.tolist()]
-    assert len(sample_actions(torch.randn(50, 5))) == 4
-
-
-def test_pairs_of_no_rows():
-    assert sample_actions(torch.randn(0, 5), PAIRS)[4].shape == (0, 2)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_pairs(layout, dtype, device):
+    for rows in (50, 0):
+        table = LAYOUTS[layout](PAIRS.to(device, dtype))
+        index, *_, pair = sample_actions(torch.randn(rows, 6, device=device, requires_grad=True), table)
+        assert (pair.dtype, pair.shape, pair.requires_grad) == (torch.int32, (rows, 2), False)
+        assert torch.equal(pair, PAIRS.to(device)[index])
+    assert len(sample_actions(torch.randn(50, 5, device=device))) == 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_non_contiguous(layout, check_categorical):
-    check_categorical(sample_actions, layout(torch.randn(13, 9)))
+def test_layouts(layout, device):
+    check_categorical(sample_actions, layout(torch.randn(13, 9, device=device)))
 
 
-@pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["manual_seed", "generator"])
-@pytest.mark.parametrize("row", [[0.0, torch.nan, 0.0], [0.0, torch.inf, 0.0], [-torch.inf] * 3], ids=str)
-def test_a_row_without_a_distribution_is_refused(row, generator, refuses):
-    logits = torch.zeros(4, 3)
-    logits[2] = torch.tensor(row)
-    before = torch.get_rng_state()
-    with refuses(ValueError, "logits[2]", "NaN or +inf, or is -inf throughout", "finite values"):
-        sample_actions(logits, generator=generator)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("mask", [False, True], ids=["finite", "masked"])
-def test_gradcheck(mask):
-    logits = torch.randn(4, 5, dtype=torch.float64)
-    logits[:, 1] = -torch.inf if mask else 0.0
-    # The difference of two infinite log-probabilities is NaN, so these are left out where logits are masked.
-    outputs = slice(1, 3 if mask else 4)
-
-    def sample(x):
-        return sample_actions(x, generator=torch.Generator().manual_seed(1))[outputs]
-
-    assert torch.autograd.gradcheck(sample, logits.requires_grad_())
-
-
-@pytest.mark.parametrize("table", [None, PAIRS], ids=["index", "pairs"])
-@pytest.mark.parametrize(
-    "logits",
-    [torch.randn(3, 5), torch.randn(5, 3).half().t(), torch.randn(0, 5)],
-    ids=["float32", "transposed float16", "empty"],
-)
-def test_opcheck(logits, table):
-    torch.library.opcheck(torch.ops.metta_fastagent.sample_actions.default, (logits, table))
-
-
-def test_compile(check_categorical, compile_fullgraph):
-    compiled = compile_fullgraph(sample_actions)
-    for rows in (6, 3, 11):
-        check_categorical(compiled, torch.randn(rows, 9))
-
-
-@use_backend("eager")
-def test_compiled_draws_are_those_of_multinomial(compile_fullgraph):
-    logits = torch.randn(40, 5)
-    torch.manual_seed(3)
-    index, *_, pair = compile_fullgraph(sample_actions)(logits, PAIRS)
-    torch.manual_seed(3)
-    assert torch.equal(index, torch.multinomial(torch.log_softmax(logits, -1).exp(), 1).view(-1))
-    assert torch.equal(pair, PAIRS[index])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_host_read(dtype):
-    with FakeTensorMode():
-        logits = torch.randn(4, 5, dtype=dtype, requires_grad=True)
-        outputs = sample_actions(logits, torch.zeros(5, 2, dtype=torch.int32))
-        (grad,) = torch.autograd.grad([output.sum() for output in outputs[1:4]], logits)
-    expected = [((4,), torch.int64), ((4,), dtype), ((4,), dtype), ((4, 5), dtype), ((4, 2), torch.int32)]
-    assert [(output.shape, output.dtype) for output in outputs] == expected
-    assert (grad.shape, grad.dtype) == ((4, 5), dtype)
-
-
-LOGITS = torch.zeros(3, 5)
-
-
-@pytest.mark.parametrize(
-    ("logits", "table", "generator", "error", "argument", "came", "expected"),
-    [
-        (None, None, None, TypeError, "logits", "None", "floating-point tensor"),
-        (LOGITS.int(), None, None, TypeError, "logits", "int32", "floating-point tensor"),
-        (LOGITS[0], None, None, ValueError, "logits", "shape [5]", "[N, A]"),
-        (LOGITS[:, :0], None, None, ValueError, "logits", "shape [3, 0]", "A >= 1"),
-        (LOGITS[:, :4], PAIRS, None, ValueError, "logits", "shape [3, 4]", "5 columns"),
-        (LOGITS, PAIRS[:4], None, ValueError, "logits", "shape [3, 5]", "4 columns"),
-        (LOGITS.to("meta"), PAIRS, None, ValueError, "logits", "on meta", "action_index_tensor (cpu)"),
-        (LOGITS, PAIRS.tolist(), None, TypeError, "action_index_tensor", "list", "[num_actions, 2]"),
-        (LOGITS, PAIRS.float(), None, TypeError, "action_index_tensor", "float32", "int32"),
-        (LOGITS, PAIRS.T, None, ValueError, "action_index_tensor", "shape [2, 5]", "[num_actions, 2]"),
-        (LOGITS, None, 3, TypeError, "generator", "3 (int)", "torch.Generator"),
-    ],
-)
-def test_wrong_arguments(logits, table, generator, error, argument, came, expected, refuses):
-    with refuses(error, argument, came, expected):
-        sample_actions(logits, table, generator)
+@explicitly
+@pytest.mark.parametrize("actions", [3, 33])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_a_row_without_a_distribution_is_refused(bad, actions, source, backend, device):
+    logits = torch.zeros(4, actions, device=device)
+    logits[2, slice(None) if bad == -torch.inf else 1] = bad
+    generator = generators(device)[source]
+    before = default_state(device)
+    with refuses(r"logits\[2\]: holds NaN or \+inf, or is -inf throughout; expected finite values or some -inf"):
+        index, log_prob, entropy, _ = sample_actions(logits, generator=generator)
+        # A kernel does not stop.
+        assert index[2] == 0
+        assert log_prob.isnan().tolist() == entropy.isnan().tolist() == [False, False, True, False]
+    # Refused logits draw nothing.
+    assert backend == "triton" or torch.equal(before, default_state(device))
+    assert (
+        backend == "triton"
+        or generator is None
+        or torch.equal(generator.get_state(), generators(device)["generator"].get_state())
+    )

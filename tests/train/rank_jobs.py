@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from metta_fastagent.train import checkpoint, cli, ppo, ranks
+from metta_fastagent.agents.vector import VectorAgent
+from metta_fastagent.train import checkpoint, cli, ppo, ranks, returns
+from metta_fastagent.train import run as train_run
 from metta_fastagent.train.config import TrainConfig
-from metta_fastagent.train.environments import make_environment
+from metta_fastagent.train.environments import ProtocolError, make_environment
 from metta_fastagent.train.experience import Experience
 from metta_fastagent.train.timer import PhaseTimer
-from metta_fastagent.train.trainer import Trainer, TrainingDiverged, make_agent
+from metta_fastagent.train.trainer import Trainer, make_agent
 
 CPU = torch.device("cpu")
 ENTRIES = (
@@ -64,6 +66,14 @@ def shifted_kl(config: TrainConfig, shift: float) -> tuple[float, int]:
     return statistics[ppo.KL].item(), epochs
 
 
+def return_moments(samples: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """The moments of all ranks' shares of `samples`, in two parts."""
+    moments, own = returns.no_moments(CPU), None if valid is None else share(valid)
+    for part in (slice(0, 2), slice(2, None)):
+        moments = returns.merged(moments, share(samples)[:, part], None if own is None else own[:, part])
+    return moments
+
+
 def start(config: TrainConfig) -> dict[str, Any]:
     """The initial state of a rank."""
     trainer = Trainer(config)
@@ -108,9 +118,51 @@ def diverging(config: TrainConfig) -> str:
         trainer.experience.store = with_nan_rewards(trainer.experience.store)
     try:
         trainer.train_update()
-    except TrainingDiverged as error:
+    except (ProtocolError, ranks.RankError) as error:
         return str(error)
     return "no error"
+
+
+class Unused(VectorAgent):
+    """Has a layer that no loss uses, and one that only rank 0 uses, and only every other time."""
+
+    def __init__(self, env: Any, **kwargs: Any) -> None:
+        super().__init__(env, **kwargs)
+        self.never, self.sometimes, self.calls = torch.nn.Linear(2, 2), torch.nn.Linear(1, 1), 0
+
+    def forward(self, td: Any, state: Any = None, action: Any = None) -> Any:
+        out = super().forward(td, state, action)
+        self.calls += 1
+        if action is not None and ranks.is_first() and self.calls % 2:
+            out["value"] = self.sometimes(out["value"])
+        return out
+
+
+def with_unused_parameters(config: TrainConfig) -> list[str]:
+    """The hash of the parameters, before and after two updates."""
+    trainer = Trainer(config, "memory", Unused)
+    before = {name: value.clone() for name, value in trainer.agent.policy.state_dict().items()}
+    for _ in range(2):
+        trainer.train_update()
+    after = trainer.agent.policy.state_dict()
+    changed = {name: not torch.equal(value, after[name]) for name, value in before.items()}
+    return [ranks.parameter_hash(trainer.agent), *(name for name in changed if changed[name])]
+
+
+def valid_on_one_rank(config: TrainConfig, first: bool) -> str:
+    """The hash of the parameters after an update in which one rank alone, the first or the other, has `valid`."""
+    trainer = Trainer(config)
+    collect = trainer.collect
+
+    def marking() -> torch.Tensor:
+        finished = collect()
+        if ranks.is_first() == first:
+            trainer.experience.store_valid(0, torch.zeros_like(trainer.dones))
+        return finished
+
+    trainer.collect = marking
+    trainer.train_update()
+    return ranks.parameter_hash(trainer.agent)
 
 
 def with_nan_rewards(store: Any) -> Any:
@@ -147,7 +199,7 @@ def train(*arguments: str) -> None:
     """The command up to its last checkpoint, without evaluation and plot."""
     options = vars(cli.make_parser().parse_args(list(arguments)))
     given = {name: value for name, value in options.items() if name in TrainConfig.__dataclass_fields__}
-    cli.run_updates(cli.prepare(given, options["out"], options["resume"]))
+    train_run.run_updates(train_run.prepare(given, options["out"], options["resume"]))
 
 
 def interrupted_on_one_rank(*arguments: str) -> str:
@@ -240,4 +292,4 @@ def write_until_killed(point: str, path: Path) -> None:
     trainer.train_update()
     place, name, replacement = KILL_POINTS[point]
     setattr(place, name, replacement)
-    cli.save(trainer, path)
+    train_run.save(trainer, path)

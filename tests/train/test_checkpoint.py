@@ -29,7 +29,14 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"clip_range": 0.05}, {"l2_init_coef": 0.1}, {"anneal_lr": 1.0}, {"reset_state_every_step": True}],
+    [
+        {},
+        {"clip_range": 0.05},
+        {"l2_init_coef": 0.1},
+        {"anneal_lr": 1.0},
+        {"normalize_returns": True},
+        {"reset_state_every_step": True},
+    ],
     ids=str,
 )
 def test_a_resumed_run_ends_with_the_same_parameters(tmp_path, changes):

@@ -17,9 +17,13 @@ import pytest
 import torch
 
 from examples import compare_states
-from metta_fastagent.train import cli, report
-from metta_fastagent.train.checkpoint import load_checkpoint
+from metta_fastagent.runtime.install import how_to_install
+from metta_fastagent.train import cli, evaluate, report, resume
+from metta_fastagent.train import run as train_run
+from metta_fastagent.train.checkpoint import load_checkpoint, save_checkpoint
 from metta_fastagent.train.config import DEFAULTS, TrainConfig
+from metta_fastagent.train.environments import make_environment
+from metta_fastagent.train.environments.memory import MemoryEnvironment
 from metta_fastagent.train.evaluate import Evaluation, mean_and_lower_bound
 from metta_fastagent.train.trainer import COLUMNS, Trainer
 
@@ -51,7 +55,8 @@ def test_a_run_leaves_its_files_and_a_summary(run, tmp_path, capsys):
     assert [int(row["update"]) for row in rows] == [1, 2, 3, 4]
     assert [int(row["steps"]) for row in rows] == [48, 96, 144, 192]
     for row in rows:
-        assert all(math.isfinite(float(value)) for name, value in row.items() if name != "mean_return" or value)
+        assert all(math.isfinite(float(value)) for name, value in row.items() if value)
+    assert [bool(row["evaluated_return"]) for row in rows] == [False, False, False, True]
     metrics = [json.loads(line) for line in (folder / "weight_metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in metrics] == [2, 4]
     assert {"policy.fc1", "policy.critic_1"} <= {layer["name"] for layer in metrics[0]["metrics"]}
@@ -60,6 +65,10 @@ def test_a_run_leaves_its_files_and_a_summary(run, tmp_path, capsys):
     for text in ("random 0.", "scripted 1.000", "learned 0.", "score", "backend", " on cpu", "environment "):
         assert text in out, text
     assert f"learning curve    {folder.relative_to(tmp_path)}/learning_curve.png" in out
+    assert re.search(r"last episodes +(no episode ended|return 0\.\d+, length \d+\.\d)\n", out)
+    assert re.search(r"last update +entropy 2\.\d+, KL 0\.\d+, policy loss -?0\.\d+, value loss 0\.\d+\n", out)
+    assert all(len(line) < 80 for line in out.splitlines() if "/" not in line or "steps/s" in line)
+    assert "stopped" not in out
     assert "resume" in out and "--resume runs/memory-seed3/checkpoint.pt --steps 384" in out
 
 
@@ -83,11 +92,23 @@ def test_a_resumed_run_continues_the_log_and_equals_the_whole_run(run, tmp_path)
     assert halves["counters"]["steps"] == 6 * UPDATE_STEPS
 
 
+def test_a_run_that_is_made_longer_does_not_raise_the_learning_rate(run, tmp_path, capsys):
+    annealed = ("--quiet", "--evaluation-interval", 0, "--lr", 0.008, "--anneal-lr", 0.5)
+    assert run(*SMALL, *annealed, "--steps", 8 * UPDATE_STEPS, "--out", "run") == 0
+    # 1 - 7/8 of all updates are left, a quarter of the last half
+    falling = [0.008] * 5 + [0.006, 0.004, 0.002]
+    assert [float(row["lr"]) for row in lines_of(tmp_path / "run" / "log.csv")] == pytest.approx(falling)
+    assert run("--quiet", "--resume", "run/checkpoint.pt", "--steps", 16 * UPDATE_STEPS) == 0
+    assert "the learning rate has fallen to 0.002 and stays there" in capsys.readouterr().err
+    rates = [float(row["lr"]) for row in lines_of(tmp_path / "run" / "log.csv")]
+    assert rates == pytest.approx(falling + [0.002] * 7 + [0.001])
+
+
 def test_a_resumed_run_on_another_backend_says_so(run, capsys, monkeypatch):
     assert run(*SMALL, "--quiet", "--steps", UPDATE_STEPS, "--out", "a") == 0
     assert run("--quiet", "--resume", "a/checkpoint.pt", "--steps", 2 * UPDATE_STEPS, "--out", "b") == 0
     assert "note:" not in capsys.readouterr().err
-    monkeypatch.setattr(cli.metta_fastagent, "backend", lambda device: "another")
+    monkeypatch.setattr(train_run.metta_fastagent, "backend", lambda device: "another")
     assert run("--quiet", "--resume", "a/checkpoint.pt", "--steps", 2 * UPDATE_STEPS, "--out", "c") == 0
     assert "this run uses another: its random numbers differ" in capsys.readouterr().err
 
@@ -102,15 +123,6 @@ def test_rows_after_the_checkpoint_are_dropped_on_resume(run, tmp_path):
     assert [int(row["update"]) for row in lines_of(tmp_path / "elsewhere" / "log.csv")] == [1, 2, 3, 4]
     kept = (tmp_path / "elsewhere" / "weight_metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["update"] for line in kept] == [1, 2, 3, 4]
-
-
-def test_a_foreign_log_beside_the_checkpoint_is_one_line(run, tmp_path, capsys, saved_run):
-    (tmp_path / "saved.pt").write_bytes(saved_run.read_bytes())
-    (tmp_path / "log.csv").write_text("date,temperature\n1,2\n")
-    assert run("--quiet", "--resume", "saved.pt", "--steps", 2 * UPDATE_STEPS) == 2
-    err = capsys.readouterr().err
-    assert "log.csv: got the columns date, temperature, expected those of this trainer" in err and err.count("\n") == 1
-    assert (tmp_path / "log.csv").read_text() == "date,temperature\n1,2\n"
 
 
 def test_resuming_without_steps_left_says_so_and_only_evaluates(run, capsys):
@@ -142,7 +154,7 @@ def test_the_resume_command_names_this_python(monkeypatch, tmp_path):
         (f"{tmp_path}/python", f"{tmp_path}/python"),
     ):
         monkeypatch.setattr(sys, "executable", python)
-        assert shlex.split(cli.resume_command(Path("a b/checkpoint.pt"))) == [named, *arguments]
+        assert shlex.split(resume.resume_command(Path("a b/checkpoint.pt"))) == [named, *arguments]
 
 
 def start_run(tmp_path, *arguments):
@@ -168,7 +180,8 @@ def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_resumes(run, tmp_
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    command = err.splitlines()[-1].partition("interrupted; resume with: ")[2]
+    announced, command = err.splitlines()[-2:]
+    assert announced.endswith("interrupted; resume with:")
     assert command == f"{sys.executable} -m metta_fastagent.train --resume 'my run/checkpoint.pt'"
     updates = load_checkpoint(tmp_path / "my run" / "checkpoint.pt")["counters"]["updates"]
     assert updates == len(lines_of(log)) >= 2
@@ -183,7 +196,7 @@ def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_resumes(run, tmp_
 
 
 def test_a_second_ctrl_c_stops_at_once(capfd):
-    with cli.deferred_interrupt() as interrupted:
+    with train_run.deferred_interrupt() as interrupted:
         assert not interrupted()
         signal.raise_signal(signal.SIGINT)
         assert interrupted()
@@ -197,7 +210,7 @@ def test_an_ignored_ctrl_c_stays_ignored():
     # as in a job that a shell has started in the background
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with cli.deferred_interrupt() as interrupted:
+        with train_run.deferred_interrupt() as interrupted:
             signal.raise_signal(signal.SIGINT)
             assert not interrupted()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -205,15 +218,15 @@ def test_an_ignored_ctrl_c_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(("function", "hint"), [("prepare", " before training"), ("report", "; resume with: ")])
-def test_ctrl_c_outside_of_training_is_one_line(run, capsys, monkeypatch, function, hint):
+@pytest.mark.parametrize(("function", "hint"), [("prepare", " before training"), ("report", "; resume with:\n")])
+def test_ctrl_c_outside_of_training_is_no_traceback(run, capsys, monkeypatch, function, hint):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, function, interrupt)
     assert run(*SMALL, "--quiet", "--steps", UPDATE_STEPS) == 130
     err = capsys.readouterr().err
-    assert f"interrupted{hint}" in err and err.count("\n") == 1
+    assert f"interrupted{hint}" in err and err.count("\n") == 1 + hint.count("\n")
 
 
 def test_a_second_run_does_not_overwrite_the_first(run, tmp_path, capsys):
@@ -237,7 +250,7 @@ def test_the_module_runs_and_is_quiet_without_a_terminal(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "48 of 48 steps" in done.stdout and "\x1b" not in done.stdout
+    assert "\n100 %, " in f"\n{done.stdout}" and "\x1b" not in done.stdout
 
 
 WRONG = [
@@ -303,27 +316,32 @@ def test_wrong_requests_are_one_line(run, tmp_path, capsys, saved_run, arguments
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("command", [cli.main, compare_states.main], ids=["train", "compare_states"])
-def test_a_missing_package_is_reported_before_training(monkeypatch, tmp_path, capsys, command):
+def test_a_comparison_without_matplotlib_says_how_to_install_it_before_training(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(Trainer, "__init__", lambda *arguments, **options: pytest.fail("started"))
-    # argparse exits, the trainer's own parser does not
-    try:
-        code = command([])
-    except SystemExit as error:
-        code = error.code
-    assert code == 2
+    with pytest.raises(SystemExit) as stopped:
+        compare_states.main([])
+    assert stopped.value.code == 2
     err = capsys.readouterr().err
-    assert "matplotlib: " in err and "pip install 'metta-fastagent[train]'" in err
+    assert "matplotlib: " in err and how_to_install("matplotlib") in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_matplotlib_has_no_curve_and_says_how_to_get_it(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(*SMALL, "--steps", UPDATE_STEPS, "--out", "run") == 0
+    out = capsys.readouterr().out
+    assert f"not drawn without matplotlib, which this installs:\n{how_to_install('matplotlib')}" in out
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run" / "learning_curve.png").exists()
 
 
 def test_a_missing_tensorboard_is_one_line(run, capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert run("--tensorboard") == 2
     err = capsys.readouterr().err
-    assert "pip install 'metta-fastagent[tensorboard]'" in err and err.count("\n") == 1
+    assert how_to_install("tensorboard") in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -345,7 +363,11 @@ def test_tensorboard_has_the_numbers_of_the_log(run, tmp_path):
 
 def test_best_is_the_checkpoint_with_the_highest_evaluated_return(run, tmp_path, monkeypatch):
     returns = iter([0.25, 0.75, 0.5, 0.75, 0.125])
-    monkeypatch.setattr(cli, "play_worlds", lambda *_, **__: {"learned": [torch.tensor([next(returns)])]})
+    monkeypatch.setattr(
+        train_run,
+        "play_worlds",
+        lambda *_, **options: {"learned": [torch.tensor([next(returns) if "worlds" in options else 0.0])]},
+    )
     arguments = (*SMALL, "--quiet", "--evaluation-interval", 2, "--out", "run")
     assert run(*arguments, "--steps", 6 * UPDATE_STEPS) == 0
     best = load_checkpoint(tmp_path / "run" / "best.pt")
@@ -354,6 +376,77 @@ def test_best_is_the_checkpoint_with_the_highest_evaluated_return(run, tmp_path,
     resumed = ("--quiet", "--resume", "run/checkpoint.pt", "--out", "more", "--steps", 10 * UPDATE_STEPS)
     assert run(*resumed) == 0
     assert load_checkpoint(tmp_path / "more" / "best.pt")["counters"]["updates"] == 8
+
+
+def returning(monkeypatch, *returns):
+    """Evaluations during training return these, one after the other."""
+    left = iter(returns)
+    monkeypatch.setattr(
+        train_run,
+        "play_worlds",
+        lambda *_, **options: {"learned": [torch.tensor([next(left) if "worlds" in options else 0.0])]},
+    )
+
+
+STOPPING = ("--quiet", "--evaluation-interval", 2, "--stop-return", 0.75, "--out", "run")
+
+
+def test_two_evaluations_in_a_row_at_the_goal_stop_the_run(run, tmp_path, monkeypatch, capsys):
+    returning(monkeypatch, 0.75, 0.5, 0.875, 0.75, 0.25)
+    assert run(*SMALL, *STOPPING, "--steps", 20 * UPDATE_STEPS) == 0
+    rows = lines_of(tmp_path / "run" / "log.csv")
+    assert [row["evaluated_return"] for row in rows] == ["", "0.75", "", "0.5", "", "0.875", "", "0.75"]
+    out, err = capsys.readouterr()
+    assert "stopped           two evaluations in a row, 0.875 and 0.750, reach --stop-return 0.75\n" in out
+    assert "--resume run/checkpoint.pt --stop-return inf\n" in out
+    assert err == ""
+    # a resumed run has nothing to do, unless it is told to go on
+    assert run("--quiet", "--resume", "run/checkpoint.pt") == 0
+    assert "nothing to train, only evaluating; to continue, pass --stop-return inf\n" in capsys.readouterr().err
+    assert run("--quiet", "--resume", "run/checkpoint.pt", "--stop-return", "inf", "--steps", 10 * UPDATE_STEPS) == 0
+    assert len(lines_of(tmp_path / "run" / "log.csv")) == 10
+    assert "stopped" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("update", [3, 4])
+def test_an_interruption_does_not_change_when_a_run_stops(run, tmp_path, monkeypatch, update):
+    returning(monkeypatch, 0.5, 0.75, 1.0)
+    train_update = Trainer.train_update
+
+    def interrupted(trainer):
+        row = train_update(trainer)
+        if trainer.updates == update:
+            signal.raise_signal(signal.SIGINT)
+        return row
+
+    monkeypatch.setattr(Trainer, "train_update", interrupted)
+    assert run(*SMALL, *STOPPING, "--steps", 20 * UPDATE_STEPS) == 130
+    monkeypatch.setattr(Trainer, "train_update", train_update)
+    assert run("--quiet", "--resume", "run/checkpoint.pt") == 0
+    assert [row["evaluated_return"] for row in lines_of(tmp_path / "run" / "log.csv")][1::2] == ["0.5", "0.75", "1"]
+
+
+def test_the_best_and_the_last_agent_are_judged_in_worlds_that_chose_neither(run, tmp_path, monkeypatch, capsys):
+    seeds, reset = [], MemoryEnvironment.reset
+    monkeypatch.setattr(MemoryEnvironment, "reset", lambda env, seed=None: seeds.append(seed) or reset(env, seed))
+    assert run(*SMALL, "--quiet", "--steps", 2 * UPDATE_STEPS, "--evaluation-interval", 1, "--out", "run") == 0
+    chosen = {seed for seed in seeds if seed is not None and seed >= evaluate.CHOICE_SEED}
+    judged = [seed for seed in seeds if seed is not None and evaluate.FIRST_SEED <= seed < evaluate.CHOICE_SEED]
+    assert len(chosen) == train_run.BEST_WORLDS and len(set(judged)) == evaluate.WORLDS
+    # a best.pt of an earlier update plays the same worlds with its own weights
+    state = load_checkpoint(tmp_path / "run" / "best.pt")
+    state["counters"] |= {"updates": 1, "best_return": 0.5}
+    state["model"] = {name: 10 * value for name, value in state["model"].items()}
+    save_checkpoint(tmp_path / "run" / "best.pt", state)
+    trainer = Trainer(TrainConfig.from_dict(state["config"]))
+    trainer.agent.policy.load_state_dict(state["model"])
+    env = make_environment(MemoryEnvironment, evaluate.ROWS, trainer.device)
+    expected = evaluate.evaluate(trainer.agent, env, trainer.config).learned
+    capsys.readouterr()
+    assert run("--quiet", "--resume", "run/checkpoint.pt") == 0
+    out = capsys.readouterr().out
+    assert f"best              mean return {sum(expected) / 16:.3f}, 0.500 when it was chosen: run/best.pt\n" in out
+    assert f"learned {sum(expected) / 16:.3f}" not in out
 
 
 def test_the_evaluation_of_a_checkpoint(run, saved_run, capsys, monkeypatch):
@@ -367,6 +460,22 @@ def test_the_evaluation_of_a_checkpoint(run, saved_run, capsys, monkeypatch):
     assert run("evaluate", "nowhere.pt") == 2
     err = capsys.readouterr().err
     assert "error: nowhere.pt: got no such file" in err and err.count("\n") == 1
+
+
+def test_an_evaluation_runs_on_the_threads_of_its_checkpoint(run, saved_run, monkeypatch):
+    threads = []
+    monkeypatch.setattr(
+        cli, "play_worlds", lambda *_, **__: threads.append(torch.get_num_threads()) or {"learned": [torch.zeros(2)]}
+    )
+    torch.set_num_threads(2)
+    assert run("evaluate", saved_run) == 0
+    assert threads == [1]
+
+
+def test_the_help_rounds_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.make_parser().parse_args(["--help"])
+    assert "(default: 0, 0.333 for memory, 1 for gym:ID)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_missing_package_is_one_line(run, capsys, monkeypatch):
@@ -386,7 +495,13 @@ def test_a_diverging_run_stops_with_one_line(run, capsys):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("env", DEFAULTS)
+def test_gymnasium_has_a_discount_of_its_own():
+    assert TrainConfig.for_environment("gym:CartPole-v1").gamma == 0.99
+    assert TrainConfig.for_environment("gym:CartPole-v1", gamma=0.5).gamma == 0.5
+    assert TrainConfig.for_environment("memory").gamma == TrainConfig().gamma == 0.95
+
+
+@pytest.mark.parametrize("env", [*DEFAULTS, "gym:CartPole-v1"])
 def test_defaults_round_trip(env):
     config = TrainConfig.for_environment(env)
     assert TrainConfig.from_dict(config.to_dict()) == config
@@ -432,16 +547,35 @@ def test_smoothing_is_a_running_mean():
     assert report.smoothed([]) == []
 
 
-@pytest.mark.parametrize("mean_return", [-1.125, math.nan])
-def test_on_a_terminal_a_line_of_80_columns_is_kept_up_to_date(monkeypatch, capsys, mean_return):
+ROW = {"mean_return": -1.125, "mean_length": 12.5, "steps_per_second": 12_345.0}
+ROW |= {"entropy": 1.5, "approx_kl": 0.0123, "policy_loss": -0.25, "value_loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "episodes", "ending"),
+    [
+        ({"mean_return": 0.125}, "return 0.125, length 12.5", ", entropy 1.500, KL 0.012"),
+        ({"mean_return": math.nan}, "no episode ended", ", entropy 1.500, KL 0.012"),
+        ({"mean_return": -123456.0}, "return -123456.000, length 12.5", ", entropy 1.500"),
+    ],
+)
+def test_progress_fits_80_columns_and_on_a_terminal_one_line(monkeypatch, capsys, changes, episodes, ending):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     progress = report.Progress(10_000_000)
     for steps in (5_000_000.0, 10_000_000.0):
-        progress.update({"steps": steps, "steps_per_second": 123_456.0, "mean_return": mean_return})
+        progress.update(ROW | {"steps": steps} | changes)
     first, second = capsys.readouterr().out.removeprefix("\r\x1b[K").split("\r\x1b[K")
-    end = "no episode ended" if math.isnan(mean_return) else "return -1.125"
-    assert first == f"5,000,000 of 10,000,000 steps, 123,456 steps/s, {end}" and len(first) <= 80
-    assert second == f"10,000,000 of 10,000,000 steps, 123,456 steps/s, {end}\n" and len(second) <= 80
+    assert first == f"50 %, {episodes}, 12,345/s, 06:45 left{ending}" and len(first) < 80
+    assert second == f"100 %, {episodes}, 12,345/s, 00:00 left{ending}\n"
+
+
+def test_a_log_gets_a_line_every_ten_seconds(monkeypatch, capsys):
+    now = iter([0.0, 1.0, 10.0, 11.0, 19.0, 20.0])
+    monkeypatch.setattr(report.time, "monotonic", lambda: next(now))
+    progress = report.Progress(600)
+    for steps in (100.0, 200.0, 300.0, 400.0, 600.0):
+        progress.update(ROW | {"steps": steps})
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["33 %", "100 %"]
 
 
 def test_no_checkpoint_after_an_action_out_of_range(run, tmp_path, monkeypatch):

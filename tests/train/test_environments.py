@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metta_fastagent.runtime.install import how_to_install
 from metta_fastagent.train.environments import Step, VectorEnvironment, make_environment
 from metta_fastagent.train.environments.memory import MemoryEnvironment
 
@@ -92,7 +94,7 @@ class TestProtocol:
         monkeypatch.setitem(sys.modules, "mettagrid", None)
         monkeypatch.setitem(sys.modules, "mettagrid.builder", None)
         monkeypatch.delitem(sys.modules, "metta_fastagent.train.environments.mettagrid", raising=False)
-        with pytest.raises(ImportError, match=r"mettagrid: .*; pip install 'metta-fastagent\[mettagrid\]'"):
+        with pytest.raises(ImportError, match=re.escape(how_to_install("mettagrid"))):
             make_environment("mettagrid", 4, torch.device("cpu"))
 
 

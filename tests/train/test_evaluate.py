@@ -55,6 +55,6 @@ def test_greedy_takes_the_likeliest_action():
         log_probs = agent(segments, action=torch.zeros(2 * ROWS, 1, 2, dtype=torch.int32))["full_log_probs"].flatten(
             0, 1
         )
-        actions = learned_policy(agent, greedy=True)(trainer.observations, starts, cut)
+        actions = learned_policy(agent, trainer.env, greedy=True)(trainer.observations, starts, cut)
     index = agent._convert_action_to_logit_index(actions)
     assert torch.equal(log_probs.gather(1, index.long().view(-1, 1)).squeeze(1), log_probs.max(1).values)

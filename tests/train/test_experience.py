@@ -57,7 +57,8 @@ def test_the_initial_state_is_copied():
     wanted = h.clone(), c.clone()
     experience.store_initial_state((h, c))
     # the agent updates its memory in place
-    h.zero_(), c.zero_()
+    h.zero_()
+    c.zero_()
     assert torch.equal(experience.lstm_h, wanted[0].transpose(0, 1))
     assert torch.equal(experience.lstm_c, wanted[1].transpose(0, 1))
 

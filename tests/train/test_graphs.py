@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from metta_fastagent.train import graphs, ranks
 from metta_fastagent.train.checkpoint import save_checkpoint
-from metta_fastagent.train.cli import resumed_config
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.environments.memory import MemoryEnvironment
 from metta_fastagent.train.evaluate import load_agent
 from metta_fastagent.train.graphs import WARM_UPS, Captured
+from metta_fastagent.train.run import resumed_config
 from metta_fastagent.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from metta_fastagent.train.environments import Environment, Step, VectorEnvironment
 
-pytest.importorskip("mettagrid", reason="the simulator is an extra: pip install metta-fastagent[mettagrid]")
+pytest.importorskip("mettagrid", reason="the simulator is an extra")
 
 from metta_fastagent.train.environments.mettagrid import MettagridEnvironment
 
@@ -228,3 +231,9 @@ class TestErrors:
         with pytest.raises(RuntimeError, match="closed"):
             env.step(torch.zeros(4, 2, dtype=torch.int32))
         env.close()
+
+
+def test_the_root_logger_is_left_alone():
+    code = "import logging as l, metta_fastagent.train.environments.mettagrid; print(l.root.level, l.root.handlers)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout == "30 []\n"

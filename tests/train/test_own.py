@@ -1,7 +1,12 @@
 """Environments and agents of one's own: the protocol's defaults, resume, and one line for each mistake."""
 
+import json
+import math
+import re
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +15,7 @@ from metta_fastagent import LSTMWrapper
 from metta_fastagent.agents.vector import VectorAgent
 from metta_fastagent.train import TrainConfig, cli, load_agent, train
 from metta_fastagent.train.checkpoint import load_checkpoint
-from metta_fastagent.train.environments import Environment, make_environment
+from metta_fastagent.train.environments import Environment, ProtocolError, make_environment
 from metta_fastagent.train.trainer import Trainer
 
 SIZES = {"num_envs": 8, "segment_length": 4, "minibatches": 2}
@@ -67,7 +72,9 @@ def config(**changes):
 def test_an_own_environment_and_agent_train_and_act(tmp_path, capsys):
     run = train(config(), make_env=Cue, make_agent=Agent, out=tmp_path / "run")
     assert type(run.agent) is Agent and run.evaluation.scripted is None
-    assert f"best              {tmp_path}/run/best.pt, evaluated return 0." in capsys.readouterr().out
+    assert re.search(
+        rf"best +mean return 0.*, 0.* when it was chosen: {tmp_path}/run/best.pt\n", capsys.readouterr().out
+    )
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert state["config"]["env"].endswith("test_own:Cue") and state["config"]["agent"].endswith("test_own:Agent")
     agent, env, _ = load_agent(tmp_path / "run" / "checkpoint.pt", 2, make_env=Cue, make_agent=Agent)
@@ -85,6 +92,15 @@ def test_names_are_imported_from_the_command_line(tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     assert cli.main(["evaluate", str(tmp_path / "run" / "best.pt")]) == 0
     assert capsys.readouterr().out.endswith(" 512 episodes\n")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_python_prints_progress_unless_it_is_quiet(tmp_path, capsys, quiet):
+    run = train(config(steps=32), make_env=Cue, make_agent=Agent, out=tmp_path, **({"quiet": True} if quiet else {}))
+    assert capsys.readouterr().out.startswith("100 %, ") != quiet
+    (row,) = run.log.rows
+    # a segment of four steps ends one episode of three in each row
+    assert (row["episodes"], row["mean_length"]) == (8, 3.0)
 
 
 def test_what_is_left_out_has_defaults():
@@ -135,6 +151,18 @@ def test_observations_keep_their_dtype_and_shape():
     trainer.train_update()
     assert trainer.experience.observations.dtype == torch.int16
     assert trainer.experience.observations.shape == (8, 4, 2, 2, 3)
+
+
+@pytest.mark.parametrize("value", [np.zeros(2), np.float64(1), {1, 2}], ids=["array", "number", "set"])
+def test_a_state_that_no_checkpoint_can_hold_is_refused_before_training(value):
+    class Other(SavedCue):
+        def state_dict(self):
+            return {"rows": [super().state_dict(), {"kept": value}]}
+
+    with pytest.raises(
+        ProtocolError, match=r"state_dict\(\)\['rows'\]\[1\]\['kept'\]: got .*, expected tensors and plain"
+    ):
+        make_environment(Other, 2, CPU)
 
 
 class NoReset:
@@ -246,6 +274,10 @@ WRONG_AGENTS = {
         "agent: Wide failed on a float32 tensor of shape [8, 1, 4] on cpu with an action (logits_list: got a "
         "float32 tensor of shape [8, 7] on cpu, expected 3 columns",
     ),
+    "frozen": (
+        lambda env: VectorAgent(env).requires_grad_(False),
+        "agent: got VectorAgent without a parameter to train, expected at least one",
+    ),
     "other input": (
         OtherInput,
         "agent: OtherInput failed on a float32 tensor of shape [8, 1, 4] on cpu with an action",
@@ -260,7 +292,40 @@ def test_a_wrong_agent_is_one_line(agent, message, monkeypatch, tmp_path, capsys
     sys.modules["mine"].Cue, sys.modules["mine"].agent = Cue, agent
     assert cli.main(["--env", "mine:Cue", "--agent", "mine:agent", "--num-envs", "8", "--quiet"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"python -m metta_fastagent.train: error: {message}") and err.count("\n") == 1, err
+    line, *places = err.splitlines()
+    assert line.startswith(f"python -m metta_fastagent.train: error: {message}"), err
+    assert all(place.startswith("  ") and __file__ in place for place in places) and len(places) <= 1
+
+
+class Broken(VectorAgent):
+    """Fails at `where`, inside the standard library or a library's error handling."""
+
+    where = ""
+
+    def __init__(self, env, **kwargs):
+        super().__init__(env, **kwargs)
+        if self.where == "construction":
+            json.loads("{")
+
+    def forward(self, td, state=None, action=None):
+        if self.where == "forward":
+            td["nothing"]
+        return super().forward(td, state, action)
+
+
+@pytest.mark.parametrize(("where", "kind"), {"construction": "JSONDecodeError", "forward": "KeyError"}.items())
+def test_an_error_of_the_users_code_keeps_its_place(where, kind, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
+    monkeypatch.setattr(Broken, "where", where)
+    assert cli.main(["--env", "mine:Cue", "--agent", "mine:Broken", "--num-envs", "8", "--quiet"]) == 2
+    line, place = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m metta_fastagent.train: error: ")
+    function = "__init__" if where == "construction" else "forward"
+    file, _, rest = place.removeprefix(f"  {kind} at ").rpartition(":")
+    assert file == __file__ and rest.endswith(f", in {function}")
+    source = Path(__file__).read_text().splitlines()[int(rest.partition(",")[0]) - 1]
+    assert ("json.loads" if where == "construction" else 'td["nothing"]') in source
 
 
 @pytest.mark.parametrize(
@@ -294,3 +359,28 @@ def test_ablations_work_and_are_not_in_the_help():
     text = cli.make_parser().format_help()
     assert "--segment-length" in text and "--zero-segment-state" not in text and "every-step" not in text
     assert cli.make_parser().parse_args(["--zero-segment-state"]).zero_segment_state
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32])
+@pytest.mark.parametrize("shape", [(4,), (5, 6), (3, 5, 6)])
+@pytest.mark.parametrize("own", [True, False])
+def test_an_encoder_gets_observations_of_their_shape_and_images_from_0_to_1(dtype, shape, own):
+    seen = []
+
+    class Image(Cue):
+        def observe(self):
+            return torch.full((self.rows, *shape), 204).to(dtype)
+
+    class Watched(VectorAgent):
+        def __init__(self, env, **kwargs):
+            super().__init__(env, nn.Sequential(nn.Flatten(), nn.LazyLinear(16)) if own else None, 16, **kwargs)
+            self.policy.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+
+    trainer = Trainer(config(), Image, Watched)
+    trainer.train_update()
+    rows = {len(observations) for observations in seen}
+    assert rows == {8, 4 * 4}
+    assert {tuple(observations.shape[1:]) for observations in seen} == {shape if own else (math.prod(shape),)}
+    scaled = dtype == torch.uint8 and len(shape) > 1
+    # the check of a new agent shows it zeros
+    assert all(torch.equal(each, torch.full_like(each, 0.8 if scaled else 204)) for each in seen[1:])

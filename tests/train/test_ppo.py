@@ -1,73 +1,15 @@
-"""Advantages against their definition and literal numbers, the loss against fp64 autograd."""
+"""The loss against fp64 autograd, normalised advantages, and what an update averages."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from metta_fastagent import ops
 from metta_fastagent.train import ppo
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.trainer import Trainer
-
-
-def slow_advantages(rewards, values, ends, next_value, bootstrap_values, gamma, lam):
-    """One sum per row and time, straight from the definition: sum over k of (gamma lam)^k delta[t + k]."""
-    rows, length = rewards.shape
-    result = torch.zeros(rows, length, dtype=torch.float64)
-    for b in range(rows):
-        for t in range(length):
-            total, weight = 0.0, 1.0
-            for k in range(t, length):
-                if ends[b, k]:
-                    following = bootstrap_values[b, k].item()
-                elif k + 1 < length:
-                    following = values[b, k + 1].item()
-                else:
-                    following = next_value[b].item()
-                total += weight * (rewards[b, k].item() + gamma * following - values[b, k].item())
-                if ends[b, k]:
-                    break
-                weight *= gamma * lam
-            result[b, t] = total
-    return result
-
-
-@pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.7)])
-def test_advantages_equal_the_definition(gamma, lam):
-    generator = torch.Generator().manual_seed(3)
-    rewards, values, bootstrap_values = (torch.randn(5, 17, generator=generator, dtype=torch.float64) for _ in range(3))
-    ends = torch.rand(5, 17, generator=generator) < 0.2
-    ends[0, -1], ends[1, -1] = True, False
-    next_value = torch.randn(5, generator=generator, dtype=torch.float64)
-    arguments = (rewards, values, ends, next_value, bootstrap_values, gamma, lam)
-    torch.testing.assert_close(ppo.generalized_advantages(*arguments), slow_advantages(*arguments), rtol=0, atol=1e-12)
-
-
-def test_advantages_literal_numbers():
-    # gamma = lam = 1/2. From the back: 4 + 8/2 - 2 = 6; the episode ends here: 2 - 4 = -2; 1 + 4/2 - 2 + (-2)/4 = 0.5
-    advantages = ppo.generalized_advantages(
-        rewards=torch.tensor([[1.0, 2.0, 4.0]]),
-        values=torch.tensor([[2.0, 4.0, 2.0]]),
-        ends=torch.tensor([[False, True, False]]),
-        next_value=torch.tensor([8.0]),
-        bootstrap_values=torch.zeros(1, 3),
-        gamma=0.5,
-        lam=0.5,
-    )
-    assert advantages.tolist() == [[0.5, -2.0, 6.0]]
-
-
-def test_a_truncated_step_bootstraps_and_a_terminated_one_does_not():
-    advantages = ppo.generalized_advantages(
-        rewards=torch.ones(2, 1),
-        values=torch.zeros(2, 1),
-        ends=torch.ones(2, 1, dtype=torch.bool),
-        next_value=torch.full((2,), 100.0),
-        bootstrap_values=torch.tensor([[0.0], [10.0]]),
-        gamma=0.5,
-        lam=0.9,
-    )
-    assert advantages.tolist() == [[1.0], [6.0]]
 
 
 def minibatch(seed: int = 0):
@@ -101,6 +43,20 @@ def textbook_loss(
     return -sum(surrogates) / len(surrogates) + vf_coef * value_loss - ent_coef * entropy.mean()
 
 
+class Loss(NamedTuple):
+    total: torch.Tensor
+    policy_loss: torch.Tensor
+    value_loss: torch.Tensor
+    entropy: torch.Tensor
+    approx_kl: torch.Tensor
+    clip_fraction: torch.Tensor
+
+
+def loss_of(**arguments):
+    total, statistics = ops.ppo_loss_of_log_prob(**arguments)
+    return Loss(total, *statistics)
+
+
 COEFFICIENTS = {"clip_coef": 0.2, "vf_clip_coef": 0.0, "vf_coef": 0.7, "ent_coef": 0.03}
 
 
@@ -112,7 +68,7 @@ def test_loss_and_gradients_equal_the_textbook(vf_clip_coef):
         for name in names:
             tensors[name].requires_grad_()
     coefficients = COEFFICIENTS | {"vf_clip_coef": vf_clip_coef}
-    loss = ppo.ppo_loss(**ours, **coefficients)
+    loss = loss_of(**ours, **coefficients)
     expected = textbook_loss(**theirs, **coefficients)
     torch.testing.assert_close(loss.total, expected, rtol=1e-12, atol=1e-12)
     gradients = torch.autograd.grad(loss.total, [ours[name] for name in names])
@@ -128,7 +84,7 @@ def test_the_value_clip_changes_some_samples():
     tensors = {name: torch.zeros(1, 3) for name in ("log_prob", "entropy", "old_log_prob", "old_value", "advantages")}
     tensors |= {"value": torch.tensor([[1.0, 1.0, 0.1]]), "returns": torch.tensor([[2.0, -2.0, 0.0]])}
     tensors["value"].requires_grad_()
-    loss = ppo.ppo_loss(**tensors, **COEFFICIENTS | {"vf_clip_coef": 0.2, "vf_coef": 1.0})
+    loss = loss_of(**tensors, **COEFFICIENTS | {"vf_clip_coef": 0.2, "vf_coef": 1.0})
     assert loss.value_loss.item() == pytest.approx((1.8**2 + 3.0**2 + 0.1**2) / 3 / 2)
     (gradient,) = torch.autograd.grad(loss.total, tensors["value"])
     assert gradient.tolist() == [[0.0, pytest.approx(1.0), pytest.approx(0.1 / 3)]]
@@ -136,7 +92,7 @@ def test_the_value_clip_changes_some_samples():
 
 def test_statistics_of_the_loss():
     tensors = minibatch(1)
-    loss = ppo.ppo_loss(**tensors, **COEFFICIENTS)
+    loss = loss_of(**tensors, **COEFFICIENTS)
     ratio = (tensors["log_prob"] - tensors["old_log_prob"]).exp()
     assert loss.approx_kl.item() == pytest.approx((ratio - 1 - ratio.log()).mean().item(), rel=1e-12)
     assert loss.approx_kl.item() >= 0
@@ -159,6 +115,19 @@ def test_equal_advantages_are_zero_and_not_nan():
     assert ppo.normalized(torch.full((2, 6, 9), 3.0)).abs().max().item() == 0
 
 
+def test_a_floor_keeps_small_advantages_small():
+    # deviations 0.5 and 2, of which only the smaller one is below the floor of 1
+    advantages = torch.tensor([[[0.0, 1.0, 0.0, 1.0]], [[0.0, 4.0, 0.0, 4.0]]])
+    expected = [[[-0.5, 0.5, -0.5, 0.5]], [[-1.0, 1.0, -1.0, 1.0]]]
+    torch.testing.assert_close(ppo.normalized(advantages, floor=1.0), torch.tensor(expected))
+
+
+def test_the_floor_reaches_the_update():
+    (plain, _), (same, _), (small, _) = (update_of(advantage_floor=floor) for floor in (0.0, 1e-9, 1e9))
+    name = next(iter(plain))
+    assert torch.equal(plain[name], same[name]) and not torch.equal(plain[name], small[name])
+
+
 def test_target_kl_ends_the_passes():
     def epochs(target_kl: float) -> float:
         config = TrainConfig.for_environment("memory", num_envs=8, segment_length=6, epochs=5, target_kl=target_kl)
@@ -168,12 +137,17 @@ def test_target_kl_ends_the_passes():
     assert epochs(1e-12) == 1
 
 
-def update_of(**changes) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Parameters and statistics after one update in float64, from the same rollout with the same shuffles."""
+def update_of(own_head=False, **changes) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Parameters and statistics after one update in float64, from the same rollout with the same shuffles.
+
+    With `own_head` the agent evaluates the actions itself: it has a temperature, of 1.
+    """
     config = TrainConfig.for_environment("memory", num_envs=16, segment_length=6, minibatches=2, **changes)
     trainer = Trainer(config)
     trainer.collect()
     trainer.agent.double()
+    if own_head:
+        trainer.agent.policy.temperature = torch.tensor(1.0, dtype=torch.float64)
     advantages = trainer.advantages().double()
     torch.manual_seed(7)
     arguments = (advantages, advantages + trainer.experience.values, config, trainer.timer)
@@ -188,6 +162,20 @@ def test_micro_batches_add_up_to_the_minibatch(accumulate):
     for name, parameter in parts.items():
         torch.testing.assert_close(parameter, whole[name], rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
     torch.testing.assert_close(statistics, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"vf_clip_coef": 0.05, "clip_coef": 0.01, "ent_coef": 0.1}], ids=["", "clips"])
+def test_the_loss_of_logits_and_that_of_log_probabilities_train_alike(options, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        ppo.ops, "ppo_loss", lambda *args, loss=ppo.ops.ppo_loss, **kw: calls.append(1) or loss(*args, **kw)
+    )
+    (fused, expected), fused_calls = update_of(**options), len(calls)
+    own, statistics = update_of(own_head=True, **options)
+    assert fused_calls > 0 and len(calls) == fused_calls
+    for name, parameter in own.items():
+        torch.testing.assert_close(parameter, fused[name], rtol=0, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(statistics, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_explained_variance():

@@ -120,8 +120,8 @@ def test_steps_and_statistics_are_those_of_all_ranks(two_ranks):
     assert own["last_update"] == other["last_update"] == 6
     assert rows[1]["episodes"] == own["episodes"] + other["episodes"]
     for row, same in zip(rows, other_rows, strict=True):
-        # times are each rank's own
-        names = [name for name in row if "second" not in name]
+        # times are each rank's own, and no update has an evaluation
+        names = [name for name in row if "second" not in name and name != "evaluated_return"]
         assert [row[name] for name in names] == [same[name] for name in names]
 
 
@@ -141,10 +141,23 @@ def test_parameters_that_differ_are_reported_with_the_rank(two_ranks):
     assert two_ranks(rank_jobs.different_parameters, config(check_ranks=3)) == ["no error", "no error"]
 
 
-def test_all_ranks_diverge_together(two_ranks):
+def test_all_ranks_stop_at_a_bad_reward_of_one(two_ranks):
     first, second = two_ranks(rank_jobs.diverging, config())
+    assert first == f"rank 1: {second}"
+    assert second.startswith("step: rewards: got nan in row 0, step 1 of ")
+
+
+@pytest.mark.parametrize("options", [{}, {"l2_init_coef": 0.1, "accumulate": 2}])
+def test_parameters_that_a_rank_does_not_use_do_not_stop_the_others(two_ranks, options):
+    first, second = two_ranks(rank_jobs.with_unused_parameters, config(**options))
     assert first == second
-    assert first.startswith("update 2: logits[0]: holds NaN")
+    assert "sometimes.weight" in first and "never.weight" not in first and "policy.actor.weight" in first
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rank_may_be_the_only_one_with_steps_that_are_not_valid(two_ranks, first):
+    hashes = two_ranks(rank_jobs.valid_on_one_rank, config(), first)
+    assert hashes[0] == hashes[1]
 
 
 def test_the_hash_sees_a_single_bit_and_a_name():
@@ -248,7 +261,7 @@ def test_the_command_of_torchrun(tmp_path):
     assert done.returncode == 0, done.stderr
     with open(tmp_path / "run" / "log.csv", newline="") as file:
         assert [row["steps"] for row in csv.DictReader(file)] == ["96", "192"]
-    assert done.stdout.count("mean return") == done.stdout.count("192 of 192 steps") == 1
+    assert done.stdout.count("\nscore ") == done.stdout.count("00:00 left") == 1
     assert (
         "-m torch.distributed.run --nproc-per-node=2 -m metta_fastagent.train --resume run/checkpoint.pt --steps 384"
         in done.stdout
@@ -257,6 +270,25 @@ def test_the_command_of_torchrun(tmp_path):
     # one process does not resume it
     with pytest.raises(ValueError, match="got 2 ranks, expected 1"):
         rank_jobs.train("--resume", str(tmp_path / "run" / "checkpoint.pt"))
+
+
+THREADS = """
+import os, sys
+from metta_fastagent.train import cli
+status = cli.main(sys.argv[1:])
+names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+print("threads", status, [name for name in names if "gloo" in name])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_no_thread_of_the_ranks_outlives_the_command(tmp_path):
+    (tmp_path / "threads.py").write_text(THREADS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "threads.py"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command += [*SMALL, "--steps", str(STEPS), "--out", "run", "--quiet"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("threads 0 []") == 2, done.stdout + done.stderr
 
 
 # Killed runs
@@ -281,7 +313,7 @@ def assert_same_end(ours: Path, theirs: Path) -> None:
     """Two checkpoints have the same state, apart from times and options that a resumed run may change."""
     first, second = load_checkpoint(ours), load_checkpoint(theirs)
     assert first["counters"]["updates"] == second["counters"]["updates"]
-    for name in ("model", "optimizer", "initial_weights", "feature_mapping", "ranks"):
+    for name in ("model", "optimizer", "return_moments", "initial_weights", "feature_mapping", "ranks"):
         assert_same(first[name], second[name], name)
 
 

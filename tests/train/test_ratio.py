@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from references import ARITHMETIC, arithmetic
 
-from metta_fastagent import _native, _triton, use_backend
+from metta_fastagent import backend, use_backend
+from metta_fastagent.ops.lstm import kernels as lstm_kernels
+from metta_fastagent.runtime import native as _native
+from metta_fastagent.runtime import triton as _triton
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.trainer import Trainer
 
@@ -20,13 +24,44 @@ RUNS = [
 ]
 
 
+# By the number of multiprocessors, the LSTM kernel takes a batch in blocks of 16 rows or of 32, whose steps multiply as
+# those of segments do; in blocks of 16 they multiply otherwise.
+@pytest.fixture(params=[1, 132], ids="{} multiprocessors".format)
+def multiprocessors(request, monkeypatch):
+    monkeypatch.setattr(lstm_kernels, "_multiprocessors", lambda device: request.param)
+    return request.param
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Rows of a block and steps, of each launch of the LSTM kernel on the whole batch."""
+    found, launch_with = [], lstm_kernels.launch_with
+
+    def record(constants, kernel, programs, tensors, numbers):
+        steps, rows, _ = numbers
+        if rows == 32:
+            found.append((constants.values["BLOCK_B"], steps))
+        launch_with(constants, kernel, programs, tensors, numbers)
+
+    monkeypatch.setattr(lstm_kernels, "launch_with", record)
+    return found
+
+
+@pytest.fixture(params=ARITHMETIC[:3])
+def instructions(request):
+    with arithmetic(request.param):
+        yield
+
+
 @pytest.fixture(params=RUNS)
-def trainer(request, monkeypatch):
+def trainer(request, multiprocessors, monkeypatch):
     """A trainer after its second rollout, whose segments start in the middle of episodes, some of which end."""
-    backend, device = request.param
+    name, device = request.param
+    if name != "triton" and multiprocessors > 1:
+        pytest.skip("only the kernels depend on the number of multiprocessors")
     # By a batch's size cuDNN may take a convolution that rounds to TF32, or one that does not.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    with use_backend(backend):
+    with use_backend(name):
         torch.manual_seed(0)
         config = TrainConfig.for_environment("memory", device=device, num_envs=32, segment_length=12, minibatches=1)
         trainer = Trainer(config)
@@ -49,8 +84,10 @@ def ratios(trainer, *dropped):
     return (out["act_log_prob"].detach() - trainer.experience.log_probs).exp()
 
 
-def test_ratio_is_one_before_the_first_update(trainer):
+def test_ratio_is_one_before_the_first_update(instructions, blocks, trainer, multiprocessors):
     assert (ratios(trainer) - 1).abs().max().item() <= 1e-5
+    rows = 32 if multiprocessors == 1 else 16
+    assert set(blocks) == ({(rows, 1), (rows, 12)} if backend(trainer.device) == "triton" else set())
 
 
 @pytest.mark.parametrize("dropped", [("lstm_h", "lstm_c"), ("dones", "truncateds")], ids=["zero state", "no resets"])

@@ -130,7 +130,7 @@ def test_no_truncation_costs_no_evaluation(monkeypatch):
     made.collect()
     step = next(step for step in recorder.steps if not step.truncations.any())
     monkeypatch.setattr(made, "_value", lambda *arguments: pytest.fail("evaluated"))
-    assert not made._bootstrap_values(step).any()
+    assert made._bootstrap_values(step) is None
     made.config = TrainConfig.for_environment("memory", **SMALL, bootstrap_truncations=False)
     cut = next(step for step in recorder.steps if step.truncations.any())
-    assert not made._bootstrap_values(cut).any()
+    assert made._bootstrap_values(cut) is None

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from metta_fastagent.environment import Environment, ProtocolError, Step, VectorEnvironment
-from metta_fastagent.ops._checks import describe, require_integer
+from metta_fastagent.runtime.checks import describe, require_integer
 
 __all__ = ["Environment", "ProtocolError", "Step", "VectorEnvironment", "environment_maker", "make_environment"]
 
 # The largest seed that every torch.Generator accepts.
 MAX_SEED = 2**63 - 1
+BUILT_IN = {"memory": "memory:MemoryEnvironment", "mettagrid": "mettagrid:MettagridEnvironment"}
 
 
 def import_object(option: str, path: str) -> Any:
@@ -37,17 +42,11 @@ def import_object(option: str, path: str) -> Any:
 def environment_maker(name: str) -> Callable[..., Any]:
     """The function `make_env(num_envs, device)` that `TrainConfig.env` names. Raises ValueError or ImportError."""
     # Imported here because these modules import this one.
-    if name == "memory":
-        from metta_fastagent.train.environments.memory import MemoryEnvironment as make_env
-    elif name == "mettagrid":
-        from metta_fastagent.train.environments.mettagrid import MettagridEnvironment as make_env
-    elif name.startswith("gym:"):
-        from metta_fastagent.train.environments.gym import maker
-
-        make_env = maker(name.removeprefix("gym:"))
-    else:
-        make_env = import_object("env", name)
-    return make_env
+    if name in BUILT_IN:
+        return pkgutil.resolve_name(f"{__name__}.{BUILT_IN[name]}")
+    if name.startswith("gym:"):
+        return partial(pkgutil.resolve_name(f"{__name__}.gym:make_registered"), name.removeprefix("gym:"))
+    return import_object("env", name)
 
 
 def make_environment(
@@ -59,13 +58,24 @@ def make_environment(
     """
     if isinstance(make_env, str):
         make_env = environment_maker(make_env)
-    source = make_env(num_envs, device)
-    gymnasium = sys.modules.get("gymnasium")
-    if gymnasium is not None and isinstance(source, gymnasium.vector.VectorEnv):
-        from metta_fastagent.train.environments.gym import GymnasiumEnvironment
+    with _workers_without_ctrl_c():
+        source = make_env(num_envs, device)
+        gymnasium = sys.modules.get("gymnasium")
+        if gymnasium is not None and isinstance(source, gymnasium.vector.VectorEnv):
+            from metta_fastagent.train.environments.gym import GymnasiumEnvironment
 
-        source = GymnasiumEnvironment(source, device)
-    return Environment(source, num_envs, device, seed)
+            source = GymnasiumEnvironment(source, device)
+        return Environment(source, num_envs, device, seed)
+
+
+@contextmanager
+def _workers_without_ctrl_c() -> Iterator[None]:
+    """Processes started here never get Ctrl-C, which reaches the whole group: the trainer stops them itself."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:

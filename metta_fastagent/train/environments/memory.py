@@ -44,6 +44,8 @@ EMPTY_TOKEN = (255, 255, 255)
 # Nine cells: Fast's first convolution has only nine positions, one of which would see a cue on the middle cell alone.
 CUE_PLACES = tuple(((CENTRE + x) << 4) + CENTRE + y for y in (-1, 0, 1) for x in (-1, 0, 1))
 
+# the state of a row
+ROW_STATE = ("agent", "board", "cue", "time")
 # A press works from this many cells away, diagonals included.
 REACH = 1
 
@@ -63,8 +65,7 @@ class MemoryEnvironment:
     """
 
     name = "memory"
-    obs_width = WINDOW
-    obs_height = WINDOW
+    obs_width = obs_height = WINDOW
 
     def __init__(
         self,
@@ -81,7 +82,6 @@ class MemoryEnvironment:
         self.delay = check_int("delay", delay, 1)
         # The longest walk crosses the room along both axes to within reach of the board; one more step presses.
         self.time_limit = check_int("time_limit", time_limit, delay + 2 * (room_size - 1 - REACH) + 1)
-        seed = check_seed(seed)
         self.device = require_device("device", device)
 
         self.action_names = ["noop", "move", "press"]
@@ -97,8 +97,7 @@ class MemoryEnvironment:
         self._next_cell = _next_cell_table(room_size).to(self.device)
 
         self._generator = torch.Generator(self.device)
-        self._generator.manual_seed(seed)
-        self._agent, self._board, self._cue, self._time = self._first_states()
+        self.reset(seed)
 
     def reset(self, seed: int | None = None) -> Tensor:
         """Start a new episode in every row; returns uint8 `[num_envs, M, 3]`. None continues the random stream."""
@@ -148,21 +147,14 @@ class MemoryEnvironment:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the rows (int64 `[num_envs]` each) and of the generator, and the environment's options."""
-        return {
-            "options": self._options(),
-            "agent": self._agent.clone(),
-            "board": self._board.clone(),
-            "cue": self._cue.clone(),
-            "time": self._time.clone(),
-            "generator": self._generator.get_state(),
-        }
+        rows = {name: getattr(self, f"_{name}").clone() for name in ROW_STATE}
+        return {"options": self._options(), **rows, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of an environment with the same options on the same kind of device."""
         if state["options"] != self._options():
             raise ValueError(f"state['options']: got {state['options']}, expected {self._options()}")
-        rows = (state[name].to(self.device, copy=True) for name in ("agent", "board", "cue", "time"))
-        self._agent, self._board, self._cue, self._time = rows
+        self._agent, self._board, self._cue, self._time = (state[name].to(self.device, copy=True) for name in ROW_STATE)
         self._generator.set_state(state["generator"].cpu())
 
     def _options(self) -> dict[str, Any]:
@@ -195,15 +187,9 @@ def _reach_table(room_size: int) -> Tensor:
 
 def _next_cell_table(room_size: int) -> Tensor:
     """int64 `[cells, directions + 1]`: the cell after a move; walls block it, the last column stays in place."""
-    table = [
-        [
-            min(max(y + dy, 0), room_size - 1) * room_size + min(max(x + dx, 0), room_size - 1)
-            for dx, dy in (*DIRECTIONS, (0, 0))
-        ]
-        for y in range(room_size)
-        for x in range(room_size)
-    ]
-    return torch.tensor(table)
+    cells, last = torch.arange(room_size * room_size).unsqueeze(1), room_size - 1
+    dx, dy = torch.tensor((*DIRECTIONS, (0, 0))).unbind(1)
+    return (cells // room_size + dy).clamp(0, last) * room_size + (cells % room_size + dx).clamp(0, last)
 
 
 def _observation_table(room_size: int) -> Tensor:
@@ -214,6 +200,7 @@ def _observation_table(room_size: int) -> Tensor:
     cells = [(x, y) for y in range(room_size) for x in range(room_size)]
     around = range(-1, room_size + 1)
     walls = [(x, y) for y in around for x in around if (x, y) not in cells]
+    cues = [[(place, FIRST_CUE + cue, SIGNAL_VALUE) for place in CUE_PLACES] for cue in range(NUM_CUES)]
     table = []
     for agent_x, agent_y in cells:
         # Cell (x, y) is at (x - agent_x + CENTRE, y - agent_y + CENTRE) in the window.
@@ -221,8 +208,5 @@ def _observation_table(room_size: int) -> Tensor:
         wall_tokens = [(origin + (x << 4) + y, WALL, WALL_VALUE) for x, y in walls]
         for board_x, board_y in cells:
             board_token = (origin + (board_x << 4) + board_y, BOARD, SIGNAL_VALUE)
-            for cue in range(NUM_CUES):
-                cue_tokens = [(place, FIRST_CUE + cue, SIGNAL_VALUE) for place in CUE_PLACES]
-                table.append([*wall_tokens, board_token, *cue_tokens])
-            table.append([*wall_tokens, board_token, *[EMPTY_TOKEN] * len(CUE_PLACES)])
+            table += [[*wall_tokens, board_token, *cue] for cue in (*cues, [EMPTY_TOKEN] * len(CUE_PLACES))]
     return torch.tensor(table, dtype=torch.uint8)

@@ -7,15 +7,6 @@ return is the number of mines that one agent collects in `max_steps` steps. In t
 inventory reward: a mine holds 255 ore, so that its token has the maximum value, and each ore is worth 1/255. Agents
 compete for the same mines. The time limit truncates every episode: there are no terminals.
 
-Actions and the simulator's names for them:
-
-    (type, parameter)   simulator
-    (0, 0)              noop
-    (1, 0)              move_north
-    (1, 1)              move_south
-    (1, 2)              move_west
-    (1, 3)              move_east
-
 Observations are the simulator's bytes, unchanged. The coordinate byte has the row in the high four bits and the column
 in the low four, so the protocol's x is the row; 254 marks tokens without a position. The view is a disc: the corners of
 the window are always empty. Features, their ids and normalizations are the simulator's.
@@ -23,15 +14,19 @@ the window are always empty. Features, their ids and normalizations are the simu
 
 from __future__ import annotations
 
+import logging
 import random
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metta_fastagent.runtime.install import missing
 from metta_fastagent.train.config import require_device
 from metta_fastagent.train.environments import Step, check_int, check_seed
+from metta_fastagent.train.environments.memory import CENTRE, EAST, MOVE, NOOP, NORTH, SOUTH, WEST, WINDOW
 
+_level, _handlers = logging.root.level, logging.root.handlers[:]
 try:
     from mettagrid.builder import building
     from mettagrid.config import handler_config, mettagrid_config, reward_config
@@ -39,10 +34,12 @@ try:
     from mettagrid.simulator import Simulation
     from mettagrid.simulator.simulator import Buffers
 except ImportError as error:
-    raise ImportError(f"mettagrid: {error}; pip install 'metta-fastagent[mettagrid]'") from None
+    raise missing("mettagrid", error) from None
+finally:
+    # mettagrid's import makes the root logger print all that is of level INFO.
+    logging.root.setLevel(_level)
+    logging.root.handlers[:] = _handlers
 
-WINDOW = 11
-CENTRE = WINDOW // 2
 # Well above two tokens per mine and wall in view; beyond the limit the simulator drops the farthest tokens.
 DEFAULT_NUM_TOKENS = 128
 # The maximum value of an inventory token.
@@ -50,9 +47,8 @@ ORE_PER_MINE = 255
 NO_PLACE = 254
 
 ACTION_NAMES: tuple[str, ...] = ("noop", "move")
+# the simulator's names, by type and parameter
 SIMULATOR_ACTIONS = (("noop",), ("move_north", "move_south", "move_west", "move_east"))
-NOOP, MOVE = 0, 1
-NORTH, SOUTH, WEST, EAST = 0, 1, 2, 3
 
 # Simulators take seeds as C++ ints, maps as numpy ints; 31 bits fit both.
 SEED_BITS = 31
@@ -70,12 +66,10 @@ class MettagridEnvironment:
         num_mines: mines per map at the start of an episode.
         max_steps: steps per episode.
         num_tokens: M, tokens per observation.
-
     """
 
     name = "mettagrid"
-    obs_width = WINDOW
-    obs_height = WINDOW
+    obs_width = obs_height = WINDOW
 
     def __init__(
         self,
@@ -115,8 +109,8 @@ class MettagridEnvironment:
         self._terminals = torch.zeros(num_envs, dtype=torch.bool)
         self._truncations = torch.zeros(num_envs, dtype=torch.bool)
         self._simulator_actions = torch.zeros(num_envs, dtype=torch.int32)
-        self._rows = [slice(first, first + num_agents) for first in range(0, num_envs, num_agents)]
-        self._buffers = [self._buffers_of(rows) for rows in self._rows]
+        firsts = range(0, num_envs, num_agents)
+        self._buffers = [self._buffers_of(slice(first, first + num_agents)) for first in firsts]
 
         self._seeds = random.Random(seed)
         self._simulations = [self._new_simulation(buffers) for buffers in self._buffers]
@@ -230,6 +224,5 @@ def _action_table(action_ids: dict[str, int]) -> Tensor:
     """int64 `[types, largest parameter + 1]`: the simulator's action id of each legal pair, that of noop for others."""
     table = torch.full((len(SIMULATOR_ACTIONS), max(map(len, SIMULATOR_ACTIONS))), action_ids["noop"])
     for action_type, names in enumerate(SIMULATOR_ACTIONS):
-        for parameter, simulator_name in enumerate(names):
-            table[action_type, parameter] = action_ids[simulator_name]
+        table[action_type, : len(names)] = torch.tensor([action_ids[name] for name in names])
     return table

@@ -1,0 +1,102 @@
+"""State that an agent makes when it first needs it, and that copies and pickles of the agent leave behind."""
+
+import logging
+import math
+import time
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from metta_fastagent import ops
+from metta_fastagent._layer_index import LayerIndex
+from metta_fastagent._shapes import Fields
+
+logger = logging.getLogger(__name__)
+
+# A rollout this long, of steps with so few rows, is told about threads; a step's products are too small to share.
+MANY_STEPS, FEW_ROWS = 100, 512
+_told = False
+
+
+class Calls:
+    """Counts of the calls of the two handlers. Nothing is read from a device before `summary`."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+        self.rows: dict[str, int] = {}
+        # Host times of the first and the last call in seconds, and rows of the first.
+        self.first: dict[str, tuple[float, int]] = {}
+        self.last: dict[str, float] = {}
+        self.entropy: dict[str, Tensor] = {}
+        self.nonfinite: dict[torch.device, Tensor] = {}
+
+    def add(self, mode: str, rows: int, entropy: Tensor | None, count_nonfinite: bool) -> None:
+        """Note a call with this entropy [rows], if it has one; a compiler counts only rows without a distribution."""
+        if count_nonfinite and entropy is not None:
+            counter = self.nonfinite.get(entropy.device)
+            if counter is None:
+                # A counter made in inference mode could not be updated outside of it.
+                with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+                    counter = torch.zeros((), dtype=torch.int64, device=entropy.device)
+                self.nonfinite[entropy.device] = counter
+            counter += entropy.isnan().sum()
+        if not torch.compiler.is_compiling():
+            self.calls[mode] = self.calls.get(mode, 0) + 1
+            self.rows[mode] = self.rows.get(mode, 0) + rows
+            self.last[mode] = time.perf_counter()
+            self.first.setdefault(mode, (self.last[mode], rows))
+            if self.calls[mode] == MANY_STEPS and mode == "inference" and entropy is not None and not entropy.is_cuda:
+                _advise_on_threads(rows)
+        if entropy is not None and not torch.compiler.is_compiling():
+            # The tensor itself: its mean is taken only if someone asks.
+            self.entropy[mode] = entropy.detach() if entropy.requires_grad else entropy
+
+    def summary(self) -> dict[str, object]:
+        """Plain numbers; waits for the devices."""
+        return {
+            "calls": dict(self.calls),
+            "rows": dict(self.rows),
+            "rows_per_second": {mode: self._rate(mode) for mode in self.calls},
+            "mean_entropy": {mode: entropy.double().nanmean().item() for mode, entropy in self.entropy.items()},
+            "nonfinite_rows": sum(counter.item() for counter in self.nonfinite.values()),
+        }
+
+    def _rate(self, mode: str) -> float:
+        """Rows per second between the first and the last call; NaN before the second."""
+        start, rows = self.first[mode]
+        elapsed = self.last[mode] - start
+        return (self.rows[mode] - rows) / elapsed if elapsed > 0 else math.nan
+
+
+def _advise_on_threads(rows: int) -> None:
+    """Say once that steps of this many rows run on several threads."""
+    global _told
+    threads = torch.get_num_threads()
+    if threads > 1 and rows <= FEW_ROWS and not _told:
+        _told = True
+        logger.warning(
+            "batches of %d run on %d threads, which mostly wait for each other: try torch.set_num_threads(1)",
+            rows, threads,
+        )  # fmt: skip
+
+
+class AgentState:
+    """The slot of one agent; a copy of the agent starts with an empty one."""
+
+    def __init__(self) -> None:
+        self.calls = Calls()
+        # Where kernels report this agent's bad rows.
+        self.report: ops.Report | None = None
+        self.fields: Fields | None = None
+        self.checked = False
+        self.layers: LayerIndex | None = None
+
+    def __copy__(self) -> "AgentState":
+        return AgentState()
+
+    def __deepcopy__(self, memo: dict) -> "AgentState":
+        return AgentState()
+
+    def __reduce__(self) -> tuple:
+        return AgentState, ()

@@ -1,0 +1,1 @@
+"""Categorical distributions of logits: scoring given actions, drawing new ones, masks and temperatures."""

@@ -1,0 +1,359 @@
+"""Triton kernels of one LSTM layer over a segment with resets, and their launchers.
+
+All steps of a row run in one program, which reads weight_hh from L2 at each step and waits for no other program.
+"""
+
+# pyright: reportInvalidTypeForm=false
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metta_fastagent.ops.dtypes import contiguous
+from metta_fastagent.ops.lstm import products
+from metta_fastagent.ops.lstm.reference import (
+    BackwardInputs,
+    LayerInputs,
+    lstm_layer_backward_eager,
+    lstm_layer_forward_eager,
+    lstm_step_eager_,
+)
+from metta_fastagent.runtime.launch import Constants, launch_with
+from metta_fastagent.runtime.triton import INTERPRETED, cdiv, jit, tl, triton
+
+# Rows of a program, the fewest that the matrix units of every target take, so that small batches have many programs.
+# All steps of a row run in one program, which reads weight_hh from L2 at each step and waits for no other program.
+BLOCK_B = 16
+# If that makes more programs than multiprocessors, twice the rows read weight_hh half as often; 64 spill registers, and
+# so do 32 in the float32 backward kernel.
+MANY_ROWS_BLOCK_B = 32
+# Hidden columns at a time, of all four gates in the forward kernel.
+BLOCK_N = 64
+# Triton keeps one block of weights fewer in shared memory than there are stages, but 3.8 as many for a product in
+# tf32x3; the smaller GPUs have room for 99 KB.
+_TF32_STAGES = 2 if triton is not None and triton.__version__.startswith("3.8.") else 3
+# Depth of a product, warps and stages, by bytes of an element, or for float32 in parts. With these no kernel spills
+# registers on any target of benchmarks/kernel_report.py if H is a multiple of 32; AMD's shared memory holds two stages.
+# In float32, twice the warps or half the depth would take fewer registers, but more instructions. For 32 rows a program
+# has twice the warps.
+FORWARD_SHAPES = {
+    "cuda": {"parts": (32, 8, 3), 4: (32, 8, _TF32_STAGES), 2: (64, 8, 3)},
+    "hip": {4: (32, 4, 2), 2: (32, 4, 2)},
+}
+BACKWARD_SHAPES = {
+    "cuda": {"parts": (64, 8, 4), 4: (32, 8, 5), 2: (128, 8, 3)},
+    "hip": {4: (32, 4, 2), 2: (128, 4, 2)},
+}
+# Three products of tf32 parts: over 64 steps of 128 columns, emulated on a CPU, the hidden state is off by 2e-7, or by
+# 1.2e-6 if the matrix units truncate their sums; with plain tf32 by 8e-5, and importance ratios are not 1 within 1e-5.
+# "ieee" would leave NVIDIA's matrix units idle; AMD's multiply float32 as it is.
+PRECISIONS = {"cuda": "tf32x3", "hip": "ieee"}
+PLATFORM = "cuda" if torch.version.hip is None else "hip"
+# From this many steps on, the weights are split once, for products of 16-bit parts: three of two float16 parts
+# forward; six of three bfloat16 parts backward, as gradients exceed float16's range. By count, three steps save as much
+# as splitting takes forward; backward one does.
+PARTS_STEPS = 3
+# Offsets into the parts of weight_hh are 32-bit.
+MAX_HIDDEN = 13377
+
+
+@jit(varying=("T", "B", "width"))
+def _lstm_layer_fwd_kernel(
+    projected,  # [T, B, 4H]
+    weight_hh,  # [4H, H]
+    h,  # [B, H]
+    c,  # [B, H]
+    resets,  # [T, B] bool; unused without HAS_RESETS
+    output,  # [T, B, H]
+    cells,  # [T, B, H]
+    gates,  # [T, B, 4H]; unused without KEEP_GATES
+    parts,  # float16, to work in: of weight_hh [4H, 2, H], of two steps' state [2, B, 2, H]; unused without IN_PARTS
+    T,
+    B,
+    width,  # H once more, as the bound of loops: unrolled, they would spill registers
+    H: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
+    KEEP_GATES: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    top = tl.program_id(0).to(tl.int64) * BLOCK_B
+    local = tl.arange(0, BLOCK_B)
+    live = local < B - top
+    # The program's first row of the step, counted through all steps.
+    row = top
+    before = parts + 8 * H * H + top * (2 * H)
+    after = before + tl.cast(B, tl.int64) * (2 * H)
+    if IN_PARTS:
+        # All programs write the same parts of weight_hh, so that none waits for another.
+        weight_scale, of_weight = products.scale_into_float16(weight_hh, 4 * width * width, 4096)
+        products.split_into_parts(weight_hh, weight_scale, parts, 4 * width * width, H, 2, 64 * BLOCK_B, 4)
+        size = tl.minimum(B - top, BLOCK_B).to(tl.int32) * H
+        state_scale, of_first_state = products.scale_into_float16(h + top * H, size, 1024)
+        products.split_into_parts(h + top * H, state_scale, before, size, H, 2, 64 * BLOCK_B, 1)
+        tl.debug_barrier()
+    kept = products.kept_rows(resets + row, live, HAS_RESETS, BLOCK_B)
+    for t in range(T):
+        # A step ahead: Triton lays out a product's factors by the narrowest load that their masks depend on within an
+        # iteration, and for one of bytes it would leave out ldmatrix. No row follows the last step.
+        following = products.kept_rows(resets + row + B, live & (t + local < T - 1 + local), HAS_RESETS, BLOCK_B)
+        last_h = tl.where(row == top, h + top * H, output + (row - B) * H)
+        last_c = tl.where(row == top, c + top * H, cells + (row - B) * H)
+        for first in range(0, H, BLOCK_N):
+            column = first + tl.arange(0, BLOCK_N)
+            inside = live[:, None] & (column < H)[None, :]
+            state = local[:, None] * H + column[None, :]
+            place = local[:, None] * (4 * H) + column[None, :]
+            # These loads are under way together during the product.
+            cell = tl.load(last_c + state, mask=inside & kept[:, None], other=0.0).to(tl.float32)
+            gate_i, gate_f, gate_g, gate_o = products.load_gates(projected + row * (4 * H) + place, inside, H)
+            factors = (before, parts) if IN_PARTS else (last_h, weight_hh)
+            product = products.gate_product(
+                factors[0], factors[1], kept, first, width, H, IN_PARTS, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
+            )
+            if IN_PARTS:
+                # One after the other: the product of both may be out of range.
+                product *= tl.where(row == top, of_first_state, 1.0 / products.STATE_SCALE)
+                product *= of_weight
+            even, odd = product.reshape(BLOCK_B, BLOCK_N, 2, 2).split()
+            product_i, product_g = even.split()
+            product_f, product_o = odd.split()
+            gate_i += product_i
+            gate_f += product_f
+            gate_g += product_g
+            gate_o += product_o
+            gate_i, gate_f, gate_g, gate_o = (
+                products.sigmoid(gate_i),
+                products.sigmoid(gate_f),
+                products.tanh(gate_g),
+                products.sigmoid(gate_o),
+            )
+            cell = gate_f * cell + gate_i * gate_g
+            hidden = gate_o * products.tanh(cell)
+            if KEEP_GATES:
+                products.store_gates(gates + row * (4 * H) + place, gate_i, gate_f, gate_g, gate_o, inside, H)
+            tl.store(cells + row * H + state, cell.to(cells.dtype.element_ty), mask=inside)
+            tl.store(output + row * H + state, hidden.to(output.dtype.element_ty), mask=inside)
+            if IN_PARTS:
+                products.store_parts(
+                    after + local[:, None] * (2 * H) + column[None, :], hidden * products.STATE_SCALE, inside, H
+                )
+        row += B
+        before, after = after, before
+        kept = following
+        # Every warp of the next step reads the stores of all warps of this one.
+        tl.debug_barrier()
+
+
+@jit(varying=("T", "B", "width"))
+def _lstm_layer_bwd_kernel(
+    weight_hh,  # [4H, H]
+    c,  # [B, H]
+    resets,  # [T, B] bool; unused without HAS_RESETS
+    cells,  # [T, B, H]
+    gates,  # [T, B, 4H]
+    grad_output,  # [T, B, H]; unused without HAS_OUTPUT
+    grad_last_h,  # [B, H]; unused without HAS_LAST_H
+    grad_last_c,  # [B, H]; unused without HAS_LAST_C
+    grad_projected,  # [T, B, 4H]
+    grad_h,  # [B, H]
+    grad_c,  # [B, H] float32; between steps, the gradient of the cell before the step
+    parts,  # bfloat16, to work in: of weight_hh [4H, 3, H], of two steps' gates [2, B, 3, 4H]; unused without IN_PARTS
+    T,
+    B,
+    width,  # H once more, as the bound of loops: unrolled, they would spill registers
+    H: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    HAS_LAST_H: tl.constexpr,
+    HAS_LAST_C: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    local = tl.arange(0, BLOCK_B)
+    top = tl.program_id(0).to(tl.int64) * BLOCK_B
+    live = local < B - top
+    # The program's first row of the step, counted through all steps.
+    bottom = top + (tl.cast(T, tl.int64) - 1) * B
+    row = bottom
+    here = parts + 12 * H * H + top * (12 * H)
+    there = here + tl.cast(B, tl.int64) * (12 * H)
+    if IN_PARTS:
+        # All programs write the same parts of weight_hh, so that none waits for another.
+        products.split_into_parts(weight_hh, 1.0, parts, 4 * width * width, H, 3, 64 * BLOCK_B, 4)
+        tl.debug_barrier()
+    # Rows whose state the next step continued from; none after the last step.
+    followed = local < 0
+    for _ in range(T):
+        kept = products.kept_rows(resets + row, live, HAS_RESETS, BLOCK_B)
+        last_c = tl.where(row == top, c + top * H, cells + (row - B) * H)
+        after = grad_projected + (row + B) * (4 * H)
+        # A block: Triton 3.9's interpreter refuses a scalar comparison in a mask.
+        is_last = (row + local == bottom + local)[:, None]
+        for first in range(0, width, BLOCK_N):
+            column = first + tl.arange(0, BLOCK_N)
+            inside = live[:, None] & (column < H)[None, :]
+            state = local[:, None] * H + column[None, :]
+            place = local[:, None] * (4 * H) + column[None, :]
+            # These loads are under way together during the product.
+            d_h = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+            if HAS_OUTPUT:
+                d_h = tl.load(grad_output + row * H + state, mask=inside, other=0.0).to(tl.float32)
+            if HAS_LAST_H:
+                d_h += tl.load(grad_last_h + top * H + state, mask=inside & is_last, other=0.0).to(tl.float32)
+            gate_i, gate_f, gate_g, gate_o = products.load_gates(gates + row * (4 * H) + place, inside, H)
+            cell = tl.load(cells + row * H + state, mask=inside, other=0.0).to(tl.float32)
+            carried = inside & kept[:, None]
+            previous = tl.load(last_c + state, mask=carried, other=0.0).to(tl.float32)
+            factors = (there, parts) if IN_PARTS else (after, weight_hh)
+            through = products.state_gradient(
+                factors[0], factors[1], followed, column, width, H, IN_PARTS, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
+            )
+            d_c = tl.load(grad_c + top * H + state, mask=inside & (is_last == 0), other=0.0)
+            if HAS_LAST_C:
+                d_c += tl.load(grad_last_c + top * H + state, mask=inside & is_last, other=0.0).to(tl.float32)
+            # Joined with a load, the product takes the layout of the loads; otherwise they would take the product's,
+            # one after the other between barriers.
+            through, d_c = tl.join(through, d_c).split()
+            d_h += through
+            squashed = products.tanh(cell)
+            d_c += d_h * gate_o * (1.0 - squashed * squashed)
+            grad_i = d_c * gate_g * gate_i * (1.0 - gate_i)
+            grad_f = d_c * previous * gate_f * (1.0 - gate_f)
+            grad_g = d_c * gate_i * (1.0 - gate_g * gate_g)
+            grad_o = d_h * squashed * gate_o * (1.0 - gate_o)
+            products.store_gates(grad_projected + row * (4 * H) + place, grad_i, grad_f, grad_g, grad_o, inside, H)
+            if IN_PARTS:
+                split = here + local[:, None] * (12 * H) + column[None, :]
+                products.store_parts(split, grad_i, inside, 4 * H)
+                products.store_parts(split + H, grad_f, inside, 4 * H)
+                products.store_parts(split + 2 * H, grad_g, inside, 4 * H)
+                products.store_parts(split + 3 * H, grad_o, inside, 4 * H)
+            tl.store(grad_c + top * H + state, tl.where(carried, d_c * gate_f, 0.0), mask=inside)
+        followed = kept
+        row -= B
+        here, there = there, here
+        # Every warp of the next step reads the stores of all warps of this one.
+        tl.debug_barrier()
+    after = grad_projected + top * (4 * H)
+    for first in range(0, width, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        inside = live[:, None] & (column < H)[None, :]
+        factors = (there, parts) if IN_PARTS else (after, weight_hh)
+        d_h = products.state_gradient(
+            factors[0], factors[1], followed, column, width, H, IN_PARTS, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
+        )
+        state = local[:, None] * H + column[None, :]
+        tl.store(grad_h + top * H + state, d_h.to(grad_h.dtype.element_ty), mask=inside)
+
+
+def _fits_kernel(weight_hh: Tensor) -> bool:
+    # Triton 3.7 does not compile a transposed float64 operand; that dtype is for checks, not for speed.
+    return weight_hh.dtype != torch.float64 and weight_hh.shape[1] <= MAX_HIDDEN
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 1
+
+
+def _has_many_rows(rows: int, device: int) -> bool:
+    """Whether blocks of `BLOCK_B` rows would be more than multiprocessors."""
+    return rows > BLOCK_B * _multiprocessors(device)
+
+
+def _in_parts(dtype: torch.dtype, steps: int, many_rows: bool = False) -> bool:
+    """Whether products are of 16-bit parts."""
+    return PLATFORM == "cuda" and dtype == torch.float32 and (steps >= PARTS_STEPS or many_rows)
+
+
+def _layout(
+    shapes: Mapping[Any, tuple[int, int, int]], dtype: torch.dtype, in_parts: bool, block_b: int
+) -> tuple[bool, str, int, int, int, int, int]:
+    """(IN_PARTS, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K, warps, stages) of a launch."""
+    block_k, warps, stages = shapes["parts" if in_parts else dtype.itemsize]
+    return in_parts, PRECISIONS[PLATFORM], block_b, BLOCK_N, block_k, warps * block_b // BLOCK_B, stages
+
+
+@functools.cache
+def _constants(
+    in_parts: bool, precision: str, block_b: int, block_n: int, block_k: int, warps: int, stages: int, **own: Any
+) -> Constants:
+    blocks = {"BLOCK_B": block_b, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    return Constants({**own, "IN_PARTS": in_parts, "PRECISION": precision, **blocks}, warps, stages)
+
+
+def lstm_layer_forward_cuda(inputs: LayerInputs, keep_gates: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `lstm_layer_forward_eager`, in one launch."""
+    if not _fits_kernel(inputs.weight_hh):
+        return lstm_layer_forward_eager(inputs, keep_gates)
+    projected, h = inputs.projected, inputs.h
+    output, cells = projected.new_empty(len(projected), *h.shape), projected.new_empty(len(projected), *h.shape)
+    gates = projected.new_empty(projected.shape if keep_gates else 0)
+    _launch_forward(inputs, output, cells, gates)
+    return output, cells, gates
+
+
+def lstm_step_cuda_(inputs: LayerInputs, next_h: Tensor, next_c: Tensor) -> None:
+    """As `lstm_step_eager_`, in one launch."""
+    if not _fits_kernel(inputs.weight_hh):
+        lstm_step_eager_(inputs, next_h, next_c)
+        return
+    _launch_forward(inputs, next_h, next_c, inputs.projected.new_empty(0))
+
+
+def _launch_forward(inputs: LayerInputs, output: Tensor, cells: Tensor, gates: Tensor) -> None:
+    projected, weight_hh, h, c = map(Tensor.contiguous, inputs[:4])
+    resets = contiguous(inputs.resets)
+    steps, (rows, size) = len(projected), h.shape
+    if rows == 0:
+        return
+    many_rows = _has_many_rows(rows, projected.get_device())
+    in_parts = _in_parts(projected.dtype, steps, many_rows)
+    parts = projected.new_empty(8 * size * size + 4 * rows * size if in_parts else 0, dtype=torch.float16)
+    block_b = MANY_ROWS_BLOCK_B if many_rows else BLOCK_B
+    layout = _layout(FORWARD_SHAPES[PLATFORM], projected.dtype, in_parts, block_b)
+    launch_with(
+        _constants(*layout, H=size, HAS_RESETS=resets is not None, KEEP_GATES=gates.numel() > 0),
+        _lstm_layer_fwd_kernel,
+        cdiv(rows, block_b),
+        (projected, weight_hh, h, c, projected if resets is None else resets, output, cells, gates, parts),
+        (steps, rows, size),
+    )
+
+
+def lstm_layer_backward_cuda(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """As `lstm_layer_backward_eager`, in one launch."""
+    if not _fits_kernel(inputs.weight_hh):
+        return lstm_layer_backward_eager(inputs)
+    weight_hh, c, resets, cells, gates, *upstream = map(contiguous, inputs)
+    steps, (rows, size) = len(gates), c.shape
+    grad_projected, grad_h = torch.empty_like(gates), c.new_empty(rows, size)
+    grad_c = c.new_empty(rows, size, dtype=torch.float32)
+    if rows > 0:
+        many_rows = c.dtype != torch.float32 and _has_many_rows(rows, c.get_device())
+        block_b = MANY_ROWS_BLOCK_B if many_rows else BLOCK_B
+        # Triton's interpreter multiplies the bits of bfloat16 numbers as integers.
+        in_parts = _in_parts(gates.dtype, steps) and not INTERPRETED
+        parts = c.new_empty(12 * size * size + 24 * rows * size if in_parts else 0, dtype=torch.bfloat16)
+        given = dict(zip(("HAS_OUTPUT", "HAS_LAST_H", "HAS_LAST_C"), (g is not None for g in upstream), strict=True))
+        tensors = (weight_hh, c, resets, cells, gates, *upstream, grad_projected, grad_h, grad_c, parts)
+        layout = _layout(BACKWARD_SHAPES[PLATFORM], gates.dtype, in_parts, block_b)
+        launch_with(
+            _constants(*layout, H=size, HAS_RESETS=resets is not None, **given),
+            _lstm_layer_bwd_kernel,
+            cdiv(rows, block_b),
+            # The gates stand in for what there is not.
+            [gates if tensor is None else tensor for tensor in tensors],
+            (steps, rows, size),
+        )
+    return grad_projected, grad_h, grad_c.to(c.dtype)

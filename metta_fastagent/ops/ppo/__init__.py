@@ -1,0 +1,1 @@
+"""Proximal policy optimization: advantages and loss."""

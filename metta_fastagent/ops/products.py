@@ -1,0 +1,242 @@
+"""Linear layers on the CPU by the faster of PyTorch's two libraries for products: its BLAS, or oneDNN.
+
+    output = f(input W^T + b), f the identity, relu or tanh
+    d input = d W        d W = d^T input        d b = sum of d        with d = d output f'
+
+PyTorch multiplies float32 matrices by its BLAS. On AMD processors with AVX-512, MKL takes its path for AVX2 and oneDNN
+that for AVX-512, which pays above a size. The choice depends on the processor, the BLAS and the shapes alone, by
+`LIMITS`, so a call repeated is the same call. METTA_FASTAGENT_PRODUCTS=blas turns oneDNN off, =onednn gives it every
+product that it can make, and the eager backend never takes it.
+"""
+
+import math
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metta_fastagent.ops import autograd
+from metta_fastagent.ops.activations import tanh, tanh_, tanh_is_native
+from metta_fastagent.ops.dtypes import under_autocast, without_autocast
+from metta_fastagent.runtime.checks import own_computation
+from metta_fastagent.runtime.dispatch import needs_operator, requested, uses_triton
+
+VARIABLE = "METTA_FASTAGENT_PRODUCTS"
+CHOICES = ("auto", "blas", "onednn")
+# PyTorch's operator is private: `_operator` looks whether it is as expected.
+_SCHEMA = "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
+
+
+class Limits(NamedTuple):
+    """Floating-point operations of the smallest product that oneDNN makes."""
+
+    layer: float  # forward and the gradient of the input
+    weight: float  # the gradient of the weight
+
+
+NEVER, ALWAYS = Limits(math.inf, math.inf), Limits(0, 0)
+# By the family of AMD processors with AVX-512, against MKL on one thread. Zen 4 (25) has a peak that AVX2 reaches too:
+# oneDNN gains up to a seventh from 16 million on, and is slower at gradients of weights. From Zen 5 (26) on it takes as
+# little as 0.4 of the time; below 2 million, its call costs what it gains.
+LIMITS = {25: Limits(2**24, math.inf), 26: Limits(2e6, 2e6)}
+# Products narrower than a vector are limited by memory.
+NARROWEST = 16
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """`F.linear` and an activation: "none", "relu" or "tanh", which is `ops.tanh`.
+
+    Args:
+        input: tensor [..., K].
+        weight: tensor [N, K].
+        bias: tensor [N], or None.
+        activation: "none", "relu" or "tanh".
+
+    Returns:
+        Tensor [..., N], differentiable any number of times.
+
+    Raises:
+        ValueError: `activation` is none of these.
+
+    Example:
+        >>> linear(torch.randn(4, 3), torch.randn(5, 3), activation="relu").shape
+        torch.Size([4, 5])
+    """
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
+    if activation == "relu" and bias is not None and _relu_by_cublas(input, weight, bias):
+        return torch.ops.aten._addmm_activation.default(bias, input, weight.t())
+    in_place = activation == "tanh" and _tanh_in_place(input, weight, bias)
+    if not in_place and not _served("layer", input, weight, bias):
+        return _ACTIVATIONS[activation](F.linear(input, weight, bias))
+    if autograd.records_graph(input, weight, *(() if bias is None else (bias,))):
+        return _Linear.apply(input, weight, bias, activation)
+    return _forward(input, weight, bias, activation)
+
+
+def linear_layer(layer: nn.Linear, input: Tensor, activation: str = "none") -> Tensor:
+    """`activation(layer(input))` by `linear`.
+
+    Args:
+        layer: `nn.Linear`; one with hooks, a parametrization or a forward of its own is called as it is.
+        input: tensor [..., layer.in_features].
+        activation: "none", "relu" or "tanh".
+
+    Returns:
+        Tensor [..., layer.out_features], differentiable any number of times.
+
+    Example:
+        >>> linear_layer(nn.Linear(3, 5), torch.randn(4, 3), "relu").shape
+        torch.Size([4, 5])
+    """
+    if own_computation(layer, nn.Linear):
+        return _ACTIVATIONS[activation](layer(input))
+    return linear(input, layer.weight, layer.bias, activation)
+
+
+def weight_gradient(grad: Tensor, input: Tensor) -> Tensor:
+    """grad^T input [N, K] of grad [M, N] and input [M, K], in their dtype under autocast too."""
+    if _served("weight", input, grad.t()):
+        return _onednn(grad.t(), input.t())
+    with without_autocast(grad.device):
+        return grad.t() @ input
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer and its activation, which keeps the result alone: both gradients can be told from it."""
+
+    @staticmethod
+    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str):
+        output = _forward(input, weight, bias, activation)
+        ctx.save_for_backward(input, weight, output if activation != "none" else None)
+        ctx.activation = activation
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        input, weight, output = ctx.saved_tensors
+        (grad,) = grads
+        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        if ctx.activation == "relu":
+            grad = torch.ops.aten.threshold_backward.default(grad, output, 0)
+        elif ctx.activation == "tanh":
+            grad = torch.ops.aten.tanh_backward.default(grad, output)
+        rows, columns = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
+        grad_input = grad_weight = None
+        if needs_input:
+            by_onednn = not autograd.needs_graph() and _served("layer", grad, weight.t())
+            grad_input = _onednn(grad, weight.t()) if by_onednn else grad @ weight
+        if needs_weight:
+            grad_weight = rows.t() @ columns if autograd.needs_graph() else weight_gradient(rows, columns)
+        return grad_input, grad_weight, rows.sum(0) if needs_bias else None, None
+
+
+_ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "tanh": tanh}
+
+
+def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    if _served("layer", input, weight, bias):
+        output = _onednn(input, weight, bias, activation == "relu")
+    else:
+        output = F.linear(input, weight, bias)
+    if activation != "tanh":
+        return output
+    if not tanh_is_native(output):
+        return torch.tanh(output)
+    # Fresh memory for a second result would cost as much time as computing it.
+    tanh_(output)
+    return output
+
+
+def _tanh_in_place(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the C++ operator may overwrite the layer's result."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or input.dim() < 2 or weight.dim() != 2:
+        return False
+    same = input.dtype == weight.dtype and (bias is None or bias.dtype == input.dtype)
+    if not same or not tanh_is_native(input) or under_autocast(input.device):
+        return False
+    return not needs_operator(input, weight, bias)
+
+
+def _relu_by_cublas(input: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether one launch makes the product, the bias and the relu: PyTorch's operator for it has no gradient."""
+    if not uses_triton(input.device) or input.dim() != 2 or autograd.records_graph(input, weight, bias):
+        return False
+    same = input.dtype == weight.dtype == bias.dtype
+    return same and not under_autocast(input.device) and not needs_operator(input, weight, bias)
+
+
+def _served(kind: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether oneDNN makes this product: of input [..., K] or [M, N], and weight [N, K] or its gradient's [N, M]."""
+    # Sizes are tensors under the tracer.
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or input.dim() < 2 or weight.dim() != 2:
+        return False
+    smallest, operations = getattr(limits(), kind), 2 * input.numel() * weight.shape[0]
+    narrowest = min(*weight.shape, input.shape[-1], input.numel() // max(1, input.shape[-1]))
+    if operations < smallest or narrowest < (NARROWEST if smallest else 1):
+        return False
+    for tensor in (input, weight, bias):
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
+            return False
+    if requested() == "eager" or not torch._C._get_mkldnn_enabled() or under_autocast(input.device):
+        return False
+    if torch._C._functorch.is_legacy_batchedtensor(input):  # pyright: ignore[reportAttributeAccessIssue]
+        # A batch of gradients (`is_grads_batched`), which oneDNN would take for another layout.
+        return False
+    return not needs_operator(input, weight, bias) and _operator() is not None
+
+
+def _onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    return _operator()(input, weight, bias, "relu" if relu else "none", [], "")
+
+
+@cache
+def _operator() -> Any:
+    """PyTorch's linear layer by oneDNN; None if there is none that computes one."""
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise.default
+        if not str(operator._schema).endswith(_SCHEMA):
+            return None
+        x = torch.arange(12, dtype=torch.float32, device="cpu").view(3, 4)
+        w, b = x[:2] + 1, 10 - x[0, :2] * 70
+        right = torch.equal(operator(x, w, b, "relu", [], ""), F.relu(F.linear(x, w, b)))
+    except (AttributeError, RuntimeError):
+        return None
+    return operator if right else None
+
+
+@cache
+def limits() -> Limits:
+    """The limits of this process.
+
+    Raises:
+        ValueError: METTA_FASTAGENT_PRODUCTS is not one of CHOICES.
+    """
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"{VARIABLE}: got {choice!r}, expected one of {', '.join(CHOICES)}")
+    return limits_of(*_processor()) if choice == "auto" else {"blas": NEVER, "onednn": ALWAYS}[choice]
+
+
+def limits_of(vendor: str, family: int, instructions: str, blas: str) -> Limits:
+    """The limits on a processor, by its names in /proc/cpuinfo, PyTorch's capability and its BLAS."""
+    if vendor != "AuthenticAMD" or instructions != "AVX512" or blas != "mkl":
+        return NEVER
+    return LIMITS.get(min(family, max(LIMITS)), NEVER)
+
+
+def _processor() -> tuple[str, int, str, str]:
+    """The arguments of `limits_of` on this machine; empty ones where they are unknown."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    known = dict([part.strip() for part in line.split(":", 1)] for line in lines if ":" in line)
+    family = known.get("cpu family", "")
+    blas = "mkl" if torch.backends.mkl.is_available() else ""
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return known.get("vendor_id", ""), int(family) if family.isdigit() else 0, instructions, blas

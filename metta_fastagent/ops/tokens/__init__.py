@@ -1,0 +1,1 @@
+"""Observation tokens: their grid of features, and a convolution of it straight from the tokens."""

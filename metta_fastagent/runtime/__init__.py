@@ -1,0 +1,1 @@
+"""Choose the implementation of an operation, launch its kernel, and report what went wrong."""
