@@ -1,10 +1,14 @@
-"""Whole steps of the Fast agent: one rollout step, and one update (forward, loss, backward, Adam, clip).
+"""Whole steps of the Fast agent: one of a rollout, and one of PPO's optimizer.
+
+The latter is the forward, PPO's loss and the L2-init loss, the backward, the clip of the gradients' norm, Adam, and the
+clip of the weights.
 
 The same with a deep agent: Fast with a long trunk, 200 parameter tensors in all.
 
 `upstream` is Fast with upstream's formulas in place of the package's operations: the actor head over all pairs of row
 and action, tokens scattered through boolean masks, log_softmax and gathers, `full` for the TensorDict's fields, the
-number of segments read back from the device, the L2-init loss and the clip module by module. It runs the package's
+number of segments read back from the device, PPO's loss one tensor operation after the other, the L2-init loss and the
+clip module by module. It runs the package's
 LSTM, which resets rows inside a segment. `upstream, Fast's head` differs from it in the actor head alone, which queries
 each row once. Every provider has an agent of its own, and all start with the same weights.
 
@@ -22,16 +26,24 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from benchmarks import bench_clip, bench_sample, bench_tensordict_fields, bench_tokens_to_grid, categorical, harness
+from benchmarks import (
+    bench_clip,
+    bench_ppo_loss,
+    bench_sample,
+    bench_tensordict_fields,
+    bench_tokens_to_grid,
+    categorical,
+    harness,
+)
 from benchmarks.harness import Case, Size, parametrized, shapes
-from metta_fastagent import Fast
+from metta_fastagent import Fast, ops
 from metta_fastagent.agents.fast import FastPolicy
 
 ACTIONS, TOKENS = 21, 100
 CLIP_RANGE = 0.5
 # So small that the repeated updates of a benchmark leave the weights unchanged.
 LEARNING_RATE = 1e-9
-ENTROPY_COST, VALUE_COST, L2_COST = 0.01, 0.5, 1e-4
+L2_COST, LARGEST_NORM = 1e-4, 0.5
 FAST_HEAD = "upstream, Fast's head"
 PROVIDERS = ("upstream", FAST_HEAD, "torch.compile", "eager", "native", "triton", "captured")
 # Between the first and the last one: 200 parameter tensors with Fast's own.
@@ -45,7 +57,7 @@ ROLLOUTS = shapes(
     full=[(512, 0), (64, 0, 72)],
     gpu=[(4096, 0), (4096, 0, 584)],
 )
-UPDATES = shapes(
+OPTIMIZER_STEPS = shapes(
     "rows time trunk",
     quick=[(16, 8)],
     full=[(64, 16), (16, 4, 72)],
@@ -158,7 +170,7 @@ def make_agent(size: Size, device: torch.device, provider: str = "eager") -> Fas
 
 
 def make_inputs(size: Size, device: torch.device) -> TensorDict:
-    """Observations of `rows` rows (x `time` steps unless that is 0), episode starts, and pairs of actions."""
+    """Observations of `rows` rows (x `time` steps unless that is 0), episode starts, pairs and numbers of a rollout."""
     shape = (size["rows"], size["time"]) if size["time"] else (size["rows"],)
     tokens, _ = bench_tokens_to_grid.make_inputs({"rows": math.prod(shape), "tokens": TOKENS}, device)
     generator = torch.Generator().manual_seed(1)
@@ -166,6 +178,10 @@ def make_inputs(size: Size, device: torch.device) -> TensorDict:
     param = torch.randint(ACTIONS - 1, shape, generator=generator)
     pairs = torch.stack((torch.ones_like(param), param), dim=-1)
     entries = {"env_obs": tokens.view(*shape, TOKENS, 3), "dones": dones, "pairs": pairs}
+    for name in bench_ppo_loss.Batch._fields[4:]:
+        entries[name] = torch.randn(shape, generator=generator)
+    # Ratios within and beyond the clip, as the first policy is nearly uniform.
+    entries["old_log_prob"] = 0.2 * entries["old_log_prob"] - math.log(ACTIONS)
     return TensorDict(entries, batch_size=shape).to(device)
 
 
@@ -174,21 +190,37 @@ def rollout_step(agent: Fast, td: TensorDict) -> Callable[[], Any]:
     return torch.no_grad()(lambda: agent(td.copy()))
 
 
-def update_step(agent: Fast, td: TensorDict) -> Callable[[], Any]:
-    """A function that makes one update and returns the evaluation and the gradients."""
+def optimizer_step(agent: Fast, td: TensorDict) -> Callable[[], Any]:
+    """A function that makes one optimizer step and returns the loss, the evaluation and the gradients."""
     optimizer = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE, fused=True, capturable=td["dones"].is_cuda)
+    if not isinstance(agent, UpstreamFast):
+        td = td.copy().set_non_tensor("return_logits", True)
 
     def step() -> Any:
         optimizer.zero_grad(set_to_none=True)
         out = agent(td, action=td["pairs"])
-        loss = VALUE_COST * out["value"].square().mean() - out["act_log_prob"].mean()
-        loss = loss - ENTROPY_COST * out["entropy"].mean() + L2_COST * agent.l2_init_loss()
-        loss.backward()
+        loss = ppo_loss(agent, out, td)
+        (loss + L2_COST * agent.l2_init_loss()).backward()
+        nn.utils.clip_grad_norm_(agent.parameters(), LARGEST_NORM)
         optimizer.step()
         agent.clip_weights()
-        return out, [param.grad for param in agent.parameters()]
+        return loss, out, [param.grad for param in agent.parameters()]
 
     return step
+
+
+def ppo_loss(agent: Fast, out: Any, td: TensorDict) -> Tensor:
+    """PPO's loss of what the agent returned."""
+    old = (td[name] for name in bench_ppo_loss.Batch._fields[4:])
+    if isinstance(agent, UpstreamFast):
+        batch = bench_ppo_loss.Batch(
+            out["full_log_probs"], td["pairs"], agent.cum_action_max_params, out["value"].squeeze(-1), *old
+        )
+        return bench_ppo_loss.surrogate_and_value(batch, out["act_log_prob"], out["entropy"])[0]
+    table = agent.cum_action_max_params
+    return ops.ppo_loss(
+        out["logits"].flatten(0, 1), td["pairs"], out["value"], *old, table, **bench_ppo_loss.COEFFICIENTS
+    )[0]
 
 
 def compared_rollout(td: Any) -> dict[str, Any]:
@@ -198,19 +230,19 @@ def compared_rollout(td: Any) -> dict[str, Any]:
     return {"values": td["values"], **bench_sample.comparable(index, td["act_log_prob"], td["full_log_probs"])}
 
 
-def compared_update(result: Any) -> dict[str, Any]:
-    """The evaluation, and each gradient relative to its largest entry."""
-    out, gradients = result
+def compared_optimizer(result: Any) -> dict[str, Any]:
+    """Loss and evaluation, and each gradient relative to its largest entry."""
+    loss, out, gradients = result
     # The actor's bias is common to all logits: its gradient is a rounding error about 0.
     scaled = [grad / grad.abs().max().clamp_min(1e-6) for grad in gradients if grad is not None and grad.numel() > 1]
-    evaluation = {key: out[key].detach().flatten() for key in ("act_log_prob", "entropy", "full_log_probs", "value")}
-    return {**evaluation, "gradients": scaled}
+    head = out["full_log_probs"] if "full_log_probs" in out.keys() else out["logits"].log_softmax(-1)
+    return {"loss": loss.detach(), "head": head.detach(), "value": out["value"].detach().flatten(), "gradients": scaled}
 
 
 def make_case(kind: str, size: Size, device: torch.device) -> Case:
     td = make_inputs(size, device)
     make_step, compared, atol = (
-        (rollout_step, compared_rollout, 1e-4) if kind == "rollout" else (update_step, compared_update, 1e-3)
+        (rollout_step, compared_rollout, 1e-4) if kind == "rollout" else (optimizer_step, compared_optimizer, 1e-3)
     )
 
     def call_of(provider: str) -> Callable[[], Any]:
@@ -239,6 +271,6 @@ def test_rollout_step(measure):
     measure(functools.partial(make_case, "rollout"))
 
 
-@parametrized(PROVIDERS, UPDATES)
-def test_update_step(measure):
-    measure(functools.partial(make_case, "update"))
+@parametrized(PROVIDERS, OPTIMIZER_STEPS)
+def test_optimizer_step(measure):
+    measure(functools.partial(make_case, "optimizer"))

@@ -211,14 +211,15 @@ class FastPolicy(nn.Module):
         return F.relu(conv(grid))
 
     def _second_convolution(self, images: Tensor) -> Tensor:
-        """relu(cnn2(images)); on the CPU, as the linear layer that it is if its kernel covers the whole image."""
+        """relu(cnn2(images)); a linear layer, whose relu costs no launch, if the kernel covers the whole image."""
         conv = self.cnn2
-        whole = images.shape[1:] == conv.weight.shape[1:]
-        if whole and images.device.type == "cpu" and _is_plain_convolution(conv):
-            # Channels last, as the images are in memory.
-            weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-            return ops.linear(images.permute(0, 2, 3, 1).flatten(1), weight, conv.bias, "relu")
-        return F.relu(conv(images))
+        if images.shape[1:] != conv.weight.shape[1:] or not _is_plain_convolution(conv):
+            return F.relu(conv(images))
+        weight = conv.weight
+        if not images.is_contiguous():
+            # Channels last, as the C++ operators lay out the images.
+            images, weight = images.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
+        return ops.linear(images.flatten(1), weight.flatten(1), conv.bias, "relu")
 
     def decode_actions(self, hidden: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         """(logits [batch_size, actions], value [batch_size, 1]) from the LSTM's output [batch_size, hidden_size].

@@ -68,10 +68,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     """
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
-    if activation == "relu" and bias is not None and _relu_by_cublas(input, weight, bias):
-        return torch.ops.aten._addmm_activation.default(bias, input, weight.t())
-    in_place = activation == "tanh" and _tanh_in_place(input, weight, bias)
-    if not in_place and not _served("layer", input, weight, bias):
+    fused = (activation == "tanh" and _tanh_in_place(input, weight, bias)) or (
+        activation == "relu" and _relu_by_cublas(input, weight, bias)
+    )
+    if not fused and not _served("layer", input, weight, bias):
         return _ACTIVATIONS[activation](F.linear(input, weight, bias))
     if autograd.records_graph(input, weight, *(() if bias is None else (bias,))):
         return _Linear.apply(input, weight, bias, activation)
@@ -139,6 +139,8 @@ _ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "tanh": tanh}
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    if activation == "relu" and _relu_by_cublas(input, weight, bias):
+        return torch.ops.aten._addmm_activation.default(bias, input, weight.t())
     if _served("layer", input, weight, bias):
         output = _onednn(input, weight, bias, activation == "relu")
     else:
@@ -162,9 +164,9 @@ def _tanh_in_place(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return not needs_operator(input, weight, bias)
 
 
-def _relu_by_cublas(input: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether one launch makes the product, the bias and the relu: PyTorch's operator for it has no gradient."""
-    if not uses_triton(input.device) or input.dim() != 2 or autograd.records_graph(input, weight, bias):
+def _relu_by_cublas(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether one launch makes the product, the bias and the relu; PyTorch's operator for it has no gradient."""
+    if bias is None or not uses_triton(input.device) or input.dim() != 2:
         return False
     same = input.dtype == weight.dtype == bias.dtype
     return same and not under_autocast(input.device) and not needs_operator(input, weight, bias)

@@ -95,7 +95,7 @@ def test_encoder_and_heads_compile_and_agree(tiny, monkeypatch):
 
 
 def test_the_deep_agent_has_200_tensors_of_30_million_parameters():
-    trunk = max(shape.size.get("trunk", 0) for shape in bench_train_step.UPDATES)
+    trunk = max(shape.size.get("trunk", 0) for shape in bench_train_step.OPTIMIZER_STEPS)
     params = list(bench_train_step.make_agent({"trunk": trunk}, torch.device("meta")).parameters())
     assert len(params) == 200
     assert sum(param.numel() for param in params) == pytest.approx(30e6, rel=0.01)

@@ -17,10 +17,13 @@ SHAPES = [(1, 1, 1), (3, 1, 2), (2, 5, 1), (7, 9, 17), (64, 128, 33), (129, 65, 
 has_operator = pytest.mark.skipif(products._operator() is None, reason="PyTorch without oneDNN's linear layer")
 
 
-@pytest.fixture(params=["blas", pytest.param("onednn", marks=has_operator)])
+@pytest.fixture(params=["blas", pytest.param("onednn", marks=has_operator), "as on CUDA"])
 def library(request, monkeypatch):
     """The library that makes every product, and the list of those that oneDNN made."""
     monkeypatch.setattr(products, "limits", lambda: ALWAYS if request.param == "onednn" else NEVER)
+    if request.param == "as on CUDA":
+        # The operator whose relu costs no launch there exists on the CPU too.
+        monkeypatch.setattr(products, "uses_triton", lambda device: True)
     made, operator = [], products._operator()
     monkeypatch.setattr(products, "_operator", lambda: lambda *args: made.append(args) or operator(*args))
     return request.param, made
