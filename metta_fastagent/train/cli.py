@@ -1,4 +1,4 @@
-"""The command line: `python -m metta_fastagent.train`."""
+"""The command line, `python -m metta_fastagent.train`, and the same in Python: `train`."""
 
 import argparse
 import itertools
@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import traceback
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -14,6 +15,7 @@ import torch
 
 import metta_fastagent
 from metta_fastagent.runtime.output import show
+from metta_fastagent.runtime.settings import process_settings_kept
 from metta_fastagent.train import ranks
 from metta_fastagent.train.config import DEFAULTS, GYMNASIUM, TrainConfig
 from metta_fastagent.train.environments import ProtocolError
@@ -21,7 +23,7 @@ from metta_fastagent.train.evaluate import ROWS, load_agent, play_worlds
 from metta_fastagent.train.folder import CHECKPOINT, UsageError
 from metta_fastagent.train.ranks import PROGRAM, say
 from metta_fastagent.train.resume import how_to_resume
-from metta_fastagent.train.run import Stopped, apply_settings, prepare, report, run_updates
+from metta_fastagent.train.run import Run, Stopped, apply_settings, keep_best, prepare, report, run_updates
 from metta_fastagent.train.trainer import TrainingDiverged
 
 # whose files are not named as the place of an error
@@ -62,7 +64,7 @@ def _run(arguments: list[str] | None) -> int:
         return 130
     try:
         with run.lock:
-            run_updates(run)
+            run_updates(run, keep_best)
             report(run)
     except (TrainingDiverged, ranks.RanksDiffer) as error:
         return _fail(error, 1)
@@ -91,6 +93,44 @@ def print_evaluation(arguments: list[str]) -> int:
     show(f"mean return {returns.mean():.3f}, deviation {returns.std():.3f}, {len(returns)} episodes")
     env.close()
     return 0
+
+
+def train(
+    config: TrainConfig,
+    *,
+    make_env: Callable[..., Any] | None = None,
+    make_agent: Callable[..., Any] | None = None,
+    out: Path | str | None = None,
+    resume: Path | str | None = None,
+    quiet: bool = False,
+    tensorboard: bool = False,
+) -> Run:
+    """Train as the command does, with the same files, summary and errors.
+
+    Args:
+        config: the hyperparameters; `env` and `agent` become the names of the two functions, if given.
+        make_env: `make_env(num_envs, device)` gives a VectorEnvironment or a gymnasium.vector.VectorEnv.
+        make_agent: `make_agent(env)` gives the agent, see `agents.make_agent`.
+        out, resume, quiet, tensorboard: as the command's options.
+
+    Example:
+        run = train(TrainConfig(env="gym:CartPole-v1", steps=20_000), out="runs/cartpole")
+        print(run.evaluation.learned, run.folder)
+    """
+    names = {"env": make_env, "agent": make_agent}
+    config = replace(config, **{name: _path_of(made) for name, made in names.items() if made is not None})
+    folder, checkpoint = (None if path is None else Path(path) for path in (out, resume))
+    with process_settings_kept(torch.device(config.device)):
+        run = prepare(config.to_dict(), folder, checkpoint, quiet, tensorboard, make_env, make_agent)
+        with run.lock:
+            run_updates(run, keep_best)
+            return report(run)
+
+
+def _path_of(made: Any) -> str:
+    """The name that `import_object` takes, if `made` can be imported."""
+    named = made if hasattr(made, "__qualname__") else type(made)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _fail(error: Exception, code: int) -> int:

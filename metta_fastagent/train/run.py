@@ -19,7 +19,6 @@ import torch
 import metta_fastagent
 from metta_fastagent.runtime.checks import first_line
 from metta_fastagent.runtime.output import show
-from metta_fastagent.runtime.settings import process_settings_kept
 from metta_fastagent.train import ranks
 from metta_fastagent.train.checkpoint import load_checkpoint, save_checkpoint
 from metta_fastagent.train.config import TrainConfig
@@ -43,44 +42,6 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int, reason: str = "") -> None:
         super().__init__(number, reason)
         self.number, self.reason = number, reason
-
-
-def train(
-    config: TrainConfig,
-    *,
-    make_env: Callable[..., Any] | None = None,
-    make_agent: Callable[..., Any] | None = None,
-    out: Path | str | None = None,
-    resume: Path | str | None = None,
-    quiet: bool = False,
-    tensorboard: bool = False,
-) -> "Run":
-    """Train as the command does, with the same files, summary and errors.
-
-    Args:
-        config: the hyperparameters; `env` and `agent` become the names of the two functions, if given.
-        make_env: `make_env(num_envs, device)` gives a VectorEnvironment or a gymnasium.vector.VectorEnv.
-        make_agent: `make_agent(env)` gives the agent, see `agents.make_agent`.
-        out, resume, quiet, tensorboard: as the command's options.
-
-    Example:
-        run = train(TrainConfig(env="gym:CartPole-v1", steps=20_000), out="runs/cartpole")
-        print(run.evaluation.learned, run.folder)
-    """
-    names = {"env": make_env, "agent": make_agent}
-    config = replace(config, **{name: _path_of(made) for name, made in names.items() if made is not None})
-    folder, checkpoint = (None if path is None else Path(path) for path in (out, resume))
-    with process_settings_kept(torch.device(config.device)):
-        run = prepare(config.to_dict(), folder, checkpoint, quiet, tensorboard, make_env, make_agent)
-        with run.lock:
-            run_updates(run)
-            return report(run)
-
-
-def _path_of(made: Any) -> str:
-    """The name that `import_object` takes, if `made` can be imported."""
-    named = made if hasattr(made, "__qualname__") else type(made)
-    return f"{named.__module__}:{named.__qualname__}"
 
 
 class Run(NamedTuple):
@@ -215,8 +176,8 @@ def deferred_interrupt() -> Iterator[Callable[[], int]]:
             signal.signal(number, defaults[number])
 
 
-def run_updates(run: Run) -> None:
-    """Train for the configured steps, with logs, checkpoints and the best agent so far.
+def run_updates(run: Run, evaluate_agent: Callable[[Run], None]) -> None:
+    """Train for the configured steps, with logs and checkpoints; `evaluate_agent` is `keep_best`, or stands in for it.
 
     After Ctrl-C or SIGTERM on any rank, all ranks finish the update, save a checkpoint and raise Stopped.
     """
@@ -232,7 +193,8 @@ def run_updates(run: Run) -> None:
         stop = max(ranks.all_gather(interrupted()))
         # What decides when the run stops must not depend on interruptions.
         if due(config.evaluation_interval) and (not stop or config.stop_return < math.inf):
-            row["evaluated_return"] = keep_best(run)
+            evaluate_agent(run)
+            row["evaluated_return"] = trainer.last_returns[-1]
         progress.update(row)
         if log is not None:
             log.add(row)
@@ -284,18 +246,16 @@ def _stopped_or(failure: BaseException, run: Run, interrupted: Callable[[], int]
     return Stopped(interrupted(), reason).with_traceback(failure.__traceback__)
 
 
-def keep_best(run: Run) -> float:
-    """The agent's mean return in a few worlds; saves the run as best.pt if no earlier evaluation had a higher one."""
-    trainer = run.trainer
-    run.evaluation_env.load_statistics(trainer.env.state_dict())
-    played = (trainer.agent, run.evaluation_env, trainer.config)
-    returns = play_worlds(*played, worlds=BEST_WORLDS, first_seed=CHOICE_SEED)["learned"]
+def keep_best(run: Run) -> None:
+    """Evaluate the agent in a few worlds; saves the run as best.pt if no earlier evaluation had a higher return."""
+    trainer, env = run.trainer, run.evaluation_env
+    env.load_statistics(trainer.env.state_dict())
+    returns = play_worlds(trainer.agent, env, trainer.config, worlds=BEST_WORLDS, first_seed=CHOICE_SEED)["learned"]
     value = ranks.all_gather(torch.cat(returns).mean().item())[0]
     trainer.last_returns = (trainer.last_returns[1], value)
     if value >= trainer.best_return:
         trainer.best_return = value
         save(trainer, run.folder / BEST)
-    return value
 
 
 def save(trainer: Trainer, path: Path, with_environment: bool = True) -> None:

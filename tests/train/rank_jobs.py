@@ -199,7 +199,7 @@ def train(*arguments: str) -> None:
     """The command up to its last checkpoint, without evaluation and plot."""
     options = vars(cli.make_parser().parse_args(list(arguments)))
     given = {name: value for name, value in options.items() if name in TrainConfig.__dataclass_fields__}
-    train_run.run_updates(train_run.prepare(given, options["out"], options["resume"]))
+    train_run.run_updates(train_run.prepare(given, options["out"], options["resume"]), train_run.keep_best)
 
 
 def interrupted_on_one_rank(*arguments: str) -> str:

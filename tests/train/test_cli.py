@@ -582,9 +582,9 @@ def test_no_checkpoint_after_an_action_out_of_range(run, tmp_path, monkeypatch):
     def report(*args, **kwargs):
         raise ValueError("actions[3]: got parameter 7")
 
-    def updates_with_a_report(made):
+    def updates_with_a_report(*given):
         monkeypatch.setattr("metta_fastagent.ops.raise_if_reported", report)
-        run_updates(made)
+        run_updates(*given)
 
     run_updates = cli.run_updates
     monkeypatch.setattr(cli, "run_updates", updates_with_a_report)

@@ -112,12 +112,12 @@ def test_an_empty_folder_in_use_is_passed_over_and_is_free_after_an_error(run, t
         assert run(*SMALL, "--steps", UPDATE_STEPS) == 0
     assert not contents(first) and contents(tmp_path / "runs" / "memory-seed1-2")
 
-    def fails(made):
+    def fails(*given):
         raise KeyError("no row was written")
 
     config = TrainConfig(steps=UPDATE_STEPS, num_envs=8, segment_length=6, minibatches=2)
     with monkeypatch.context() as patch:
-        patch.setattr(train_run, "run_updates", fails)
+        patch.setattr(cli, "run_updates", fails)
         with pytest.raises(KeyError):
             train(config, out=first)
     assert train(config, out=first).folder == first

@@ -18,7 +18,7 @@ from metta_fastagent.train import TrainConfig, cli, load_agent  # noqa: E402
 from metta_fastagent.train.environments import ProtocolError, make_environment  # noqa: E402
 from metta_fastagent.train.environments.gym import GymnasiumEnvironment  # noqa: E402
 from metta_fastagent.train.evaluate import ROWS  # noqa: E402
-from metta_fastagent.train.run import prepare, run_updates  # noqa: E402
+from metta_fastagent.train.run import keep_best, prepare, run_updates  # noqa: E402
 from metta_fastagent.train.trainer import Trainer  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -321,7 +321,7 @@ def test_statistics_of_training_reach_checkpoint_evaluation_and_load_agent(name,
     # read before the environments are closed
     run = prepare(config.to_dict(), tmp_path, make_env=recording)
     with run.lock:
-        run_updates(run)
+        run_updates(run, keep_best)
     trained = read(seen[0])
     assert run.trainer.env.state_dict() is not None
     evaluation = run.evaluation_env
