@@ -23,6 +23,7 @@ from metta_fastagent import ops
 N, T, HIDDEN = 64, 32, 64  # environments, steps in a segment, features
 EPOCHS, MINIBATCHES = 4, 4
 LR, GAMMA, LAMBDA, CLIP, ENTROPY, VALUE, GRAD_NORM = 2.5e-3, 0.98, 0.95, 0.2, 0.01, 0.01, 0.5
+COEFFICIENTS = {"clip_coef": CLIP, "vf_clip_coef": 0.0, "vf_coef": VALUE, "ent_coef": ENTROPY}
 
 
 class Agent(nn.Module):
@@ -48,9 +49,14 @@ class Agent(nn.Module):
         action, log_prob, _, _ = ops.sample_actions(logits)
         return action, log_prob
 
-    def evaluate(self, logits, actions):
-        log_prob, entropy, _ = ops.evaluate_actions(logits, actions)
-        return log_prob, entropy
+    def advantages(self, rollout, following):
+        """Generalized advantage estimates [T, N]; an end, by termination or time limit, is worth 0."""
+        rewards, values, ends = (rollout[name].t() for name in ("rewards", "values", "ends"))
+        return ops.advantages(rewards, values, ends, following, torch.zeros_like(values), GAMMA, LAMBDA).t()
+
+    def loss(self, logits, value, batch, advantages):
+        old = batch["log_probs"], batch["values"], advantages, batch["returns"]
+        return ops.ppo_loss(logits, batch["actions"], value, *old, valid=batch["valid"], **COEFFICIENTS)[0]
 
 
 class PlainAgent(Agent):
@@ -68,9 +74,22 @@ class PlainAgent(Agent):
         action = distribution.sample()
         return action, distribution.log_prob(action)
 
-    def evaluate(self, logits, actions):
+    def advantages(self, rollout, following):
+        values, keep = rollout["values"], 1.0 - rollout["ends"].float()
+        following = torch.cat([values[1:], following.unsqueeze(0)])
+        deltas = rollout["rewards"] + GAMMA * keep * following - values
+        result, running = torch.empty_like(values), torch.zeros(N)
+        for t in reversed(range(T)):
+            running = result[t] = deltas[t] + GAMMA * LAMBDA * keep[t] * running
+        return result
+
+    def loss(self, logits, value, batch, advantages):
         distribution = Categorical(logits=logits)
-        return distribution.log_prob(actions), distribution.entropy()
+        ratio = (distribution.log_prob(batch["actions"]) - batch["log_probs"]).exp()
+        surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
+        value_error = 0.5 * (value - batch["returns"]).square()
+        valid = batch["valid"].float()
+        return (valid * (VALUE * value_error - surrogate - ENTROPY * distribution.entropy())).sum() / valid.sum()
 
 
 class Positions:
@@ -118,7 +137,7 @@ class PPO:
         names = ("observations", "starts", "actions", "log_probs", "values", "rewards", "ends", "valid")
         rollout = dict(zip(names, map(torch.stack, zip(*steps, strict=True)), strict=True))
         _, following, _ = self.agent(self.env.observations.unsqueeze(0), self.state, self.env.starts.unsqueeze(0))
-        rollout["advantages"] = advantages(rollout, following)
+        rollout["advantages"] = self.agent.advantages(rollout, following)
         rollout["returns"] = rollout["advantages"] + rollout["values"]
         return rollout, first_state
 
@@ -137,27 +156,11 @@ class PPO:
     def loss(self, batch, state):
         logits, value, _ = self.agent(batch["observations"], state, batch["starts"])
         flat = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
-        log_prob, entropy = self.agent.evaluate(logits, flat["actions"])
-        valid, advantage = flat["valid"].float(), flat["advantages"]
+        valid, advantages = flat["valid"].float(), flat["advantages"]
         valid = valid / valid.sum()
-        mean = (valid * advantage).sum()
-        deviation = (valid * (advantage - mean).square()).sum().sqrt()
-        advantage = (advantage - mean) / (deviation + 1e-8)
-        ratio = (log_prob - flat["log_probs"]).exp()
-        surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
-        value_error = 0.5 * (value - flat["returns"]).square()
-        return (valid * (VALUE * value_error - surrogate - ENTROPY * entropy)).sum()
-
-
-def advantages(rollout, following):
-    """Generalized advantage estimates [T, N]; an end, by termination or time limit, is worth 0."""
-    values, keep = rollout["values"], 1.0 - rollout["ends"].float()
-    following = torch.cat([values[1:], following.unsqueeze(0)])
-    deltas = rollout["rewards"] + GAMMA * keep * following - values
-    result, running = torch.empty_like(values), torch.zeros(N)
-    for t in reversed(range(T)):
-        running = result[t] = deltas[t] + GAMMA * LAMBDA * keep[t] * running
-    return result
+        mean = (valid * advantages).sum()
+        deviation = (valid * (advantages - mean).square()).sum().sqrt()
+        return self.agent.loss(logits, value, flat, (advantages - mean) / (deviation + 1e-8))
 
 
 def train(plain, steps, seed):

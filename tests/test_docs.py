@@ -91,14 +91,23 @@ def test_both_agents_of_the_comparison_compute_the_same():
     example = SimpleNamespace(**runpy.run_path(str(ROOT / "examples" / "ppo_ops.py")))
     fused, plain = example.Agent(2, 3).double(), example.PlainAgent(2, 3).double()
     plain.load_state_dict(fused.state_dict())
-    observations, state = torch.randn(7, 5, 2).double(), torch.randn(2, 1, 5, example.HIDDEN).double().unbind()
-    starts, actions = torch.rand(7, 5) < 0.3, torch.randint(3, (35,))
+    steps, rows = example.T, example.N
+    observations, state = (
+        torch.randn(steps, rows, 2).double(),
+        torch.randn(2, 1, rows, example.HIDDEN).double().unbind(),
+    )
+    starts, actions = torch.rand(steps, rows) < 0.3, torch.randint(3, (steps * rows,))
+    rollout = {"ends": starts, **dict(zip(("rewards", "values"), torch.randn(2, steps, rows).double(), strict=True))}
+    numbers = torch.randn(4, steps * rows).double()
+    batch = dict(zip(("log_probs", "values", "returns"), numbers, strict=False))
+    batch |= {"log_probs": 0.2 * numbers[0] - 1.1, "actions": actions, "valid": torch.rand(steps * rows) < 0.9}
     results = []
     for agent in (fused, plain):
         logits, value, (h, c) = agent(observations, state, starts)
-        log_prob, entropy = agent.evaluate(logits, actions)
-        (log_prob.sum() + entropy.sum() + value.square().sum()).backward()
-        results.append((logits, value, h, c, log_prob, entropy, *(each.grad for each in agent.parameters())))
+        loss = agent.loss(logits, value, batch, numbers[3])
+        loss.backward()
+        grads = [each.grad for each in agent.parameters()]
+        results.append((logits, value, h, c, loss, agent.advantages(rollout, numbers[0][:rows]), *grads))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
