@@ -75,7 +75,7 @@ class PlainAgent(Agent):
         return action, distribution.log_prob(action)
 
     def advantages(self, rollout, following):
-        values, keep = rollout["values"], 1.0 - rollout["ends"].float()
+        values, keep = rollout["values"], (~rollout["ends"]).to(rollout["values"])
         following = torch.cat([values[1:], following.unsqueeze(0)])
         deltas = rollout["rewards"] + GAMMA * keep * following - values
         result, running = torch.empty_like(values), torch.zeros(N)
