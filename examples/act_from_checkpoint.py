@@ -10,7 +10,7 @@ from metta_fastagent.train import TrainConfig, load_agent, train
 
 ROWS, STEPS = 4, 200
 
-run = train(TrainConfig(env="gym:CartPole-v1", steps=20_000, gamma=0.98, lr=2e-3))
+run = train(TrainConfig.for_environment("gym:CartPole-v1", steps=20_000, lr=2e-3))
 
 torch.set_num_threads(1)  # several would wait for each other in steps this small
 agent, env, _ = load_agent(run.folder / "best.pt", num_envs=ROWS)

@@ -33,7 +33,8 @@ def build(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m metta_fastagent", description=__doc__)
+    more = "To train an agent: python -m metta_fastagent.train --help."
+    parser = argparse.ArgumentParser(prog="python -m metta_fastagent", description=__doc__, epilog=more)
     commands = parser.add_subparsers(dest="command")
     building = commands.add_parser(
         "build",

@@ -167,7 +167,10 @@ def segment_shape(td: TensorDictBase, action: Tensor, rows: int, known: Fields |
     batch_size, bptt = tuple(td.batch_size), td.get("bptt", None)
     if bptt is None or "batch" not in td.keys():
         if batch_size and math.prod(batch_size) != rows:
-            raise ValueError(f"td: got batch size {list(batch_size)}, expected {rows} rows as in logits_list")
+            raise ValueError(
+                f"td: got batch size {list(batch_size)}, expected {rows} rows as in logits_list; for segments, call "
+                "set_tensordict_fields(td, observations) first"
+            )
         return None
     if action.dim() == 3 or (action.dim() == 2 and action.numel() == rows):
         segment = (action.shape[0], action.shape[1])

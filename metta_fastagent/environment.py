@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metta_fastagent.action_space import ActionSpace, checked_max_params
-from metta_fastagent.runtime.checks import describe
+from metta_fastagent.runtime.checks import describe, require_call
 
 # What an environment's members give, for the error if one is missing.
 MEMBERS = {
@@ -108,6 +108,7 @@ class Environment:
             member = getattr(source, name, None)
             if member is None or (name != "max_action_args" and not callable(member)):
                 raise ProtocolError(f"environment: got {type(source).__name__} without {name}, expected {expected}")
+        require_call("reset", source.reset, "a method reset(seed)", seed)
         self.source, self.num_envs, self.device = source, num_envs, torch.empty(0, device=device).device
         self.max_action_args = checked_max_params("max_action_args", source.max_action_args)
         default = [f"action_{index}" for index in range(len(self.max_action_args))]
@@ -147,6 +148,8 @@ class Environment:
         rows = (self.num_envs,)
         self._check("step: rewards", step.rewards, rows, torch.float32)
         self._check("step: terminals", step.terminals, rows, torch.bool)
+        if step.truncations is not None:
+            self._check("step: truncations", step.truncations, rows, torch.bool)
         if step.valid is not None:
             self._check("step: valid", step.valid, rows, torch.bool)
             step = step._replace(rewards=step.rewards.where(step.valid, 0))
@@ -155,9 +158,7 @@ class Environment:
         if step.truncations is None:
             return step._replace(truncations=torch.zeros_like(step.terminals))
         # The value of a terminal state is 0, also at the time limit.
-        return step._replace(
-            truncations=self._check("step: truncations", step.truncations, rows, torch.bool) & ~step.terminals
-        )
+        return step._replace(truncations=step.truncations & ~step.terminals)
 
     def state_dict(self) -> dict[str, Any] | None:
         """The environment's state; None if it cannot be saved and restored."""
@@ -175,7 +176,10 @@ class Environment:
         mask = self._mask(method, mask)
         if (mask is None) != (self.action_mask is None):
             came, before = ("none", "one") if mask is None else ("one", "none")
-            raise ProtocolError(f"{method}: action_mask: got {came}, expected {before} as with the first observations")
+            advice = "reset returns (observations, action_mask) where step gives masks"
+            raise ProtocolError(
+                f"{method}: action_mask: got {came}, expected {before} as with the first observations; {advice}"
+            )
         return mask
 
     def _mask(self, method: str, mask: Any) -> Tensor | None:

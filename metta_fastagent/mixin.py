@@ -129,8 +129,8 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
                 action), or "count" such rows, see `diagnostics`: they have log-probability NaN and action 0.
             training_values: whether `handle_training_mode` also writes `values`, which is `value` without its last
                 dimension, as later trainers read it.
-            check_first_update: whether the first training call runs `testing.check_agent` on copies of the agent with
-                its rows, and raises an AgentCheckError if a check fails.
+            check_first_update: whether the first training call with gradients runs `testing.check_agent` on copies of
+                the agent with its rows, and raises an AgentCheckError if a check fails.
             l2_init_scale, clip_scale, temperature: the attributes; None leaves what the agent has set itself, else 1.
 
         Raises:
@@ -226,7 +226,7 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
         temperature, strict = self._temperature(), self.on_nonfinite_logits == "raise"
         converts = actions.dim() == 2 and _is_overridden(self, "_convert_action_to_logit_index")
         plain = strict and not converts and not isinstance(temperature, Tensor) and temperature == 1
-        if self.check_first_update and not state.checked:
+        if self.check_first_update and not state.checked and torch.is_grad_enabled():
             self._check_self(td, segment, rows)
         with profiler_range("handle_training_mode"):
             if converts:
@@ -336,18 +336,14 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
         }
 
     def _check_self(self, td: TensorDictBase, segment: tuple[int, int] | None, rows: int) -> None:
-        """Run `check_agent` with the observations of this call; the checks' own calls are not checked again."""
+        """Run `check_agent` with the observations of this call."""
         if torch.compiler.is_compiling():
             return
         # The checks are written on the mixin.
         from metta_fastagent.testing import check_agent
 
-        self.check_first_update = False
         samples = (td if segment is None else _shapes.as_segments(td, segment)).detach().reshape(rows)
-        try:
-            report = check_agent(self, None, sample_input=samples)
-        finally:
-            self.check_first_update = True
+        report = check_agent(self, None, sample_input=samples)
         report.raise_if_failed()
         self._state().checked = True
         logger.info("%s", report)

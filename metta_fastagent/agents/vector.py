@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from metta_fastagent import ops
 from metta_fastagent.mixin import PyTorchAgentMixin
 from metta_fastagent.recurrent import LSTMWrapper
+from metta_fastagent.runtime.checks import describe
 
 
 class TanhLayer(nn.Sequential):
@@ -43,6 +44,9 @@ class VectorAgent(PyTorchAgentMixin, LSTMWrapper):
         hidden_size: features of the encoding and of the LSTM's state.
         kwargs: the mixin's parameters.
 
+    Raises:
+        ValueError: observations of another shape than the space's.
+
     Example:
         >>> from types import SimpleNamespace
         >>> env = SimpleNamespace(single_observation_space=SimpleNamespace(shape=(4,)), max_action_args=[1])
@@ -53,14 +57,14 @@ class VectorAgent(PyTorchAgentMixin, LSTMWrapper):
 
     def __init__(self, env: Any, encoder: nn.Module | None = None, hidden_size: int = 64, **kwargs: Any) -> None:
         mixin_params = self.extract_mixin_params(kwargs)
-        shape = tuple(env.single_observation_space.shape)
+        shape = observed_shape = tuple(env.single_observation_space.shape)
         self.images = len(shape) > 1
         if encoder is None:
             elements = torch.Size(shape).numel()
             encoder, shape = TanhLayer(elements, hidden_size), (elements,)
         policy = VectorPolicy(encoder, hidden_size, sum(limit + 1 for limit in env.max_action_args))
         super().__init__(env, policy, hidden_size, hidden_size, num_layers=1)
-        self.encoded_shape = shape
+        self.observed_shape, self.encoded_shape = observed_shape, shape
         # The base class's biases of 1 and orthogonal weights suit large inputs; these are small.
         self.lstm.reset_parameters()
         self.init_mixin(**mixin_params)
@@ -68,6 +72,9 @@ class VectorAgent(PyTorchAgentMixin, LSTMWrapper):
     def forward(self, td: TensorDictBase, state: Any = None, action: Tensor | None = None) -> TensorDictBase:
         """A rollout step, observations [B, ...] of any dtype, or with `action` segments [B, T, ...]."""
         given = td["env_obs"]
+        if tuple(given.shape[-len(self.observed_shape) :]) != self.observed_shape:
+            expected = f"[..., {', '.join(map(str, self.observed_shape))}] as env.single_observation_space"
+            raise ValueError(f"env_obs: got {describe(given)}, expected {expected}")
         B, TT = self.set_tensordict_fields(td, given)
         observations = given.reshape(B * TT, *self.encoded_shape).to(self.policy.critic.weight.dtype)
         if self.images and given.dtype == torch.uint8:

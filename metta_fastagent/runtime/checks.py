@@ -1,5 +1,6 @@
 """Checks of arguments: each error names the argument, what came and what was expected."""
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
@@ -117,6 +118,20 @@ def require_same_device(name: str, value: Tensor, other_name: str, other: Tensor
     """Both tensors must be on one device."""
     if value.device != other.device:
         raise ValueError(f"{name}: on {value.device}, expected the device of {other_name} ({other.device})")
+
+
+def require_call(name: str, function: Callable, expected: str, *args: object, **options: object) -> None:
+    """A TypeError if `function(*args, **options)` does not fit its signature."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        # A builtin may have none.
+        return
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        called = getattr(function, "__qualname__", type(function).__name__)
+        raise TypeError(f"{name}: got {called}{signature} ({error}), expected {expected}") from None
 
 
 def own_computation(module: nn.Module, kind: type[nn.Module]) -> str:

@@ -1,7 +1,6 @@
 """Shared by the checks: their results, the agent under test, and random numbers that leave no trace."""
 
 import copy
-import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from metta_fastagent.action_space import ActionSpace
+from metta_fastagent.runtime.origin import origin_of
 
 LOSS_KEYS = ("act_log_prob", "entropy", "value")
 STATE_KEYS = ("lstm_h", "lstm_c")
@@ -65,6 +65,9 @@ class Subject:
         agent: Any = copy.deepcopy(self.agent, {} if self.env is None else {id(self.env): self.env})
         if callable(getattr(agent, "reset_memory", None)):
             agent.reset_memory()
+        if getattr(agent, "check_first_update", False):
+            # The copies' calls are the check.
+            agent.check_first_update = False
         if (getattr(agent, "num_envs", None) or ROWS) < ROWS:
             agent.allocate_memory(ROWS)
         if not has_tables(agent):
@@ -120,7 +123,6 @@ def seeded(seed: int, *modules: nn.Module) -> Iterator[None]:
 
 
 def describe_error(error: Exception) -> str:
-    """Type, message, and the innermost place in the code where it was raised."""
-    trace = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-    place = f" (in {trace[-1].function}, line {trace[-1].lineno} of {trace[-1].filename})" if trace else ""
-    return f"{type(error).__name__}: {error}{place}"
+    """Type, message, and the place in the user's code that raised it."""
+    _, place = origin_of(error)
+    return f"{type(error).__name__}: {error}" + f" ({place})" * bool(place)

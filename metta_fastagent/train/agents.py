@@ -1,6 +1,5 @@
 """The agents of the trainer: the choice by name, and the check that an agent fits its environment."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from metta_fastagent import Fast, MettaAgent
 from metta_fastagent.agents.vector import VectorAgent
-from metta_fastagent.runtime.checks import describe, first_line
+from metta_fastagent.runtime.checks import describe, first_line, require_call
 from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.environments import Environment, import_object
 from metta_fastagent.train.environments.memory import MemoryEnvironment
@@ -53,11 +52,10 @@ def make_agent(config: TrainConfig, env: Environment, make: Callable[..., Any] |
     make = make or agent_maker(config.agent, env)
     names, default = ("clip_range", "clip_mode", "analyze_weights_interval"), TrainConfig()
     options = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(default, name)}
+    if isinstance(make, nn.Module):
+        raise TypeError(f"agent: got a {type(make).__name__}, expected a class or function that makes one of `env`")
     called = f"{getattr(make, '__name__', make)}({', '.join(['env', *options])})"
-    try:
-        inspect.signature(make).bind(env, **options)
-    except TypeError as error:
-        raise TypeError(f"agent: got {error} for {called}, expected an agent that is made by this call") from None
+    require_call("agent", make, f"one that takes {called}; **kwargs go to extract_mixin_params", env, **options)
     policy = make(env, **options)
     if not isinstance(policy, nn.Module):
         raise TypeError(f"agent: got {describe(policy)} from {called}, expected a torch.nn.Module")
@@ -93,8 +91,8 @@ def _check_outputs(agent: MettaAgent, env: Environment) -> None:
         sizes = {name: out[name].numel() for name in ("act_log_prob", "entropy", "value")}
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"agent: {kind} failed on {describe(td['env_obs'])} with an action ({first_line(error)}), expected the "
-            "TensorDict that handle_training_mode returns"
+            f"agent: got an error from {kind} for {describe(td['env_obs'])} with an action, expected what "
+            f"handle_training_mode returns: {first_line(error)}"
         ) from error
     agent.train()
     if set(sizes.values()) != {rows}:

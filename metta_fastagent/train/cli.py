@@ -1,11 +1,8 @@
 """The command line, `python -m metta_fastagent.train`, and the same in Python: `train`."""
 
 import argparse
-import itertools
-import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 
-import metta_fastagent
+from metta_fastagent.runtime.origin import origin_of
 from metta_fastagent.runtime.output import show
 from metta_fastagent.runtime.settings import process_settings_kept
 from metta_fastagent.train import ranks
@@ -25,9 +22,6 @@ from metta_fastagent.train.ranks import PROGRAM, say
 from metta_fastagent.train.resume import how_to_resume
 from metta_fastagent.train.run import Run, Stopped, apply_settings, keep_best, prepare, report, run_updates
 from metta_fastagent.train.trainer import TrainingDiverged
-
-# whose files are not named as the place of an error
-LIBRARIES = ("metta_fastagent", "torch", "tensordict", "numpy", "gymnasium", "mettagrid")
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,14 +102,15 @@ def train(
     """Train as the command does, with the same files, summary and errors.
 
     Args:
-        config: the hyperparameters; `env` and `agent` become the names of the two functions, if given.
+        config: the hyperparameters; `env` and `agent` become the names of the two functions, if given. The command's
+            defaults for an environment are those of `TrainConfig.for_environment`.
         make_env: `make_env(num_envs, device)` gives a VectorEnvironment or a gymnasium.vector.VectorEnv.
         make_agent: `make_agent(env)` gives the agent, see `agents.make_agent`.
         out, resume, quiet, tensorboard: as the command's options.
 
     Example:
-        run = train(TrainConfig(env="gym:CartPole-v1", steps=20_000), out="runs/cartpole")
-        print(run.evaluation.learned, run.folder)
+        run = train(TrainConfig.for_environment("gym:CartPole-v1", steps=20_000), out="runs/cartpole")
+        print(statistics.fmean(run.evaluation.learned), run.folder)
     """
     names = {"env": make_env, "agent": make_agent}
     config = replace(config, **{name: _path_of(made) for name, made in names.items() if made is not None})
@@ -135,27 +130,9 @@ def _path_of(made: Any) -> str:
 
 def _fail(error: Exception, code: int) -> int:
     message = str(error).strip() if sys.stderr.isatty() else " ".join(str(error).split())
-    say("\n  ".join([f"error: {message or type(error).__name__}", *_place_of(error)]))
+    origin, place = origin_of(error)
+    say(f"error: {message or type(error).__name__}" + f"\n  {type(origin).__name__} at {place}" * bool(place))
     return code
-
-
-def _place_of(error: BaseException) -> list[str]:
-    """One line with the place in the user's own code that raised `error` or its cause; none if only libraries did."""
-    cause = error.__cause__ or error.__context__
-    if cause is not None and (place := _place_of(cause)):
-        return place
-    stack = traceback.extract_tb(error.__traceback__)
-    called = itertools.dropwhile(lambda frame: not frame.filename.startswith(metta_fastagent.__path__[0]), stack)
-    own = [frame for frame in called if _is_own(frame.filename)]
-    return [f"{type(error).__name__} at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name}"] if own else []
-
-
-def _is_own(filename: str) -> bool:
-    """Whether the file is neither Python's nor of a package that this one builds on."""
-    if filename.startswith(("<", os.path.dirname(os.__file__))) and "site-packages" not in filename:
-        return False
-    folders = [folder for name in LIBRARIES for folder in getattr(sys.modules.get(name), "__path__", ())]
-    return not any(filename.startswith(folder + os.sep) for folder in folders)
 
 
 def make_parser() -> argparse.ArgumentParser:

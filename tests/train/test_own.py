@@ -5,14 +5,17 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import nn
 
 from metta_fastagent import LSTMWrapper
 from metta_fastagent.agents.vector import VectorAgent
+from metta_fastagent.testing import AgentCheckError
 from metta_fastagent.train import TrainConfig, cli, load_agent, train
 from metta_fastagent.train.checkpoint import load_checkpoint
 from metta_fastagent.train.environments import Environment, ProtocolError, make_environment
@@ -186,6 +189,10 @@ def changed(**members):
 WRONG_ENVIRONMENTS = {
     "no reset": (NoReset, "environment: got NoReset without reset, expected a method reset(seed) that returns"),
     "no actions": (NoActions, "environment: got NoActions without max_action_args, expected a list with the largest"),
+    "no seed": (
+        type("NoSeed", (Cue,), {"reset": lambda self: self.restart()}),
+        "reset: got <lambda>() (too many positional arguments), expected a method reset(seed)",
+    ),
     "float actions": (changed(max_action_args=[0.5]), "max_action_args[0]: got 0.5 (float), expected an integer >= 0"),
     "a pair from reset": (
         changed(reset=lambda self, first: (first, {})),
@@ -264,15 +271,15 @@ WRONG_AGENTS = {
     "no mixin": (Plain, "agent: got Plain without clip_weights, expected a subclass of PyTorchAgentMixin"),
     "no clip_weights": (NoMixin, "agent: got NoMixin without clip_weights, expected a subclass of PyTorchAgentMixin"),
     "no module": (lambda env: [], "agent: got a list of length 0 from <lambda>(env), expected a torch.nn.Module"),
-    "no argument": (lambda: None, "agent: got too many positional arguments for <lambda>(env), expected an agent that"),
+    "no argument": (lambda: None, "agent: got <lambda>() (too many positional arguments), expected one that takes <la"),
     "actions as indices": (
         lambda env: VectorAgent(env, action_format="index"),
         "agent: got action_format='index', expected 'pair'",
     ),
     "wide logits": (
         Wide,
-        "agent: Wide failed on a float32 tensor of shape [8, 1, 4] on cpu with an action (logits_list: got a "
-        "float32 tensor of shape [8, 7] on cpu, expected 3 columns",
+        "agent: got an error from Wide for a float32 tensor of shape [8, 1, 4] on cpu with an action, expected what "
+        "handle_training_mode returns: logits_list: got a float32 tensor of shape [8, 7] on cpu, expected 3 columns",
     ),
     "frozen": (
         lambda env: VectorAgent(env).requires_grad_(False),
@@ -280,7 +287,7 @@ WRONG_AGENTS = {
     ),
     "other input": (
         OtherInput,
-        "agent: OtherInput failed on a float32 tensor of shape [8, 1, 4] on cpu with an action",
+        "agent: got an error from OtherInput for a float32 tensor of shape [8, 1, 4] on cpu with an action",
     ),
 }
 
@@ -295,6 +302,50 @@ def test_a_wrong_agent_is_one_line(agent, message, monkeypatch, tmp_path, capsys
     line, *places = err.splitlines()
     assert line.startswith(f"python -m metta_fastagent.train: error: {message}"), err
     assert all(place.startswith("  ") and __file__ in place for place in places) and len(places) <= 1
+
+
+class Mixed(VectorAgent):
+    """Segments whose rows and steps are mixed up."""
+
+    def run_lstm(self, td, hidden, B, TT, training=None):
+        return super().run_lstm(td, hidden.view(TT, B, -1).transpose(0, 1).flatten(0, 1), B, TT, training)
+
+
+def test_the_check_of_the_first_update_sees_the_updates_rows(tmp_path):
+    def make_agent(env):
+        return Mixed(env, check_first_update=True)
+
+    with pytest.raises(AgentCheckError, match="FAIL  recurrent replay"):
+        train(TrainConfig(steps=64, **SIZES), make_env=Cue, make_agent=make_agent, out=tmp_path, quiet=True)
+
+
+MISTAKEN = {
+    "an agent": ({"make_agent": nn.Linear(1, 1)}, TypeError, "agent: got a Linear, expected a class or function that"),
+    "a class without rows": (
+        {"make_env": Plain},
+        TypeError,
+        r"env: got Plain\(env\) \(.*\), expected make_env\(num_envs, device\), which makes all rows at once",
+    ),
+    "one row": (
+        {"make_env": lambda rows, device: pytest.importorskip("gymnasium").make("CartPole-v1")},
+        ProtocolError,
+        r"environment: got one .*, a gymnasium.Env, expected 8 rows, such as gymnasium.vector.SyncVectorEnv",
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "kind", "message"), MISTAKEN.values(), ids=MISTAKEN)
+def test_other_objects_than_functions_that_make_them(given, kind, message, tmp_path):
+    with pytest.raises(kind, match=message):
+        train(TrainConfig(steps=64, **SIZES), **{"make_env": Cue, **given}, out=tmp_path)
+
+
+def test_observations_of_another_layout_are_refused():
+    space = SimpleNamespace(shape=(6, 5, 3))
+    agent = VectorAgent(SimpleNamespace(single_observation_space=space, max_action_args=[1]))
+    agent.activate_actions(["act"], [1])
+    with pytest.raises(ValueError, match=r"^env_obs: got .* \[1, 3, 6, 5\] on cpu, expected \[..., 6, 5, 3\] as env"):
+        agent(TensorDict({"env_obs": torch.zeros(1, 3, 6, 5)}, batch_size=[1]))
 
 
 class Broken(VectorAgent):

@@ -96,7 +96,7 @@ def _require_like(name: str, tensor: object, dtype: torch.dtype, shape: torch.Si
     ):
         return
     kind = "bool" if dtype == torch.bool else str(dtype).removeprefix("torch.")
-    expected = f"a {kind} tensor of shape {list(shape)} on {values.device}, as values"
+    expected = f"a {kind} tensor of shape {list(shape)} on {values.device} for values [B, T] = {list(values.shape)}"
     require_tensor(name, tensor, expected, lambda found: found == dtype)
     raise ValueError(f"{name}: got {describe(tensor)}, expected {expected}")
 

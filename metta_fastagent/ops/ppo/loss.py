@@ -1,11 +1,8 @@
 """The loss of proximal policy optimization, straight from logits and values, with its gradients.
 
-    loss   = -mean(min(r A, clip(r, 1 - c, 1 + c) A)) + vf_coef mean(E) / 2 - ent_coef mean(H)
-    r      = exp(log_prob - old_log_prob)      A the advantages      H the entropy      E = (value - returns)^2
-
-With vf_clip_coef = v > 0, E is the larger of that and (old_value + clip(value - old_value, -v, v) - returns)^2.
-`evaluate_actions` defines log-probability and entropy. Schulman et al. 2017 (https://arxiv.org/abs/1707.06347) for
-the loss, PPO2 (https://github.com/openai/baselines/blob/master/baselines/ppo2/model.py) for the value clip,
+`ppo_loss` has the formula, `evaluate_actions` defines log-probability and entropy. Schulman et al. 2017
+(https://arxiv.org/abs/1707.06347) for the loss, PPO2
+(https://github.com/openai/baselines/blob/master/baselines/ppo2/model.py) for the value clip,
 http://joschu.net/blog/kl-approx.html for the estimate r - 1 - log r of the KL divergence, which is never negative.
 
 One launch forward and one backward. A row with an action out of range (off the CPU only) makes the loss NaN and gets no
@@ -53,6 +50,10 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor]:
     """The clipped surrogate, the value error and the entropy bonus, each a mean over rows.
 
+        loss = -mean(min(r A, clip(r, 1 - c, 1 + c) A)) + vf_coef mean(E) / 2 - ent_coef mean(H)
+        r    = exp(log_prob - old_log_prob)      A the advantages      H the entropy      E = (value - returns)^2
+
+    With vf_clip_coef = v > 0, E is the larger of that and (old_value + clip(value - old_value, -v, v) - returns)^2.
     What is "of each row" has N elements in the order of the rows, in any shape: [N], [N, 1], [B, T].
 
     Args:
@@ -68,7 +69,8 @@ def ppo_loss(
             are checked all the same.
         count: floating-point tensor with one element, on the logits' device, that replaces the number of rows in the
             means, so that the losses of parts add up to that of the whole.
-        mask, temperature: as `evaluate_actions` takes them.
+        mask, temperature: as `evaluate_actions` takes them. An action that the mask forbids has log-probability -inf, a
+            ratio of 0, and makes the estimate of the KL divergence infinite.
         clip_coef: c, a number >= 0.
         vf_clip_coef: v, a number >= 0; 0 does not clip.
         vf_coef, ent_coef: weights, numbers.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from metta_fastagent.environment import Environment, ProtocolError, Step, VectorEnvironment
-from metta_fastagent.runtime.checks import describe, require_integer
+from metta_fastagent.runtime.checks import describe, require_call, require_integer
 
 __all__ = ["Environment", "ProtocolError", "Step", "VectorEnvironment", "environment_maker", "make_environment"]
 
@@ -31,8 +31,11 @@ def import_object(option: str, path: str) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
+        hint = "start in its folder or set PYTHONPATH"
+        if module == "__main__":
+            hint = "a script has to pass its own to load_agent, or to train with resume="
         raise ValueError(
-            f"{option}: got {path!r} ({error}), expected package.module:name of an importable object"
+            f"{option}: got {path!r} ({error}), expected package.module:name of an importable object; {hint}"
         ) from error
     if not callable(found):
         raise ValueError(f"{option}: got {path!r}, which is {describe(found)}, expected a function or a class")
@@ -58,9 +61,13 @@ def make_environment(
     """
     if isinstance(make_env, str):
         make_env = environment_maker(make_env)
+    require_call("env", make_env, "make_env(num_envs, device), which makes all rows at once", num_envs, device)
     with _workers_without_ctrl_c():
         source = make_env(num_envs, device)
         gymnasium = sys.modules.get("gymnasium")
+        if gymnasium is not None and isinstance(source, gymnasium.Env):
+            rows = f"{num_envs} rows, such as gymnasium.vector.SyncVectorEnv([make_one] * {num_envs})"
+            raise ProtocolError(f"environment: got one {type(source).__name__}, a gymnasium.Env, expected {rows}")
         if gymnasium is not None and isinstance(source, gymnasium.vector.VectorEnv):
             from metta_fastagent.train.environments.gym import GymnasiumEnvironment
 

@@ -1,0 +1,30 @@
+"""Where in the user's own code an error comes from."""
+
+import itertools
+import os
+import sys
+import traceback
+
+import metta_fastagent
+
+# Their files are not named as the place of an error.
+LIBRARIES = ("metta_fastagent", "torch", "tensordict", "numpy", "gymnasium", "mettagrid")
+
+
+def origin_of(error: BaseException) -> tuple[BaseException, str]:
+    """`error` or its cause, and the line of the user's own code that raised it; an empty line if only libraries did."""
+    cause = error.__cause__ or error.__context__
+    if cause is not None and (origin := origin_of(cause))[1]:
+        return origin
+    stack = traceback.extract_tb(error.__traceback__)
+    called = itertools.dropwhile(lambda frame: not frame.filename.startswith(metta_fastagent.__path__[0]), stack)
+    own = [frame for frame in called if _is_own(frame.filename)]
+    return error, f"{own[-1].filename}:{own[-1].lineno}, in {own[-1].name}" if own else ""
+
+
+def _is_own(filename: str) -> bool:
+    """Whether the file is neither Python's nor of a package that this one builds on."""
+    if filename.startswith(("<", os.path.dirname(os.__file__))) and "site-packages" not in filename:
+        return False
+    folders = [folder for name in LIBRARIES for folder in getattr(sys.modules.get(name), "__path__", ())]
+    return not any(filename.startswith(folder + os.sep) for folder in folders)
