@@ -230,7 +230,7 @@ class LSTMWrapper(nn.Module):
         else:
             h, c, env_id = self._manage_lstm_state(td, B, TT, hidden.device, training)
         resets = _resets(td, B, TT, hidden.device)
-        if resets is not None and TT > 1:
+        if resets and TT > 1:
             self._report_own_computation()
         if self.writes_state and env_id is not None:
             # Copies: the memory may change in place.
@@ -262,8 +262,7 @@ class LSTMWrapper(nn.Module):
             which leaves the rollout memory as it is.
         """
         h, c, env_id = self._stored_state(td, B, TT, device, training)
-        resets = _resets(td, B, TT, device)
-        if resets is not None:
+        for resets in _resets(td, B, TT, device):
             first = resets[0].view(1, B, 1)
             h, c = h.masked_fill(first, 0), c.masked_fill(first, 0)
         return nan_if_out_of_range(h, env_id), nan_if_out_of_range(c, env_id), env_id
@@ -382,9 +381,9 @@ def _environment_id(td: TensorDictBase) -> Any:
     return 0 if env_id is None else env_id
 
 
-def _resets(td: TensorDictBase, B: int, TT: int, device: torch.device) -> Tensor | None:
-    """Rows to reset before each step, bool [TT, B]; None if `td` has neither `dones` nor `truncateds`."""
-    resets, shape = None, (B,) if TT == 1 else (B, TT)
+def _resets(td: TensorDictBase, B: int, TT: int, device: torch.device) -> list[Tensor]:
+    """Rows to reset before each step by `dones` and `truncateds`, as far as `td` has them, each bool [TT, B]."""
+    resets, shape = [], (B,) if TT == 1 else (B, TT)
     for key in ("dones", "truncateds"):
         if key not in td.keys():
             continue
@@ -396,5 +395,5 @@ def _resets(td: TensorDictBase, B: int, TT: int, device: torch.device) -> Tensor
             flags = flags.bool()
         if flags.shape != shape:
             flags = flags.reshape(shape)
-        resets = flags if resets is None else resets | flags
-    return resets if resets is None else resets.view(1, B) if TT == 1 else resets.transpose(0, 1)
+        resets.append(flags.view(1, B) if TT == 1 else flags.transpose(0, 1))
+    return resets

@@ -16,11 +16,10 @@ def clip(*weights):
     return clipped
 
 
-def lstm_step(projected, weight_hh, h, c, resets):
+def lstm_step(*given):
     """The operator of a rollout, which writes the next state where it is told to."""
-    next_h, next_c = torch.zeros(h.shape, device=h.device), torch.zeros(h.shape, device=h.device)
-    torch.ops.metta_fastagent.lstm_step_(projected, weight_hh, h, c, resets, next_h, next_c)
-    return next_h, next_c
+    next_h, next_c = torch.zeros_like(given[2]), torch.zeros_like(given[3])
+    return torch.ops.metta_fastagent.lstm_step_(*given, next_h, next_c), next_h, next_c
 
 
 def leaf(*shape):
@@ -100,7 +99,7 @@ def calls(rows):
         "lstm_layer": (ops.lstm_layer, [*lstm, resets]),
         "lstm_layer without resets": (ops.lstm_layer, lstm),
         "lstm_layer without gradients": (ops.lstm_layer, [*(tensor.detach() for tensor in lstm), resets]),
-        "lstm_step_": (lstm_step, [*step, resets[:1]]),
+        "lstm_step_": (lstm_step, [*step, resets[:1], resets[1:2], torch.randn(step[1].shape[0])]),
         "tanh": (ops.tanh, [leaf(rows, 6)]),
         "tokens_to_grid": (lambda tokens, scale: ops.tokens_to_grid(tokens, 5, 3, 7, scale), [tokens, scale]),
         "tokens_to_grid with x low": (

@@ -1,6 +1,7 @@
 """All layers of an nn.LSTM with resets: against the module itself, and against a loop over its steps in float64."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -212,3 +213,39 @@ def test_an_ensemble_by_vmap(bias, device):
     found = torch.vmap(lambda own: torch.func.functional_call(member, own, (inputs,)))(named)
     wanted = torch.stack([lstm(each, inputs, None, resets)[0] for each in members])
     assert_close(found, wanted, torch.float64)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("steps", [1, STEPS])
+@pytest.mark.parametrize("grad", [False, True])
+def test_several_resets_reset_the_rows_of_any(steps, grad, batch_first, device):
+    given = make(batch_first=batch_first, steps=steps)
+    module, inputs, state, resets = moved(*given, device, torch.float32)
+    more = torch.rand(resets.shape, device=device) < 0.3
+    with torch.set_grad_enabled(grad):
+        for flags in ([resets, more], (more, resets, resets), [more]):
+            expected = lstm(module, inputs, state, functools.reduce(torch.logical_or, flags))
+            torch.testing.assert_close(lstm(module, inputs, state, flags), expected, rtol=0, atol=0)
+        torch.testing.assert_close(lstm(module, inputs, state, []), lstm(module, inputs, state), rtol=0, atol=0)
+    with pytest.raises(TypeError, match=r"^resets: got a float32 tensor"):
+        lstm(module, inputs, state, [resets, more.float()])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("size", [7, 130])
+def test_a_step_in_place(size, layout, device):
+    # More rows than a program of the kernel has, and more hidden columns than it computes at a time.
+    module, rows = nn.LSTM(INPUT, size, 2).to(device), 19
+    inputs, resets = torch.randn(1, rows, INPUT, device=device), torch.rand(1, rows, device=device) < 0.3
+    state = [torch.randn(2, rows, size, device=device) for _ in range(2)]
+    if layout == "transposed":
+        state = [part.transpose(0, 1).contiguous().transpose(0, 1) for part in state]
+    copies = [part.clone() for part in state]
+    with torch.no_grad():
+        output, new_state = lstm(module, inputs, state, resets, in_place=True)
+        exact, exact_copies = copy.deepcopy(module).double(), [part.double() for part in copies]
+        expected, expected_state = loop(exact, inputs.double(), exact_copies, resets)
+    for got, want in zip((output, *new_state), (expected, *expected_state), strict=True):
+        assert_close(got, want, torch.float32)
+    for given, got, before in zip(state, new_state, copies, strict=True):
+        assert given is got or torch.equal(given, before)

@@ -67,8 +67,11 @@ def _lstm_layer_fwd_kernel(
     h,  # [B, H]
     c,  # [B, H]
     resets,  # [T, B] bool; unused without HAS_RESETS
+    more_resets,  # [T, B] bool, which reset rows too; unused without HAS_MORE_RESETS
+    bias,  # [4H], added to what is projected; unused without HAS_BIAS
     output,  # [T, B, H]
-    cells,  # [T, B, H]
+    cells,  # [T, B, H]; for a single step it may be `c`
+    next_h,  # [B, H], a copy of the last output; may be `h`; unused without KEEP_STATE
     gates,  # [T, B, 4H]; unused without KEEP_GATES
     parts,  # float16, to work in: of weight_hh [4H, 2, H], of two steps' state [2, B, 2, H]; unused without IN_PARTS
     T,
@@ -76,6 +79,9 @@ def _lstm_layer_fwd_kernel(
     width,  # H once more, as the bound of loops: unrolled, they would spill registers
     H: tl.constexpr,
     HAS_RESETS: tl.constexpr,
+    HAS_MORE_RESETS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEEP_STATE: tl.constexpr,
     KEEP_GATES: tl.constexpr,
     IN_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -99,10 +105,12 @@ def _lstm_layer_fwd_kernel(
         products.split_into_parts(h + top * H, state_scale, before, size, H, 2, 64 * BLOCK_B, 1)
         tl.debug_barrier()
     kept = products.kept_rows(resets + row, live, HAS_RESETS, BLOCK_B)
+    kept = products.kept_rows(more_resets + row, kept, HAS_MORE_RESETS, BLOCK_B)
     for t in range(T):
         # A step ahead: Triton lays out a product's factors by the narrowest load that their masks depend on within an
         # iteration, and for one of bytes it would leave out ldmatrix. No row follows the last step.
         following = products.kept_rows(resets + row + B, live & (t + local < T - 1 + local), HAS_RESETS, BLOCK_B)
+        following = products.kept_rows(more_resets + row + B, following, HAS_MORE_RESETS, BLOCK_B)
         last_h = tl.where(row == top, h + top * H, output + (row - B) * H)
         last_c = tl.where(row == top, c + top * H, cells + (row - B) * H)
         for first in range(0, H, BLOCK_N):
@@ -113,6 +121,13 @@ def _lstm_layer_fwd_kernel(
             # These loads are under way together during the product.
             cell = tl.load(last_c + state, mask=inside & kept[:, None], other=0.0).to(tl.float32)
             gate_i, gate_f, gate_g, gate_o = products.load_gates(projected + row * (4 * H) + place, inside, H)
+            if HAS_BIAS:
+                used = (column < H)[None, :]
+                bias_i, bias_f, bias_g, bias_o = products.load_gates(bias + column[None, :], used, H)
+                gate_i += bias_i
+                gate_f += bias_f
+                gate_g += bias_g
+                gate_o += bias_o
             factors = (before, parts) if IN_PARTS else (last_h, weight_hh)
             product = products.gate_product(
                 factors[0], factors[1], kept, first, width, H, IN_PARTS, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
@@ -149,6 +164,13 @@ def _lstm_layer_fwd_kernel(
         kept = following
         # Every warp of the next step reads the stores of all warps of this one.
         tl.debug_barrier()
+    if KEEP_STATE:
+        for first in range(0, H, BLOCK_N):
+            column = first + tl.arange(0, BLOCK_N)
+            inside = live[:, None] & (column < H)[None, :]
+            state = local[:, None] * H + column[None, :]
+            last = tl.load(output + (row - B) * H + state, mask=inside, other=0.0)
+            tl.store(next_h + top * H + state, last, mask=inside)
 
 
 @jit(varying=("T", "B", "width"))
@@ -297,38 +319,51 @@ def lstm_layer_forward_cuda(inputs: LayerInputs, keep_gates: bool) -> tuple[Tens
     if not _fits_kernel(inputs.weight_hh):
         return lstm_layer_forward_eager(inputs, keep_gates)
     projected, h = inputs.projected, inputs.h
-    output, cells = projected.new_empty(len(projected), *h.shape), projected.new_empty(len(projected), *h.shape)
+    cells = projected.new_empty(len(projected), *h.shape)
     gates = projected.new_empty(projected.shape if keep_gates else 0)
-    _launch_forward(inputs, output, cells, gates)
-    return output, cells, gates
+    return _launch_forward(inputs, cells, gates), cells, gates
 
 
-def lstm_step_cuda_(inputs: LayerInputs, next_h: Tensor, next_c: Tensor) -> None:
+def lstm_step_cuda_(
+    inputs: LayerInputs, more_resets: Tensor | None, bias: Tensor | None, next_h: Tensor, next_c: Tensor
+) -> Tensor:
     """As `lstm_step_eager_`, in one launch."""
     if not _fits_kernel(inputs.weight_hh):
-        lstm_step_eager_(inputs, next_h, next_c)
-        return
-    _launch_forward(inputs, next_h, next_c, inputs.projected.new_empty(0))
+        return lstm_step_eager_(inputs, more_resets, bias, next_h, next_c)
+    return _launch_forward(inputs, next_c, inputs.projected.new_empty(0), more_resets, bias, next_h)
 
 
-def _launch_forward(inputs: LayerInputs, output: Tensor, cells: Tensor, gates: Tensor) -> None:
+def _launch_forward(
+    inputs: LayerInputs,
+    cells: Tensor,
+    gates: Tensor,
+    more_resets: Tensor | None = None,
+    bias: Tensor | None = None,
+    next_h: Tensor | None = None,
+) -> Tensor:
     projected, weight_hh, h, c = map(Tensor.contiguous, inputs[:4])
-    resets = contiguous(inputs.resets)
+    output = projected.new_empty(len(projected), *h.shape)
+    resets, more_resets, bias = contiguous(inputs.resets), contiguous(more_resets), contiguous(bias)
     steps, (rows, size) = len(projected), h.shape
     if rows == 0:
-        return
+        return output
     many_rows = _has_many_rows(rows, projected.get_device())
     in_parts = _in_parts(projected.dtype, steps, many_rows)
     parts = projected.new_empty(8 * size * size + 4 * rows * size if in_parts else 0, dtype=torch.float16)
     block_b = MANY_ROWS_BLOCK_B if many_rows else BLOCK_B
     layout = _layout(FORWARD_SHAPES[PLATFORM], projected.dtype, in_parts, block_b)
+    optional = {"HAS_RESETS": resets, "HAS_MORE_RESETS": more_resets, "HAS_BIAS": bias, "KEEP_STATE": next_h}
+    given = {name: tensor is not None for name, tensor in optional.items()}
+    tensors = (projected, weight_hh, h, c, resets, more_resets, bias, output, cells, next_h, gates, parts)
     launch_with(
-        _constants(*layout, H=size, HAS_RESETS=resets is not None, KEEP_GATES=gates.numel() > 0),
+        _constants(*layout, H=size, **given, KEEP_GATES=gates.numel() > 0),
         _lstm_layer_fwd_kernel,
         cdiv(rows, block_b),
-        (projected, weight_hh, h, c, projected if resets is None else resets, output, cells, gates, parts),
+        # The input stands in for what there is not.
+        [projected if tensor is None else tensor for tensor in tensors],
         (steps, rows, size),
     )
+    return output
 
 
 def lstm_layer_backward_cuda(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:

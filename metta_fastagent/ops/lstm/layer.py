@@ -78,15 +78,14 @@ def run_layer(inputs: LayerInputs, with_state: bool) -> tuple[Tensor, Any, Any]:
 
 
 def lstm_step_into(
-    projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None, next_h: Tensor, next_c: Tensor
+    inputs: LayerInputs, more_resets: Tensor | None, bias: Tensor | None, next_h: Tensor, next_c: Tensor
 ) -> Tensor:
-    """`lstm_layer` of one step without gradients, its state written into `next_h` and `next_c`, contiguous [B, H].
+    """The output [1, B, H] of one step without gradients, its state written into `next_h` and `next_c`.
 
-    Returns the output [1, B, H], a view of `next_h`. Neither may share memory with `h` or `c`.
+    These are contiguous [B, H], and may be `h` and `c`; for the rest see `lstm_step_eager_`.
     """
-    _check(projected, weight_hh, h, c, resets)
-    _lstm_step_(LayerInputs(projected, weight_hh, h, c, resets), next_h, next_c)
-    return next_h.unsqueeze(0)
+    _check(*inputs)
+    return _lstm_step_(inputs, more_resets, bias, next_h, next_c)
 
 
 def lstm_step_native(
@@ -187,9 +186,9 @@ _lstm_layer_forward = Operator(
     packed=(0, LayerInputs),
 )
 _lstm_step_ = Operator(
-    f"lstm_step_({_INPUTS}, Tensor(a!) next_h, Tensor(b!) next_c) -> ()",
+    f"lstm_step_({_INPUTS}, Tensor? more_resets, Tensor? bias, Tensor(a!) next_h, Tensor(b!) next_c) -> Tensor",
     lstm_step_eager_,
-    lambda *_: None,
+    lambda inputs, *_: inputs.projected.new_empty(1, *inputs.h.shape),
     kernels.lstm_step_cuda_,
     packed=(0, LayerInputs),
 )

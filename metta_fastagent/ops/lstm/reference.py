@@ -96,11 +96,22 @@ def lstm_layer_forward_eager(inputs: LayerInputs, keep_gates: bool = True) -> tu
     return output.to(dtype), cells.to(dtype), gates.to(dtype) if keep_gates else projected.new_empty(0)
 
 
-def lstm_step_eager_(inputs: LayerInputs, next_h: Tensor, next_c: Tensor) -> None:
-    """`lstm_layer_forward_eager` of one step, its state written into `next_h` and `next_c`."""
-    output, cells, _ = lstm_layer_forward_eager(inputs, False)
+def lstm_step_eager_(
+    inputs: LayerInputs, more_resets: Tensor | None, bias: Tensor | None, next_h: Tensor, next_c: Tensor
+) -> Tensor:
+    """The output [1, B, H] of one step, whose state is written into `next_h` and `next_c`, which may be `h` and `c`.
+
+    `more_resets`, bool [1, B], reset rows too, and `bias` [4H] is added to `projected`.
+    """
+    projected, weight_hh, h, c, resets = inputs
+    if bias is not None:
+        projected = projected + bias
+    if more_resets is not None:
+        resets = more_resets if resets is None else resets | more_resets
+    output, cells, _ = lstm_layer_forward_eager(LayerInputs(projected, weight_hh, h, c, resets), False)
     next_h.copy_(output[0])
     next_c.copy_(cells[0])
+    return output
 
 
 def lstm_layer_backward_eager(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """All layers of an `nn.LSTM`, or of a module that stands in for one, over a segment with resets."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ def lstm(
     module: nn.Module,
     inputs: Tensor,
     state: State | None = None,
-    resets: Tensor | None = None,
+    resets: Tensor | Sequence[Tensor] | None = None,
     *,
     in_place: bool = False,
     with_state: bool = True,
@@ -38,7 +39,8 @@ def lstm(
         module: `nn.LSTM` in one direction and without projection, or a module that stands in for it.
         inputs: [T, B, input_size]; [B, T, input_size] if the module is `batch_first`; T at least 1.
         state: (h, c) before the first step, [num_layers, B, hidden_size] each; None for zeros.
-        resets: bool tensor laid out as the inputs are, [T, B] or [B, T]; None resets no row.
+        resets: bool tensor laid out as the inputs are, [T, B] or [B, T]; several such tensors (`dones`, `truncateds`)
+            reset the rows of any; None resets no row.
         in_place: the caller keeps its state in the tensors of `state`. A single step may then write the new state there
             and return them, or return tensors with which its output shares memory.
         with_state: False if the caller drops the new state, which may then be (None, None): saves copies.
@@ -58,22 +60,27 @@ def lstm(
         (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
     _require_supported(module, inputs)
-    if resets is None:
+    flags = resets if isinstance(resets, (list, tuple)) else [resets]
+    if resets is None or not flags:
         return module(inputs, state)
     time = 1 if getattr(module, "batch_first", False) else 0
-    _check(inputs, state, resets, time)
+    _check(inputs, state, flags, time)
     # A step takes the segments' path, as a segment has to reproduce its rollout, and on CUDA cuDNN rounds nn.LSTM's
     # products to TF32 by default. In plain PyTorch on the CPU nn.LSTM is faster.
     device = inputs.device
     as_segment = inputs.shape[time] > 1 or device.type == "cuda" or uses_triton(device) or uses_native(device)
     if not as_segment or own_computation(module, nn.LSTM):
-        return _step_by_step(module, inputs, state, resets, time)
+        return _step_by_step(module, inputs, state, _any_of(flags), time)
     h, c = _fitting_state(module, inputs, state, inputs.shape[1 - time])
     if time == 0:
-        return _layer_by_layer(module, inputs, h, c, resets, in_place, with_state)
-    sequence, resets = inputs.transpose(0, 1), resets.transpose(0, 1)
-    output, state = _layer_by_layer(module, sequence, h, c, resets, in_place, with_state)
+        return _layer_by_layer(module, inputs, h, c, flags, in_place, with_state)
+    sequence, flags = inputs.transpose(0, 1), [each.transpose(0, 1) for each in flags]
+    output, state = _layer_by_layer(module, sequence, h, c, flags, in_place, with_state)
     return output.transpose(0, 1), state
+
+
+def _any_of(flags: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.bitwise_or, flags)
 
 
 def _require_supported(module: object, inputs: object) -> None:
@@ -92,16 +99,17 @@ def _require_supported(module: object, inputs: object) -> None:
         )
 
 
-def _check(inputs: Any, state: object, resets: Any, time: int) -> None:
+def _check(inputs: Any, state: object, flags: Sequence[Any], time: int) -> None:
     """The inputs and the resets must have one layout, and the state must be a pair of tensors or None."""
     if not isinstance(inputs, Tensor) or inputs.dim() != 3 or inputs.shape[time] == 0:
         layout = "[B, T, input_size]" if time else "[T, B, input_size]"
         require_tensor("inputs", inputs, f"a tensor {layout} with T >= 1", None, lambda _: False)
     shape = inputs.shape[:2]
-    if not isinstance(resets, Tensor) or resets.dtype != torch.bool or resets.shape != shape:
-        expected = f"a bool tensor of shape {list(shape)}, as inputs"
-        require_tensor("resets", resets, expected, (torch.bool,).__contains__, lambda _: False)
-    require_same_device("resets", resets, "inputs", inputs)
+    for resets in flags:
+        if not isinstance(resets, Tensor) or resets.dtype != torch.bool or resets.shape != shape:
+            expected = f"a bool tensor of shape {list(shape)}, as inputs"
+            require_tensor("resets", resets, expected, (torch.bool,).__contains__, lambda _: False)
+        require_same_device("resets", resets, "inputs", inputs)
     if state is None:
         return
     if not isinstance(state, (tuple, list)) or len(state) != 2 or not all(isinstance(part, Tensor) for part in state):
@@ -139,17 +147,19 @@ def _step_by_step(module: nn.Module, inputs: Tensor, state: Any, resets: Tensor,
 
 
 def _layer_by_layer(
-    module: Any, sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor, in_place: bool, with_state: bool
+    module: Any, sequence: Tensor, h: Tensor, c: Tensor, flags: Sequence[Tensor], in_place: bool, with_state: bool
 ) -> tuple[Tensor, State]:
     dtype = _autocast_dtype(sequence)
     weights = module.all_weights
     if any(tensor.dtype != dtype for tensor in (sequence, h, c, weights[0][0])):
         sequence, h, c = sequence.to(dtype), h.to(dtype), c.to(dtype)
         weights = [[weight.to(dtype) for weight in layer] for layer in weights]
-    # Both may be transposed views: one copy of the flags serves all layers, and F.linear adds a bias to a view apart.
-    sequence, resets = sequence.contiguous(), resets.contiguous()
+    # It may be a transposed view, to which F.linear would add a bias apart.
+    sequence = sequence.contiguous()
     if len(sequence) == 1 and not torch.is_grad_enabled() and not in_plain_pytorch():
-        return _one_step(module, weights, sequence, h, c, resets, in_place)
+        return _one_step(module, weights, sequence, h, c, flags, in_place)
+    # One copy of transposed flags serves all layers.
+    resets = _any_of(flags).contiguous()
     biases, last_h, last_c = _bias_sums(weights), [], []
     for layer, own in enumerate(weights):
         projected = _projected(module, layer, own[0], biases[layer], sequence)
@@ -161,19 +171,24 @@ def _layer_by_layer(
 
 
 def _one_step(
-    module: Any, weights: list[list[Tensor]], sequence: Tensor, h: Tensor, c: Tensor, resets: Tensor, in_place: bool
-) -> tuple[Tensor, State]:
+    module: Any, weights: list[list[Tensor]], sequence: Tensor, h: Tensor, c: Tensor, flags: Sequence[Tensor],
+    in_place: bool,
+) -> tuple[Tensor, State]:  # fmt: skip
     """A single step without gradients, whose new state is written where it belongs."""
-    if not (module.dropout and module.training):
-        state = lstm_step_native(sequence[0], [each for own in weights for each in own], h, c, resets, in_place)
+    in_place = in_place and h.is_contiguous() and c.is_contiguous()
+    if uses_native(sequence.device) and not (module.dropout and module.training):
+        given = [each for own in weights for each in own]
+        state = lstm_step_native(sequence[0], given, h, c, _any_of(flags).contiguous(), in_place)
         if state is not None:
             return state[0][-1:].clone(), state
-    last_h, last_c = torch.empty_like(h), torch.empty_like(c)
-    biases = _bias_sums(weights)
-    for layer, own in enumerate(weights):
-        projected = _projected(module, layer, own[0], biases[layer], sequence)
-        sequence = lstm_step_into(projected, own[1], h[layer], c[layer], resets, last_h[layer], last_c[layer])
-    return sequence if in_place else sequence.clone(), (last_h, last_c)
+    first, more = flags[0], _any_of(flags[1:]) if len(flags) > 1 else None
+    state = (h, c) if in_place else (h.new_empty(h.shape), c.new_empty(c.shape))
+    for layer, (weight_ih, weight_hh, *biases) in enumerate(weights):
+        bias_ih, bias_hh = biases or (None, None)
+        projected = _projected(module, layer, weight_ih, bias_ih, sequence)
+        inputs = LayerInputs(projected, weight_hh, h[layer], c[layer], first)
+        sequence = lstm_step_into(inputs, more, bias_hh, state[0][layer], state[1][layer])
+    return sequence, state
 
 
 def _bias_sums(weights: list[list[Tensor]]) -> Sequence[Tensor | None]:
