@@ -34,6 +34,8 @@ from metta_fastagent.ops import conversion
 from metta_fastagent.ops.categorical import kernels as categorical
 from metta_fastagent.ops.categorical import layouts
 from metta_fastagent.ops.lstm import kernels as lstm
+from metta_fastagent.ops.lstm.layer import lstm_step_into
+from metta_fastagent.ops.lstm.reference import LayerInputs
 from metta_fastagent.ops.ppo import kernels as ppo
 from metta_fastagent.ops.tensor_lists import kernels as tensor_lists
 from metta_fastagent.ops.tokens import kernels as tokens
@@ -199,9 +201,13 @@ def _lstm_cases(size: int, dtype: str) -> Iterator[Case]:
 def _lstm(size: int, dtype: torch.dtype, steps: int, batch: int, with_gradient: bool) -> None:
     shapes = (steps, batch, 4 * size), (4 * size, size), (batch, size), (batch, size)
     inputs = [torch.empty(shape, dtype=dtype, requires_grad=with_gradient) for shape in shapes]
-    outputs = ops.lstm_layer(*inputs, torch.empty(steps, batch, dtype=torch.bool))
-    if with_gradient:
-        torch.autograd.grad(outputs, inputs, [torch.empty_like(output) for output in outputs])
+    resets = torch.empty(steps, batch, dtype=torch.bool)
+    if not with_gradient:
+        # As a rollout does, with two flags a row and the memory in place.
+        lstm_step_into(LayerInputs(*inputs, resets), resets, torch.empty(4 * size, dtype=dtype), *inputs[2:])
+        return
+    outputs = ops.lstm_layer(*inputs, resets)
+    torch.autograd.grad(outputs, inputs, [torch.empty_like(output) for output in outputs])
 
 
 def launches(call: Callable[[], Any], platform: str) -> list[Launch]:
