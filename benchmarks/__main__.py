@@ -1,6 +1,6 @@
 """Run the benchmarks: python -m benchmarks [--quick] [--only clip,sample] [--out FOLDER] [pytest's options]
 
-pytest-benchmark measures; this adds a Markdown page beside its JSON, and prints the table of ratios last.
+pytest-benchmark measures; this adds a Markdown page next to its JSON, and prints the table of ratios last.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from benchmarks import report
 
 FOLDER = Path(__file__).parent
 SUITES = sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
-# Seconds of each measurement; one option of pytest-benchmark limits its rounds and those of the ratios.
+# Seconds per measurement; one pytest-benchmark option limits its rounds and those of the ratios.
 QUICK_SECONDS, FULL_SECONDS = 0.15, 0.5
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """pytest's exit code."""
+    """Run the benchmarks and return pytest's exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     target = (out / time.strftime("%Y-%m-%d-%H%M%S.json", time.gmtime())).resolve()
     command = [sys.executable, "-m", "pytest", *(str(FOLDER / f"bench_{name}.py") for name in names)]
-    # A comparison is one of pytest-benchmark's own tables.
+    # A comparison needs pytest-benchmark's own tables.
     quiet = [] if any(option.startswith("--benchmark-compare") for option in others) else ["--benchmark-quiet"]
     command += ["-q", "--no-header", *quiet, "--benchmark-disable-gc", "--benchmark-min-time=0.001"]
     command += [f"--benchmark-max-time={QUICK_SECONDS if known.quick else FULL_SECONDS}", f"--benchmark-json={target}"]

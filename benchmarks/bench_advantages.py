@@ -1,7 +1,7 @@
 """Generalized advantages of a rollout.
 
 `upstream` is the loop over time that trainers write. TorchRL multiplies by a matrix of discounts. pufferlib's operator
-leaves out the last step, whose reward its layout does not have: it is timed without a comparison.
+omits the last step, whose reward its layout does not have, so it is timed without a comparison.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ SHAPES = shapes(
 
 
 class Rollout(NamedTuple):
-    """Numbers [rows, time], the ends of episodes, and the value after the last step [rows]."""
+    """Numbers [rows, time], the episode ends, and the value after the last step [rows]."""
 
     rewards: Tensor
     values: Tensor
@@ -35,7 +35,7 @@ class Rollout(NamedTuple):
 
 
 def make_inputs(size: Size, device: torch.device) -> Rollout:
-    """An episode ends in 3 % of the steps."""
+    """An episode ends at 3 % of the steps."""
     shape, generator = (size["rows"], size["time"]), torch.Generator(device).manual_seed(0)
     rewards, values, final = torch.randn(3, *shape, device=device, generator=generator)
     ends = torch.rand(shape, device=device, generator=generator) < 0.03
@@ -44,7 +44,7 @@ def make_inputs(size: Size, device: torch.device) -> Rollout:
 
 
 def upstream(rollout: Rollout) -> Tensor:
-    """One step after the other, from the last on."""
+    """One step after the other, starting from the last."""
     rewards, values, ends, next_value, bootstrap_values = rollout
     advantages, running, following = torch.empty_like(values), torch.zeros_like(next_value), next_value
     for t in reversed(range(values.shape[1])):
@@ -63,7 +63,7 @@ def with_torchrl(provider: str) -> Callable[[Rollout], Tensor]:
         rewards, values, ends, next_value, bootstrap_values = rollout
         following = torch.cat([values[:, 1:], next_value.unsqueeze(1)], dim=1)
         following = torch.where(ends, bootstrap_values, following)
-        # Every end is a truncation: the value that follows it is 0 for a termination.
+        # Every end counts as a truncation: for a termination, the following value is 0.
         given = values, following, rewards, ends, torch.zeros_like(ends)
         found, _ = vec_generalized_advantage_estimate(GAMMA, LAMBDA, *(each.unsqueeze(-1) for each in given))
         return found.squeeze(-1)
@@ -99,7 +99,7 @@ def make_case(size: Size, device: torch.device) -> Case:
         advantages = choose(provider, FORMULAS, package)
         return lambda: advantages(rollout)
 
-    # Rewards, values, values of the ends and flags in, advantages out.
+    # In: rewards, values, values at the ends, flags. Out: advantages.
     moved = size["rows"] * (17 * size["time"] + 4)
     return Case("advantages", call_of, uncompared=("pufferlib",), moved_bytes=moved)
 

@@ -1,7 +1,7 @@
-"""Clip of an agent's weights: `clip_weights()`, as a trainer calls it after each optimizer step.
+"""Clipping an agent's weights: `clip_weights()`, as a trainer calls it after each optimizer step.
 
 The weights are within the range from the second call on, as nearly all are in training. `upstream` walks the modules
-and clamps weight and bias of each; `foreach` clamps lists of tensors gathered before, so it is spared the walk.
+and clamps the weight and bias of each; `foreach` clamps lists of tensors gathered beforehand, so it skips the walk.
 """
 
 import functools
@@ -74,7 +74,7 @@ def make_case(size: Size, device: torch.device) -> Case:
         call_of,
         compared=lambda _: data,
         reset=lambda: torch._foreach_copy_(data, initial),
-        # float32, read once: nothing is out of range any more, so nothing has to be written.
+        # float32, read once: nothing is out of range any more, so nothing is written.
         moved_bytes=4 * size["parameters"],
     )
 

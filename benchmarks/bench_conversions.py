@@ -33,7 +33,7 @@ def make_case(operation: str, size: Size, device: torch.device) -> Case:
     def call_of(provider: str) -> Callable[[], Any]:
         return functools.partial(choose(provider, {"upstream": upstream}, package), *arguments)
 
-    # 8 bytes of a pair and 8 of an index.
+    # 8 bytes per pair and 8 per index.
     return Case(operation, call_of, moved_bytes=16 * size["rows"])
 
 

@@ -75,8 +75,8 @@ def make_case(mode: str, size: Size, device: torch.device) -> Case:
 
         return with_backward if mode != "forward" else torch.no_grad()(lambda: evaluate(logits, pairs, table))
 
-    # Forward: logits in, full_log_probs out, 8 of a pair, 8 of log_prob and entropy. Backward: 16 of the index out and
-    # in, 8 of two gradients in, logits in again, their gradient out.
+    # Bytes forward: logits in, full_log_probs out, 8 for a pair, 8 for log_prob and entropy. Backward: 16 for the index
+    # out and in, 8 for two gradients in, logits in again, their gradient out.
     per_row = 8 * size["actions"] + 16 if mode == "forward" else 16 * size["actions"] + 40
     return Case(f"evaluate_actions {mode}", call_of, moved_bytes=size["rows"] * per_row)
 

@@ -1,7 +1,7 @@
-"""L2-init loss: the sum of squared differences of the weights to their initial values, and its gradient.
+"""L2-init loss: the sum of squared differences of the weights from their initial values, and its gradient.
 
-`upstream` adds one term per weight. The initial weights are on the device for all providers, which spares upstream the
-transfers that it makes if they were stored on the CPU.
+`upstream` adds one term per weight. The initial weights are on the device for all providers, which saves upstream the
+transfers that it makes if they are stored on the CPU.
 """
 
 import functools
@@ -26,7 +26,7 @@ SHAPES = shapes(
 
 
 def make_inputs(size: Size, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """Square weights a little away from their initial values, and these."""
+    """Square weights slightly off their initial values, and those initial values."""
     width = round((size["parameters"] / size["tensors"]) ** 0.5)
     generator = torch.Generator(device).manual_seed(0)
     initial = [torch.randn(width, width, device=device, generator=generator) for _ in range(size["tensors"])]
@@ -60,7 +60,7 @@ def make_case(mode: str, size: Size, device: torch.device) -> Case:
 
         return with_backward if mode != "forward" else torch.no_grad()(lambda: loss(params, initial))
 
-    # Both lists in; with the backward once more, and the gradient out.
+    # Both lists in; with the backward both again, and the gradient out.
     per_parameter = 8 if mode == "forward" else 20
     return Case(f"l2_init_loss {mode}", call_of, moved_bytes=per_parameter * size["parameters"])
 

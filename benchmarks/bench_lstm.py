@@ -1,9 +1,9 @@
 """LSTM over segments with resets inside: `run_lstm` against the usual loop.
 
-`upstream` is the loop that CleanRL-style agents run: `nn.LSTM` on one step at a time, with the state of a row zeroed by
-hand where an episode starts. `nn.LSTM without resets` is one call over the whole segment, which is wrong if a row is
-reset; it is compared only if no row is. `torchrl` is TorchRL's LSTMModule in recurrent mode. The last size is the share
-of steps, in percent, that start an episode: with 0, flags are given and none is set.
+`upstream` is the loop that CleanRL-style agents run: `nn.LSTM` on one step at a time, with a row's state zeroed by hand
+where an episode starts. `nn.LSTM without resets` is one call over the whole segment, which is wrong if a row is reset;
+it is compared only if none is. `torchrl` is TorchRL's LSTMModule in recurrent mode. The last size is the percentage of
+steps that start an episode: with 0, flags are given but none is set.
 """
 
 import functools
@@ -19,7 +19,7 @@ from benchmarks.harness import Case, Size, parametrized, shapes
 from metta_fastagent import LSTMWrapper
 
 WITHOUT_RESETS = "nn.LSTM without resets"
-# By backend, "pad" where none is named.
+# By backend; "pad" if none is named.
 TORCHRL = ("torchrl", "torchrl scan", "torchrl triton")
 PROVIDERS = ("upstream", WITHOUT_RESETS, "eager", "native", "triton", *TORCHRL)
 MODES = ("forward", "forward + backward")
@@ -80,7 +80,7 @@ def with_torchrl(inputs: Inputs, provider: str) -> Callable[[Inputs], Tensor]:
     backend = provider.partition(" ")[2] or "pad"
     options: Any = {"in_key": "hidden", "out_key": "output", "recurrent_backend": backend}
     module = LSTMModule(WIDTH, WIDTH, num_layers=LAYERS, **options).to(inputs.dones.device)
-    # The same parameters: its `lstm` is of a class of its own.
+    # Copies the parameters, because its `lstm` has its own class.
     for name, parameter in inputs.agent.lstm.named_parameters():
         setattr(module.lstm, name, parameter)
     segments, steps = inputs.dones.shape

@@ -1,7 +1,7 @@
-"""The loss of PPO from logits and values: forward, and forward with backward.
+"""The PPO loss from logits and values: forward, and forward with backward.
 
-`upstream` is the guide's head and the loss that PPO trainers write, one tensor operation after the other, with the
-statistics that they log. Providers agree in loss and gradients.
+`upstream` is the guide's head and the loss as PPO trainers write it, one tensor operation after the other, with the
+statistics that they log. Providers agree on loss and gradients.
 """
 
 import functools
@@ -23,7 +23,7 @@ COEFFICIENTS = {"clip_coef": CLIP, "vf_clip_coef": 0.0, "vf_coef": VALUE_COST, "
 
 
 class Batch(NamedTuple):
-    """Logits [rows, A], pairs [rows, 2], the table of action types, and a number of each row for the others."""
+    """Logits [rows, A], pairs [rows, 2], the table of action types, and otherwise one number per row."""
 
     logits: Tensor
     pairs: Tensor
@@ -52,7 +52,7 @@ def make_inputs(size: Size, device: torch.device) -> Batch:
 
 
 def surrogate_and_value(batch: Batch, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of PPO and its statistics, given log-probability and entropy of each row."""
+    """The PPO loss and its statistics, given each row's log-probability and entropy."""
     log_ratio = log_prob - batch.old_log_prob
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
@@ -83,7 +83,7 @@ def with_pufferlib(provider: str) -> Loss:
 
 
 def with_torchrl(provider: str) -> Loss:
-    """TorchRL's ClipPPOLoss around modules that hand on logits and values."""
+    """TorchRL's ClipPPOLoss around modules that pass on logits and values."""
     from tensordict import TensorDict
     from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
     from torchrl.objectives import ClipPPOLoss
@@ -97,7 +97,7 @@ def with_torchrl(provider: str) -> Loss:
         TensorDictModule(nn.Identity(), ["critic"], ["state_value"]),
         clip_epsilon=CLIP,
         entropy_coeff=ENTROPY_COST,
-        # Its error of the value is not halved.
+        # Its value error is not halved.
         critic_coeff=VALUE_COST / 2,
         loss_critic_type="l2",
     )
@@ -141,7 +141,8 @@ def make_case(mode: str, size: Size, device: torch.device) -> Case:
 
         return with_backward if mode != "forward" else torch.no_grad()(lambda: loss(batch)[:1])
 
-    # Forward: logits and 28 of a row in, 16 of its index and slopes out. Backward: these and logits in, gradients out.
+    # Bytes forward: logits and 28 per row in, 16 for index and slopes out. Backward: these and logits in, gradients
+    # out.
     per_row = 4 * size["actions"] + 44 if mode == "forward" else 12 * size["actions"] + 64
     return Case(f"ppo_loss {mode}", call_of, moved_bytes=size["rows"] * per_row)
 

@@ -1,7 +1,8 @@
-"""Draw of an action per row, with its pair, log-probability and all log-probabilities: the inference handler's work.
+"""Draw one action per row, with its pair, log-probability and all log-probabilities: the inference handler's work.
 
-Draws differ between implementations. Compared are full_log_probs, that log_prob and pair belong to the drawn index, and
-that the frequencies of the draws fit the probabilities. PyTorch computes what a peer does not return.
+Draws differ between implementations. The comparison covers full_log_probs, whether log_prob and pair belong to the
+drawn index, and whether the frequencies of the draws match the probabilities. PyTorch computes what a peer does not
+return.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from benchmarks.bench_evaluate import PROVIDERS
 from benchmarks.harness import Case, Size, choose, parametrized
 from metta_fastagent import ops
 
-# Standard deviations: no right sampler comes so far in the sums below.
+# In standard deviations: no correct sampler deviates this much in the sums below.
 FREQUENCY_LIMIT = 6.0
 # (index [N], log_prob [N], full_log_probs [N, A], pair [N, 2])
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -60,7 +61,7 @@ def with_pufferlib(provider: str) -> Callable[[Tensor, Tensor], Drawn]:
 
 
 def comparable(index: Tensor, log_prob: Tensor, full_log_probs: Tensor) -> dict[str, Any]:
-    """The properties that all right samplers share."""
+    """The properties that all correct samplers share."""
     own = full_log_probs.gather(1, index.unsqueeze(1)).squeeze(1)
     return {
         "full_log_probs": full_log_probs,
@@ -70,7 +71,7 @@ def comparable(index: Tensor, log_prob: Tensor, full_log_probs: Tensor) -> dict[
 
 
 def frequencies_fit(index: Tensor, full_log_probs: Tensor) -> bool:
-    """Whether each action was drawn about as often, over all rows, as its probabilities say."""
+    """Whether each action was drawn, over all rows, about as often as its probabilities predict."""
     probs = full_log_probs.double().exp()
     counts = torch.bincount(index, minlength=probs.shape[1])
     deviation = (probs * (1 - probs)).sum(0).sqrt().clamp_min(1.0)
@@ -93,7 +94,7 @@ def make_case(size: Size, device: torch.device) -> Case:
         index, log_prob, full_log_probs, pair = drawn
         return {**comparable(index, log_prob, full_log_probs), "pair - table[index]": pair - table[index]}
 
-    # Logits in, full_log_probs out, 8 each of index, pair, and log_prob with a random number.
+    # Logits in, full_log_probs out, 8 bytes each for index, pair, and log_prob with a random number.
     return Case("sample_actions", call_of, compared, moved_bytes=size["rows"] * (8 * size["actions"] + 24))
 
 

@@ -1,6 +1,6 @@
-"""Observation tokens into the normalised grid that Fast's encoder reads, and the first layer of that encoder.
+"""Observation tokens to the normalised grid that Fast's encoder reads, and that encoder's first layer.
 
-No row holds a cell twice, because the token that wins is undefined in upstream's indexing on CUDA.
+No row sets a cell twice, because upstream's indexing does not define on CUDA which token wins.
 """
 
 import functools
@@ -51,13 +51,13 @@ def upstream(tokens: Tensor, scale: Tensor) -> Tensor:
 
 
 def formula(tokens: Tensor, scale: Tensor, *layer: Tensor) -> Tensor:
-    """The grid; with weight and bias of a layer, its convolution and ReLU."""
+    """The grid or, given a layer's weight and bias, its convolution and ReLU."""
     grid = upstream(tokens, scale)
     return F.relu(F.conv2d(grid, *layer, stride=LAYER_STRIDE)) if layer else grid
 
 
 def package(tokens: Tensor, scale: Tensor, *layer: Tensor) -> Tensor:
-    """The same by the package's operations."""
+    """The same with the package's operations."""
     if layer:
         return ops.tokens_conv2d(tokens, *layer, scale=scale, width=SIDE, height=SIDE, stride=LAYER_STRIDE, relu=True)
     return ops.tokens_to_grid(tokens, FEATURES, SIDE, SIDE, scale)

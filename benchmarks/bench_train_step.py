@@ -1,19 +1,20 @@
-"""Whole steps of the Fast agent: one of a rollout, and one of PPO's optimizer.
+"""Whole steps of the Fast agent: a rollout step and a PPO optimizer step.
 
-The latter is the forward, PPO's loss and the L2-init loss, the backward, the clip of the gradients' norm, Adam, and the
-clip of the weights.
+The latter consists of the forward, the PPO loss and the L2-init loss, the backward, gradient-norm clipping, Adam and
+weight clipping.
 
-The same with a deep agent: Fast with a long trunk, 200 parameter tensors in all.
+Both also run with a deep agent: Fast with a long trunk, 200 parameter tensors in all.
 
 `upstream` is Fast with upstream's formulas in place of the package's operations: the actor head over all pairs of row
 and action, tokens scattered through boolean masks, log_softmax and gathers, `full` for the TensorDict's fields, the
-number of segments read back from the device, PPO's loss one tensor operation after the other, the L2-init loss and the
-clip module by module. It runs the package's
-LSTM, which resets rows inside a segment. `upstream, Fast's head` differs from it in the actor head alone, which queries
-each row once. Every provider has an agent of its own, and all start with the same weights.
+number of segments read back from the device, the PPO loss one tensor operation after the other, the L2-init loss and
+clipping module by module. It runs the package's LSTM, which resets rows inside a segment. `upstream, Fast's head`
+differs from it only in the actor head, which queries each row once. Every provider has its own agent, and all start
+with the same weights.
 
-`torch.compile` compiles encoder and heads: Dynamo does not take nn.LSTM. `captured` replays the whole step from a CUDA
-graph, after three replays with changing inputs have agreed with a second agent that runs the same steps without one.
+`torch.compile` compiles encoder and heads, because Dynamo does not support nn.LSTM. `captured` replays the whole step
+from a CUDA graph, after three replays with changing inputs have agreed with a second agent that runs the same steps
+without a graph.
 """
 
 import functools
@@ -46,11 +47,11 @@ LEARNING_RATE = 1e-9
 L2_COST, LARGEST_NORM = 1e-4, 0.5
 FAST_HEAD = "upstream, Fast's head"
 PROVIDERS = ("upstream", FAST_HEAD, "torch.compile", "eager", "native", "triton", "captured")
-# Between the first and the last one: 200 parameter tensors with Fast's own.
+# Layers between the first and the last one: 200 parameter tensors including Fast's own.
 TRUNK_LAYERS = 86
 RESIDUAL_SCALE = 0.1
 ENCODED_SIZE = 128
-# A third number makes the agent deep; it is the width of its trunk: 1 and 30 million parameters.
+# A third number makes the agent deep and is the width of its trunk: 1 and 30 million parameters.
 ROLLOUTS = shapes(
     "rows time trunk",
     quick=[(64, 0)],
@@ -82,7 +83,7 @@ class Trunk(nn.Module):
 
 
 class Policy(FastPolicy):
-    """Fast's policy with a trunk behind its encoder."""
+    """Fast's policy with a trunk after its encoder."""
 
     trunk: nn.Module
 
@@ -101,7 +102,7 @@ class FastHeadPolicy(Policy):
 
 
 class UpstreamPolicy(FastHeadPolicy):
-    """Upstream's encoder input, and its actor head on each pair of row and action."""
+    """Upstream's encoder input, and its actor head over all pairs of row and action."""
 
     def decode_actions(self, hidden: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         value = self.value_head(torch.tanh(self.critic_1(hidden)))
@@ -155,7 +156,7 @@ class UpstreamFast(Fast):
 
 
 def make_agent(size: Size, device: torch.device, provider: str = "eager") -> Fast:
-    """A provider's agent with 21 actions, the same weights each time; deep if the size names a `trunk`."""
+    """A provider's agent with 21 actions, always with the same weights; deep if the size names a `trunk`."""
     torch.manual_seed(0)
     env = SimpleNamespace()
     policy = {"upstream": UpstreamPolicy, FAST_HEAD: FastHeadPolicy}.get(provider, Policy)(env)
@@ -170,7 +171,7 @@ def make_agent(size: Size, device: torch.device, provider: str = "eager") -> Fas
 
 
 def make_inputs(size: Size, device: torch.device) -> TensorDict:
-    """Observations of `rows` rows (x `time` steps unless that is 0), episode starts, pairs and numbers of a rollout."""
+    """Observations for `rows` rows (x `time` steps unless that is 0), episode starts, pairs and a rollout's numbers."""
     shape = (size["rows"], size["time"]) if size["time"] else (size["rows"],)
     tokens, _ = bench_tokens_to_grid.make_inputs({"rows": math.prod(shape), "tokens": TOKENS}, device)
     generator = torch.Generator().manual_seed(1)
@@ -180,7 +181,7 @@ def make_inputs(size: Size, device: torch.device) -> TensorDict:
     entries = {"env_obs": tokens.view(*shape, TOKENS, 3), "dones": dones, "pairs": pairs}
     for name in bench_ppo_loss.Batch._fields[4:]:
         entries[name] = torch.randn(shape, generator=generator)
-    # Ratios within and beyond the clip, as the first policy is nearly uniform.
+    # Ratios within and beyond the clip, because the initial policy is nearly uniform.
     entries["old_log_prob"] = 0.2 * entries["old_log_prob"] - math.log(ACTIONS)
     return TensorDict(entries, batch_size=shape).to(device)
 
@@ -191,7 +192,7 @@ def rollout_step(agent: Fast, td: TensorDict) -> Callable[[], Any]:
 
 
 def optimizer_step(agent: Fast, td: TensorDict) -> Callable[[], Any]:
-    """A function that makes one optimizer step and returns the loss, the evaluation and the gradients."""
+    """A function that takes one optimizer step and returns the loss, the evaluation and the gradients."""
     optimizer = torch.optim.Adam(agent.parameters(), lr=LEARNING_RATE, fused=True, capturable=td["dones"].is_cuda)
     if not isinstance(agent, UpstreamFast):
         td = td.copy().set_non_tensor("return_logits", True)
@@ -210,7 +211,7 @@ def optimizer_step(agent: Fast, td: TensorDict) -> Callable[[], Any]:
 
 
 def ppo_loss(agent: Fast, out: Any, td: TensorDict) -> Tensor:
-    """PPO's loss of what the agent returned."""
+    """The PPO loss of the agent's outputs."""
     old = (td[name] for name in bench_ppo_loss.Batch._fields[4:])
     if isinstance(agent, UpstreamFast):
         batch = bench_ppo_loss.Batch(
@@ -224,7 +225,7 @@ def ppo_loss(agent: Fast, out: Any, td: TensorDict) -> Tensor:
 
 
 def compared_rollout(td: Any) -> dict[str, Any]:
-    """Everything that does not depend on the draw, and whether the draws fit their probabilities."""
+    """Everything that does not depend on the draw, and whether the draws match their probabilities."""
     # Type 0 has one action, type 1 the others.
     index = td["actions"].long().sum(1)
     return {"values": td["values"], **bench_sample.comparable(index, td["act_log_prob"], td["full_log_probs"])}
@@ -233,7 +234,7 @@ def compared_rollout(td: Any) -> dict[str, Any]:
 def compared_optimizer(result: Any) -> dict[str, Any]:
     """Loss and evaluation, and each gradient relative to its largest entry."""
     loss, out, gradients = result
-    # The actor's bias is common to all logits: its gradient is a rounding error about 0.
+    # The actor's bias is common to all logits, so its gradient is rounding error around 0.
     scaled = [grad / grad.abs().max().clamp_min(1e-6) for grad in gradients if grad is not None and grad.numel() > 1]
     head = out["full_log_probs"] if "full_log_probs" in out.keys() else out["logits"].log_softmax(-1)
     return {"loss": loss.detach(), "head": head.detach(), "value": out["value"].detach().flatten(), "gradients": scaled}

@@ -1,7 +1,7 @@
 """Singular-value metrics of an agent's Linear weights.
 
 `upstream` decomposes one weight after the other in float32 and reads each figure from the device. The package works in
-float64, which costs time and separates a collapsed dimension from rounding.
+float64, which costs time but separates a collapsed dimension from rounding.
 """
 
 import math
@@ -22,7 +22,7 @@ SHAPES = shapes("weights width", quick=[(6, 64)], full=[(6, 128), (24, 128)], gp
 
 
 def upstream(name: str, weight: Tensor) -> dict[str, Any]:
-    """Metrics of a weight by itself, every value read by itself."""
+    """Metrics of a single weight, each value read separately."""
     values = torch.linalg.svdvals(weight)
     live = values[values > ZERO_SV]
     x = torch.arange(1, live.numel() + 1, device=weight.device, dtype=weight.dtype).log()

@@ -1,4 +1,4 @@
-"""Inputs, shapes and upstream's formulas that the benchmarks of evaluating and drawing actions share."""
+"""Inputs, shapes and upstream's formulas shared by the benchmarks that evaluate and draw actions."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ SHAPES = shapes(
 
 
 class Inputs(NamedTuple):
-    """Rows of logits, an action for each, and the tables of the action space."""
+    """Rows of logits, an action per row, and the action space's tables."""
 
     logits: Tensor  # [rows, actions]
     pairs: Tensor  # [rows, 2] int32
@@ -53,7 +53,7 @@ def upstream_index(pairs: Tensor, cum_action_max_params: Tensor) -> Tensor:
 
 
 def distribution_of(provider: str) -> Callable[[Tensor], Any]:
-    """A peer's class of distributions, made of logits; TorchRL's masked one allows every action."""
+    """A peer's distribution class, constructed from logits; TorchRL's masked one allows every action."""
     if provider == "torch.distributions":
         return lambda logits: torch.distributions.Categorical(logits=logits, validate_args=False)
     from torchrl.modules import MaskedCategorical

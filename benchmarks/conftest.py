@@ -34,7 +34,7 @@ def options_of(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep the selected shapes, small ones first, torch.compile last: --seconds then skips the least important."""
+    """Keep the selected shapes, small ones first, torch.compile last, so that --seconds skips the least important."""
     device = options_of(config).device
     levels = harness.LEVELS[: 1 if config.getoption("--quick") else 2 if device.type == "cpu" else 3]
 
@@ -79,6 +79,6 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         "skipped": config.benchmarks_skipped,
     }
     for entry in output_json["benchmarks"]:
-        # Parameters are objects, and single rounds are many.
+        # Parameters are objects, and there are many single rounds.
         entry["params"] = {"case": entry["param"]}
         entry["stats"].pop("data", None)

@@ -1,4 +1,4 @@
-"""Figures of one call that only a CUDA device can give: GPU time, launches, kernels, host syncs, peak memory, GB/s."""
+"""Figures for one call that need a CUDA device: GPU time, launches, kernels, host syncs, peak memory, GB/s."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ Call = Callable[[], Any]
 
 WARM_UP_CALLS = 3
 TIMED_REPLAYS = 10
-# A short call is captured this often, or for this many seconds, so that the start of a graph does not count.
+# A short call is captured this many times, or for this many seconds, so that the graph's start-up does not count.
 MAX_CALLS_IN_GRAPH, GRAPH_SECONDS = 20, 2e-3
 # About half a millisecond: long enough for the host to queue a graph and both events behind it.
 SLEEP_CYCLES = 1_000_000
@@ -27,7 +27,7 @@ SYNCHRONISATIONS = re.compile(
 
 
 class Counts(NamedTuple):
-    """CUDA activity in one call; a graph is one launch of many kernels."""
+    """CUDA activity in one call; a graph counts as one launch with many kernels."""
 
     launches: int
     kernels: int
@@ -35,7 +35,7 @@ class Counts(NamedTuple):
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """A clock that waits for the device before it is read."""
+    """A clock that waits for the device before each reading."""
     if device.type != "cuda":
         return time.perf_counter
 
@@ -47,7 +47,7 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 
 
 def device_figures(call: Call, moved_bytes: int | None, device: torch.device, is_graph: bool) -> dict[str, Any]:
-    """All figures of a call, which replays a graph itself if `is_graph`; `note` if some are missing. Empty off CUDA."""
+    """All figures for a call, itself a graph replay if `is_graph`; `note` if some are missing. Empty off CUDA."""
     if device.type != "cuda":
         return {}
     counts = profiled_counts(call, device)
@@ -70,7 +70,7 @@ def device_figures(call: Call, moved_bytes: int | None, device: torch.device, is
 
 
 def profiled_counts(call: Call, device: torch.device) -> Counts | None:
-    """Counts of one profiled call."""
+    """Counts for one profiled call."""
     torch.cuda.synchronize(device)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -81,13 +81,13 @@ def profiled_counts(call: Call, device: torch.device) -> Counts | None:
 
 
 def count_events(events: Iterable[Any]) -> Counts | None:
-    """Counts from a profiler's events, launches and waits inside the range PROFILED; None if there is no kernel.
+    """Counts from a profiler's events: launches and waits inside the range PROFILED; None if there is no kernel.
 
     Copies and fills are not kernels.
     """
     events = list(events)
     on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-    # Ranges of the host appear among the device's events too, under the same names.
+    # Host ranges also appear among the device's events, under the same names.
     left_out = {event.name for event in on_host}
     names = [event.name for event in events if event.device_type != torch.autograd.DeviceType.CPU]
     kernels = [name for name in names if name not in left_out and not name.startswith(("Memcpy", "Memset"))]
@@ -99,18 +99,18 @@ def count_events(events: Iterable[Any]) -> Counts | None:
 
 
 def _outermost(events: Sequence[Any], names: re.Pattern) -> int:
-    """The number of events with such a name that are not part of another one."""
+    """The number of events with matching names that are not nested in another one."""
     found = [event.time_range for event in events if names.match(event.name)]
     return sum(not any(o is not e and o.start <= e.start and e.end <= o.end for o in found) for e in found)
 
 
 def gpu_seconds(call: Call, device: torch.device) -> float:
-    """Median time of the device in one call, from replays of a CUDA graph.
+    """Median device time of one call, from replays of a CUDA graph.
 
     Raises:
         RuntimeError: the call cannot be captured.
     """
-    # A wait under capture would leave the random generators unusable: it has to raise before.
+    # A wait during capture would leave the random generators unusable, so it must raise first.
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -130,7 +130,7 @@ def gpu_seconds(call: Call, device: torch.device) -> float:
 
 
 def queued_seconds(call: Call, device: torch.device) -> float:
-    """Median time of the device between two events around a call, all queued while the device sleeps."""
+    """Median device time between two events around a call, all queued while the device sleeps."""
     seconds = []
     for _ in range(TIMED_REPLAYS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -145,7 +145,7 @@ def queued_seconds(call: Call, device: torch.device) -> float:
 
 @functools.lru_cache
 def copy_gb_per_s(moved_bytes: int, device: torch.device) -> float:
-    """GB/s of a copy that reads and writes so many bytes in all."""
+    """GB/s of a copy that reads and writes this many bytes in total."""
     source = torch.zeros(max(1, moved_bytes // 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return moved_bytes / gpu_seconds(lambda: target.copy_(source), device) / 1e9

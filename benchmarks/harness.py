@@ -1,7 +1,7 @@
-"""The shared body of all benchmarks: a provider has to agree with `upstream` on the same inputs, then it is timed.
+"""The shared body of all benchmarks: a provider must agree with `upstream` on the same inputs, then it is timed.
 
-pytest-benchmark times the provider. Its ratio to `upstream` comes from `interleaved_ratios`, which alternates the two:
-other work on the machine then affects both alike.
+pytest-benchmark times the provider. Its ratio to `upstream` comes from `interleaved_ratios`, which alternates the two,
+so that other work on the machine affects both equally.
 """
 
 import importlib.util
@@ -20,12 +20,12 @@ import metta_fastagent
 from benchmarks import cuda
 
 UPSTREAM = "upstream"
-# A shape belongs to the smallest selection that holds it.
+# A shape belongs to the smallest selection that contains it.
 LEVELS = ("quick", "full", "gpu")
-# Each half of a round lasts at least this long: well above the grain of clock and scheduler.
+# Each half of a round lasts at least this long: well above the granularity of clock and scheduler.
 ROUND_SECONDS = 1e-3
 MIN_ROUNDS = 5
-# Tracing unrolls lists of tensors: thousands of them take minutes.
+# Tracing unrolls lists of tensors: thousands of tensors take minutes.
 MAX_COMPILED_TENSORS = 200
 # Other packages' providers, and the module that each needs.
 PEERS = {
@@ -35,7 +35,7 @@ PEERS = {
     "torchrl triton": "torchrl",
     "pufferlib": "pufferlib",
 }
-# Of a captured step, each with other inputs.
+# Compared replays of a captured step, each with different inputs.
 COMPARED_REPLAYS = 3
 
 Call = Callable[[], Any]
@@ -43,7 +43,7 @@ Size = Mapping[str, int]
 
 
 class Disagreement(AssertionError):
-    """A provider computes something else than upstream."""
+    """A provider's result differs from upstream's."""
 
 
 class Shape(NamedTuple):
@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The device, whether torch.compile takes part, and the seconds that each ratio is measured for."""
+    """The device, whether torch.compile takes part, and the seconds for measuring each ratio."""
 
     device: torch.device
     compiled: bool
@@ -65,15 +65,15 @@ class Case(NamedTuple):
     """One operation on one set of inputs."""
 
     operation: str
-    # Name of a provider -> the function to time; "upstream" gives the reference.
+    # Provider name -> the function to time; "upstream" is the reference.
     call_of: Callable[[str], Call]
-    # Result of a call -> the part that is compared; for operations that work in place or draw at random.
+    # Result of a call -> the part to compare; for operations that work in place or draw at random.
     compared: Callable[[Any], Any] = lambda result: result
     # Restores the inputs before a compared call.
     reset: Call = lambda: None
-    # Providers that are timed without a comparison.
+    # Providers timed without a comparison.
     uncompared: Sequence[str] = ()
-    # The least that has to be read and written, in bytes.
+    # The minimum number of bytes to read and write.
     moved_bytes: int | None = None
     rtol: float = 1e-4
     atol: float = 1e-5
@@ -107,13 +107,13 @@ def size_text(size: Size) -> str:
 def shapes(
     names: str, quick: Sequence[tuple[int, ...]], full: Sequence[tuple[int, ...]], gpu: Sequence[tuple[int, ...]] = ()
 ) -> list[Shape]:
-    """Shapes of each selection; `names` are those of the numbers, and the last ones may be missing."""
+    """Shapes for each selection; `names` name the numbers, and the last numbers may be missing."""
     levels = zip(LEVELS, (quick, full, gpu), strict=True)
     return [Shape(level, dict(zip(names.split(), each, strict=False))) for level, own in levels for each in own]
 
 
 def choose(provider: str, formulas: Mapping[str, Callable], package: Callable) -> Callable:
-    """The function of a provider: its formula, which imports a peer, upstream's compiled, or the package's."""
+    """A provider's function: its own formula, which imports a peer, upstream's compiled, or the package's."""
     if provider == "torch.compile":
         return torch.compile(formulas[UPSTREAM], dynamic=False)
     if provider in PEERS:
@@ -129,7 +129,7 @@ def parametrized(providers: Sequence[str], shapes: Sequence[Shape]) -> Callable[
 
 
 def unavailable(provider: str, shape: Shape, options: Options) -> str | None:
-    """The reason why a provider cannot run here, or None."""
+    """Why a provider cannot run here, or None."""
     if provider == "torch.compile" and not options.compiled:
         return "torch.compile: off, --compile on turns it on"
     if provider == "torch.compile" and shape.size.get("tensors", 0) > MAX_COMPILED_TENSORS:
@@ -144,10 +144,10 @@ def unavailable(provider: str, shape: Shape, options: Options) -> str | None:
 
 
 def measure(benchmark: Any, case: Case, name: str, shape: Shape, options: Options) -> None:
-    """Compare one provider with upstream, time it, and put ratio and device figures into `benchmark.extra_info`.
+    """Compare one provider with upstream, time it, and store ratio and device figures in `benchmark.extra_info`.
 
     Raises:
-        Disagreement: the provider computes something else.
+        Disagreement: the provider's result differs.
     """
     reference = Provider(UPSTREAM, case.call_of(UPSTREAM))
     provider = reference if name == UPSTREAM else Provider(name, case.call_of(name))
@@ -176,12 +176,12 @@ def _result(case: Case, provider: Provider) -> Any:
     torch.manual_seed(0)
     with metta_fastagent.use_backend(provider.backend):
         result = case.compared(provider.call())
-    # The next provider may work in the same memory.
+    # The next provider may overwrite the same memory.
     return _pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, result)
 
 
 def require_close(name: str, expected: Any, actual: Any, case: Case) -> None:
-    """Raise Disagreement, which names the first difference of two nested results, where it is and how large."""
+    """Raise Disagreement, which gives the first difference between two nested results, its place and its size."""
     try:
         torch.testing.assert_close(actual, expected, rtol=case.rtol, atol=case.atol, equal_nan=True, check_dtype=False)
     except AssertionError as error:
@@ -205,7 +205,7 @@ def interleaved_ratios(
 ) -> tuple[float, float, float]:
     """Quartiles of the provider's time divided by the reference's, taken within rounds that run both.
 
-    The order alternates between rounds; there are rounds for `seconds`, and at least MIN_ROUNDS.
+    The order alternates between rounds; rounds run for `seconds`, at least MIN_ROUNDS of them.
     """
     pair = (reference, provider)
     # The first call warms up.

@@ -1,10 +1,10 @@
-"""Compile every Triton kernel for GPUs that need not be there, and read the machine code.
+"""Compile every Triton kernel for GPUs that need not be present, and read the machine code.
 
     python -m benchmarks.kernel_report [--json FILE] [--targets sm_80,sm_90]
 
-Prints registers, spills, barriers, the widest loads and stores, machine instructions and seconds to compile for each
-kernel and target; for kernels that store values of all actions, also the 32-byte sectors that their stores of 32 rows
-touch.
+Prints registers, spills, barriers, the widest loads and stores, machine instructions and compile seconds for each
+kernel and target; for kernels that store values for all actions, also the 32-byte sectors touched by their stores of 32
+rows.
 """
 
 import argparse
@@ -54,7 +54,7 @@ TRITON_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.uint8: "u8",
     torch.bool: "i1",
 }
-# The constant that says how many rows or elements a program handles.
+# Names of the constant that sets how many rows or elements a program handles.
 ROWS = ("ROWS", "CHUNK", "BLOCK", "BLOCK_B")
 # Outputs [N, A].
 ROW_OUTPUTS = {"full_log_probs", "grad_logits"}
@@ -76,7 +76,7 @@ class Launch(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One specialisation of a kernel: the launch of `call` whose kernel has this name."""
+    """One specialisation of a kernel: the launch in `call` whose kernel has this name."""
 
     name: str
     kernel: str
@@ -94,19 +94,19 @@ class Figures(NamedTuple):
     load_bits: int
     store_bits: int
     instructions: int
-    # In the longest loop, the one over time of an LSTM layer; without loops, in the whole code.
+    # In the longest loop, which is the one over time in an LSTM layer; without loops, in the whole code.
     barriers: int
-    # Runs of loads into registers that barriers separate there, in the order of the code: each may wait for memory.
+    # Runs of loads into registers there, separated by barriers, in code order: each may wait for memory.
     load_runs: int
     instructions_per_row: float
-    # Of 32 rows [A]; 0 for kernels that store none.
+    # For 32 rows [A]; 0 for kernels that store none.
     store_sectors: int
-    # Next to none if Triton had the code in its cache.
+    # Almost 0 if Triton had the code in its cache.
     compile_seconds: float
 
 
 def cases() -> Iterator[Case]:
-    """The specialisations that users meet: float32 at several numbers of actions, and the other dtypes once."""
+    """The specialisations that users encounter: float32 at several numbers of actions, other dtypes once."""
     for dtype in ("fp32", "bf16", "fp16", "fp64"):
         yield Case(f"clip_weights {dtype}", "clip_weights", partial(_clip, DTYPES[dtype]))
     for num_actions in (5, 9, 21, 32, 33, 64, 128, 1024, 4096):
@@ -189,7 +189,7 @@ def _grid(dtype: torch.dtype) -> None:
 
 def _lstm_cases(size: int, dtype: str) -> Iterator[Case]:
     few, many = lstm.BLOCK_B, lstm.BLOCK_B + 1
-    # In float32 many rows change nothing backwards, but few steps do.
+    # In float32, many rows change nothing in the backward kernel, but few steps do.
     last = ("backward, few steps,", 1, few) if dtype == "fp32" else ("backward, many rows,", 64, many)
     kinds = (("forward", 64, few), ("forward, many rows,", 64, many), ("step", 1, few), ("backward", 64, few), last)
     for kind, steps, batch in kinds:
@@ -211,7 +211,7 @@ def _lstm(size: int, dtype: torch.dtype, steps: int, batch: int, with_gradient: 
 
 
 def launches(call: Callable[[], Any], platform: str) -> list[Launch]:
-    """The launches of a call on tensors on the CPU, as on a GPU of this platform; none of them runs."""
+    """The launches that a call on CPU tensors would make on a GPU of this platform; none of them runs."""
     found: list[Launch] = []
 
     def record(
@@ -223,7 +223,7 @@ def launches(call: Callable[[], Any], platform: str) -> list[Launch]:
     with ExitStack() as stack:
         for module in (conversion, categorical, lstm, ppo, tensor_lists, tokens):
             stack.enter_context(mock.patch.object(module, "launch_with", record))
-        # The operations take tensors on the CPU to their kernels if they believe in the interpreter.
+        # The operations send CPU tensors to their kernels if they think that the interpreter is in use.
         stack.enter_context(mock.patch.object(package_triton, "INTERPRETED", True))
         stack.enter_context(mock.patch.object(lstm, "INTERPRETED", False))
         stack.enter_context(mock.patch.object(lstm, "PLATFORM", platform))
@@ -236,12 +236,12 @@ def launches(call: Callable[[], Any], platform: str) -> list[Launch]:
 
 
 def launch_of(case: Case, platform: str) -> Launch:
-    """The launch that a case is about."""
+    """The launch that a case describes."""
     return next(each for each in launches(case.call, platform) if case.kernel in each.kernel.fn.__name__)
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """The compiled kernel, every pointer known to be 16-byte aligned as PyTorch's allocator makes it."""
+    """The compiled kernel, with every pointer declared 16-byte aligned, as PyTorch's allocator guarantees."""
     names = launch.kernel.arg_names
     types = [f"*{TRITON_NAMES[dtype]}" for dtype in launch.dtypes]
     types += ["fp32" if isinstance(number, float) else "i32" for number in launch.numbers]
@@ -275,7 +275,7 @@ def figures(case: Case, target_name: str) -> Figures:
 
 
 def store_sectors(ttgir: str, num_actions: int) -> int:
-    """32-byte sectors that the stores of 32 rows of an output [N, num_actions] touch, by the layout of the lanes."""
+    """32-byte sectors touched by the stores of 32 rows of an output [N, num_actions], given the lanes' layout."""
     store = re.search(r"store .*tensor<\d+x\d+x(?:!tt\.ptr<)?[a-z]+(\d+)>?, (#\w+)>", ttgir)
     if store is None:
         raise RuntimeError("the kernel stores no rows")
@@ -286,7 +286,7 @@ def store_sectors(ttgir: str, num_actions: int) -> int:
         raise RuntimeError(f"the kernel's listing lacks the layout {store[2]}")
     adjacent, row_lanes, column_lanes = map(int, layout.groups())
     element, width, sectors = int(store[1]) // 8, adjacent * column_lanes, 0
-    # 64 rows: a wave of AMD may store as many at once.
+    # 64 rows, because an AMD wave may store as many at once.
     for top in range(0, 64, row_lanes):
         for left in range(0, num_actions, width):
             row_columns = product(range(top, top + row_lanes), range(left, min(left + width, num_actions)))
@@ -310,7 +310,7 @@ def _read_nvidia(compiled: Any) -> tuple[int, ...]:
 
 
 def _opcodes(instruction: str, listing: str) -> tuple[list[str], list[str]]:
-    """All opcodes, and those of the longest loop: from a label to the last branch back to it; all without one."""
+    """All opcodes, and those of the longest loop, from a label to the last branch back to it; all if there is none."""
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     loops = []

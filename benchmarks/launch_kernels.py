@@ -1,10 +1,10 @@
-"""Launch every Triton kernel, forward and backward, at small odd sizes: the program that a sanitizer watches.
+"""Launch every Triton kernel, forward and backward, at small odd sizes, for a sanitizer to watch.
 
     python -m benchmarks.launch_kernels [--device cuda]
     TRITON_INTERPRET=1 python -m benchmarks.launch_kernels --device cpu
 
-Inputs are made on the host and copied over, so that nearly all kernels that run are the package's own. The exit status
-is 1 if a kernel was not launched.
+Inputs are created on the host and copied over, so that nearly all kernels that run are the package's own. The exit
+status is 1 if a kernel was not launched.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from metta_fastagent.ops.lstm.kernels import BLOCK_B
 from metta_fastagent.ops.ppo.kernels import ADVANTAGES_ELEMENTS, ADVANTAGES_STEPS
 from metta_fastagent.ops.tensor_lists.kernels import CHUNK
 
-# The last program of each has rows to spare; actions at neither a power of two nor a multiple of four.
+# The last program of each is only partly filled; the number of actions is neither a power of two nor a multiple of
+# four.
 ROWS = ROWS_PER_PROGRAM + 3
 FEW_ACTIONS, MANY_ACTIONS, MANY_ACTIONS_ROWS = 9, MAX_COLUMNS + 7, 21
 
@@ -62,7 +63,7 @@ def _evaluate(device: torch.device) -> None:
             table = _space(actions, device).cum_action_max_params
             outputs = _reported(lambda logits=logits, pairs=pairs, table=table: _evaluated(logits, pairs, table))
             upstream = [torch.randn(output.shape).to(dtype).to(device) for output in outputs]
-            # With the gradients that a trainer has, and with all of them.
+            # Once with the gradients that a trainer uses, once with all of them.
             torch.autograd.grad(outputs[:2], logits, upstream[:2], retain_graph=True)
             torch.autograd.grad(outputs, logits, upstream)
 
@@ -73,7 +74,7 @@ def _evaluated(logits: Tensor, pairs: Tensor, table: Tensor) -> tuple[Tensor, ..
 
 
 def _advantages(device: torch.device) -> None:
-    # More rows than a program has, and more steps.
+    # More rows than one program takes, and more steps.
     for rows, steps in ((ADVANTAGES_ELEMENTS // 16 + 3, 13), (3, ADVANTAGES_STEPS + 5)):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             rewards, values, bootstrap, ratios = (torch.randn(rows, steps).to(dtype).to(device) for _ in range(4))
@@ -109,7 +110,7 @@ def _sample(device: torch.device) -> None:
 
 
 def _lists(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Whole chunks, parts of one, a single element, and a view on an odd address."""
+    """Whole chunks, partial chunks, a single element, and a view at an odd address."""
     lengths = (1, 7, CHUNK, 2 * CHUNK + 37)
     tensors = [torch.randn(length).to(dtype).to(device) for length in lengths]
     return [*tensors, torch.randn(CHUNK + 9).to(dtype).to(device)[1:]]
@@ -135,7 +136,7 @@ def _lstm(device: torch.device) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         shapes = ((steps, rows, 4 * size), (4 * size, size), (rows, size), (rows, size))
         projected, weight, *state = [(0.1 * torch.randn(shape)).to(dtype).to(device) for shape in shapes]
-        # Not of the weight: its gradient is a product of cuBLAS.
+        # Not the weight: cuBLAS computes its gradient.
         inputs = [tensor.requires_grad_() for tensor in (projected, *state)]
         for given in (resets, None):
             outputs = ops.lstm_layer(projected, weight, *state, given)
@@ -151,7 +152,7 @@ def _grid(device: torch.device) -> None:
 
 
 def _reported(call: Callable[[], Any]) -> Any:
-    """The result of a call with an action out of range, which has to be reported and is cleared."""
+    """The result of a call with an action out of range, whose report must exist and is cleared."""
     result = call()
     try:
         ops.raise_if_reported(synchronize=True)
@@ -164,7 +165,7 @@ CASES = (_to_index, _to_pair, _evaluate, _advantages, _ppo_loss, _sample, _clip,
 
 
 def kernels() -> dict[str, list[Any]]:
-    """Name of each Triton kernel of the operations -> the modules that hold it."""
+    """Name of each of the operations' Triton kernels -> the modules that hold it."""
     package, found = metta_fastagent.ops, defaultdict(list)
     for each in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         module = importlib.import_module(each.name)
@@ -177,7 +178,7 @@ def kernels() -> dict[str, list[Any]]:
 
 @contextmanager
 def counted() -> Iterator[dict[str, mock.MagicMock]]:
-    """Each kernel by its name: a stand-in whose indexing, with which a launch begins, is counted."""
+    """Each kernel by name: a stand-in that counts indexing, which starts every launch."""
     found = {}
     with ExitStack() as stack:
         for name, modules in sorted(kernels().items()):
@@ -190,7 +191,7 @@ def counted() -> Iterator[dict[str, mock.MagicMock]]:
 
 
 def launch_all(device: torch.device) -> dict[str, int]:
-    """Run every case on the device; launches of each kernel."""
+    """Run every case on the device; return the number of launches per kernel."""
     torch.manual_seed(0)
     with counted() as found, use_backend("triton"):
         for case in CASES:
@@ -202,7 +203,7 @@ def launch_all(device: torch.device) -> dict[str, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 if every kernel was launched, else 1."""
+    """Return 0 if every kernel was launched, otherwise 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with TRITON_INTERPRET=1 (default: cuda)")
     device = torch.device(parser.parse_args(arguments).device)

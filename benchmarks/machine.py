@@ -1,4 +1,4 @@
-"""The machine behind a figure: processor or GPU, and versions.
+"""The machine on which a figure was measured: processor or GPU, and versions.
 
 python -m benchmarks.machine prints it as one line of JSON.
 """
@@ -43,7 +43,7 @@ def _version(package: str) -> str:
 
 
 def facts() -> dict[str, Any]:
-    """The description of the GPU if there is one, else of the processor, with `why` there is no GPU."""
+    """The GPU's description if there is one, otherwise the processor's, with `why` there is no GPU."""
     if not torch.cuda.is_available():
         why = "no device" if torch.backends.cuda.is_built() else "PyTorch was built without CUDA"
         return {"cuda": False, "why": why, **description(torch.device("cpu"))}

@@ -1,8 +1,9 @@
-"""The README's first table: `python -m benchmarks.peers` times what other programs do with an LSTM agent.
+"""The README's first table: `python -m benchmarks.peers` compares with other libraries' LSTM agents.
 
-CPU time of one thread, in turns, the best round of each. sb3-contrib and pufferlib-core count if they are installed
-(`pip install sb3-contrib pufferlib-core`). All train the same small network on CartPole without velocities, 64
-environments, segments of 32 steps, 4 passes of 4 minibatches; `examples/ppo_ops.py` has the first two loops.
+Measures CPU time of one thread, alternating between programs, and takes the best round of each. sb3-contrib and
+pufferlib-core take part if they are installed (`pip install sb3-contrib pufferlib-core`). All train the same small
+network on CartPole without velocities, with 64 environments, segments of 32 steps, and 4 passes of 4 minibatches;
+`examples/ppo_ops.py` has the first two loops.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ SEGMENTS, STEPS, WIDTH = 64, 64, 128
 
 
 def best_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """CPU seconds of the fastest call of each, after one that does not count."""
+    """CPU seconds of the fastest call of each, after a warm-up call."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -42,12 +43,12 @@ def best_seconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def sb3_contrib() -> Callable[[], Any]:
-    """One rollout and its updates by sb3-contrib's RecurrentPPO, with actor and critic on one LSTM."""
+    """One rollout and its updates by sb3-contrib's RecurrentPPO, with actor and critic sharing one LSTM."""
     from sb3_contrib import RecurrentPPO
     from stable_baselines3.common.vec_env import VecEnv
 
     class Rows(VecEnv):
-        """The example's environment as stable-baselines3 takes it."""
+        """The example's environment in stable-baselines3's interface."""
 
         def __init__(self) -> None:
             self.rows, self.actions = EXAMPLE.Positions(1), np.zeros(EXAMPLE.N)
@@ -106,11 +107,11 @@ def pufferlib() -> Callable[[], Any]:
         import pufferlib.models
         from pufferlib import pufferl
     signal.signal(signal.SIGINT, handler)
-    # its own is in an extension that needs CUDA's libraries
+    # PufferLib's own is in an extension that needs CUDA libraries
     pufferl.compute_puff_advantage = advantages_of_pufferlib
 
     class Rows(pufferlib.PufferEnv):
-        """The example's environment as PufferLib takes it."""
+        """The example's environment in PufferLib's interface."""
 
         def __init__(self) -> None:
             self.rows = EXAMPLE.Positions(1)
@@ -168,7 +169,7 @@ def loops(rounds: int = 12) -> dict[str, float]:
 
 
 def masked_heads(rounds: int = 100) -> dict[str, float]:
-    """Milliseconds of log-probability and entropy of masked logits, with their gradient."""
+    """Milliseconds for log-probability and entropy of masked logits, with their gradient."""
     logits = torch.randn(ROWS, ACTIONS, requires_grad=True)
     mask, actions = torch.rand(ROWS, ACTIONS) < 0.7, torch.zeros(ROWS, dtype=torch.int64)
     mask[:, 0] = True
@@ -185,7 +186,7 @@ def masked_heads(rounds: int = 100) -> dict[str, float]:
 
 
 def lstms(rounds: int = 20) -> dict[str, float]:
-    """Milliseconds of an LSTM layer over segments in which 3 % of the steps start an episode, with its gradients."""
+    """Milliseconds for an LSTM layer over segments in which 3 % of the steps start an episode, with its gradients."""
     lstm = nn.LSTM(WIDTH, WIDTH)
     hidden, starts = torch.randn(STEPS, SEGMENTS, WIDTH, requires_grad=True), torch.rand(STEPS, SEGMENTS) < 0.03
     state = torch.zeros(1, SEGMENTS, WIDTH), torch.zeros(1, SEGMENTS, WIDTH)

@@ -1,4 +1,4 @@
-"""The Markdown page and the table of ratios of one run, from pytest-benchmark's JSON."""
+"""A run's Markdown page and table of ratios, from pytest-benchmark's JSON."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -7,12 +7,12 @@ from typing import Any
 from benchmarks.harness import UPSTREAM
 
 Entry = Mapping[str, Any]
-# Unit, and how many of it a second has.
+# Unit, and number of units per second.
 UNITS = (("s", 1), ("ms", 1e3), ("µs", 1e6), ("ns", 1e9))
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The page of a run: the machine, and one table per operation."""
+    """A run's page: the machine, and one table per operation."""
     lines = [f"# Benchmarks on {result['machine_info']['name']}", "", *_circumstances(result)]
     for operation, entries in _by_operation(result).items():
         lines += ["", f"## {operation}", "", *_table(entries)]
@@ -43,13 +43,13 @@ def ratio_table(result: Mapping[str, Any]) -> str:
 
 
 def seconds_text(value: float) -> str:
-    """Three digits and a unit."""
+    """The value with three digits and a unit."""
     unit, scale = next((u for u in UNITS if value * u[1] >= 1), UNITS[-1])
     return f"{value * scale:.3g} {unit}"
 
 
 def _by_operation(result: Mapping[str, Any]) -> dict[str, list[Entry]]:
-    """Entries of each operation, those of a shape together."""
+    """Entries by operation, grouped by shape."""
     found: dict[str, dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
     for entry in result["benchmarks"]:
         info = entry["extra_info"]

@@ -1,11 +1,11 @@
-"""Time the kernels with other tuning constants than the package's: the experiments of TUNING.md.
+"""Time the kernels with tuning constants other than the package's: the experiments in TUNING.md.
 
     python -m benchmarks.sweep [--only layout,chunk] [--seconds 240] [--out sweep.md]
     TRITON_INTERPRET=1 python -m benchmarks.sweep --device cpu --tiny
 
-Constants of the imported package are patched for one measurement. Each variant has to agree with the eager twin before
-it is timed. The package's own constants come first at each size and again at its end: smaller differences than the one
-between these two are noise.
+Constants of the imported package are patched for one measurement. Each variant must agree with the eager twin before it
+is timed. At each size the package's own constants run first and last: differences smaller than the one between these
+two runs are noise.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Experiment(NamedTuple):
     module: Any
     constants: Mapping[str, Sequence[int]]
     operations: Sequence[Callable[[Size, torch.device], Case]]
-    # The last one is a rehearsal in Triton's interpreter.
+    # The last size is for a trial run in Triton's interpreter.
     sizes: Sequence[Size]
 
     def variants(self) -> dict[str, dict[str, int]]:
@@ -78,7 +78,7 @@ TENSORS = sizes("tensors parameters", (200, 200_000), (200, 30_000_000), (200, 1
 SEGMENTS = sizes("segments time resets", (512, 64, 3), (4096, 16, 3), (3, 2, 3))
 TOKENS = sizes("rows tokens", (4096, 200), (16384, 200), (2, 40))
 EXPERIMENTS = {
-    # With 0, no piece is a single column.
+    # With 0, pieces are never single columns.
     "layout": Experiment(layouts, {"MAX_COLUMNS": (24, 32, 0)}, HEADS, head_sizes(9, 21, 32, 33, 48, 64)),
     "rows": Experiment(layouts, {"ROWS_PER_PROGRAM": (64, 128, 256, 512)}, HEADS, head_sizes(9, 21)),
     "tile": Experiment(layouts, {"WARP_ELEMENTS": (256, 512, 1024)}, HEADS, head_sizes(128, 1024, tiny=70)),
@@ -103,7 +103,7 @@ EXPERIMENTS = {
 
 @contextmanager
 def patched(module: Any, constants: Mapping[str, int]) -> Iterator[None]:
-    """The package with other constants, and without the tables and launches made with its own."""
+    """The package with other constants, and without the tables and launches cached for its own."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(tensor_lists, "_tables", {}))
         stack.enter_context(mock.patch.object(plans, "_known", {}))
@@ -115,7 +115,7 @@ def patched(module: Any, constants: Mapping[str, int]) -> Iterator[None]:
 
 
 def measure(case: Case, device: torch.device) -> tuple[str, str]:
-    """Microseconds of the kernel's call, of the device on CUDA, else on the clock; and the fault if it has one."""
+    """Microseconds of the kernel's call: device time on CUDA, otherwise wall time; and the fault, if any."""
     eager, kernel = (Provider(name, case.call_of(name)) for name in ("eager", "triton"))
     try:
         harness.require_agreement(case, eager, kernel)
@@ -128,7 +128,7 @@ def measure(case: Case, device: torch.device) -> tuple[str, str]:
 
 
 def run(name: str, operation: Callable[[Size, torch.device], Case], size: Size, device: torch.device) -> list[Row]:
-    """All variants of an experiment on one operation and size."""
+    """All variants of an experiment, for one operation and size."""
     experiment, rows = EXPERIMENTS[name], []
     for label, constants in {SHIPPED: {}, **experiment.variants(), SHIPPED_AGAIN: {}}.items():
         with patched(experiment.module, constants):
@@ -138,7 +138,7 @@ def run(name: str, operation: Callable[[Size, torch.device], Case], size: Size, 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """1 if a variant failed or differs, else 0."""
+    """Return 1 if a variant failed or differs, otherwise 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(EXPERIMENTS), help="comma-separated, of " + ", ".join(EXPERIMENTS))
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with TRITON_INTERPRET=1")

@@ -1,4 +1,4 @@
-// Conversion between (action type, parameter) pairs and logit indices; the formula is in ops/_action_index.py.
+// Conversion between (action type, parameter) pairs and logit indices; the formula is in ops/conversion.py.
 
 #include "checks.h"
 

@@ -1,6 +1,6 @@
 // Generalized advantages; the formulas are in ops/ppo/advantages.py.
 //
-// What does not depend on later steps is computed along time. A transposition then puts W rows into the lanes of a
+// Terms that do not depend on later steps are computed along time. A transposition then puts W rows into the lanes of a
 // vector for the recurrence. Rows are independent, so the results do not depend on how they are split over threads.
 
 #include "checks.h"
@@ -20,7 +20,7 @@ struct Rollout {
 typedef int8_t Bytes4 __attribute__((vector_size(4)));
 typedef int8_t Bytes8 __attribute__((vector_size(8)));
 
-// All bits of each lane whose flag is set; lanes past the live ones are clear.
+// All bits set in each lane whose flag is set; lanes past the live ones are clear.
 template <class T>
 METTA_INLINE typename Lanes<T>::I load_flags(const bool* from, int64_t live) {
   std::conditional_t<std::is_same_v<T, float>, Bytes8, Bytes4> flags{};
@@ -37,7 +37,7 @@ METTA_INLINE Vec<T> smaller(Vec<T> a, T limit) {
   return a > limit ? splat(limit) : a;
 }
 
-// delta and factor of advantage[t] = delta[t] + factor[t] advantage[t + 1] of `live` steps of one row.
+// delta and factor of advantage[t] = delta[t] + factor[t] advantage[t + 1] for `live` steps of one row.
 template <class T>
 METTA_INLINE void steps_of(const Rollout<T>& r, int64_t row, int64_t t, int64_t live, Vec<T>* delta, Vec<T>* factor) {
   const int64_t at = row * r.steps + t;

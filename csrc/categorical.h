@@ -1,6 +1,6 @@
 // Sums over W rows of logits held as columns, for evaluate_actions, sample_actions and ppo_loss; and their gradient.
 //
-//   e_j = exp(x_j - top)     s = sum e_j     w = sum e_j (x_j - top), a term with e_j = 0 counting 0
+//   e_j = exp(x_j - top)     s = sum e_j     w = sum e_j (x_j - top), where a term with e_j = 0 counts as 0
 //   log_prob_j = x_j - top - log s           entropy = log s - w / s
 //
 // With a mask or a temperature, x_j is the logit divided by the temperature, -inf if the mask is false.
@@ -26,7 +26,8 @@ struct Condition {
   bool empty() const { return mask == nullptr && temperature == 1; }
 };
 
-// load_columns of the rows from `row` on, under the condition. Returns the largest element of each row, ignoring NaN.
+// load_columns for the rows from `row` on, with the conditions applied. Returns each row's largest element, ignoring
+// NaN.
 template <class T>
 METTA_INLINE Vec<T> load_conditioned(const T* logits, const Condition& c, int64_t row, int64_t live, int64_t A,
                                      T* columns) {
@@ -51,11 +52,11 @@ struct Sums {
   Vec<T> s, w;
 };
 
-// Subtracts `top`, their maximum, from the columns; their exponentials go to `exponentials` unless that is null.
+// Subtracts the maximum `top` from the columns; writes their exponentials to `exponentials` unless that is null.
 template <class T>
 METTA_INLINE Sums<T> shift_and_sum(T* columns, Vec<T> top, T* exponentials, int64_t A) {
   constexpr int64_t W = Lanes<T>::W;
-  // Sums of parts first: rounding grows with the longest chain of additions.
+  // Sums of parts come first: rounding error grows with the longest chain of additions.
   constexpr int64_t PART = 32;
   Sums<T> total{};
   for (int64_t first = 0; first < A; first += PART) {
@@ -121,8 +122,8 @@ inline int64_t read_actions(const Tensor& actions, const std::optional<Tensor>& 
   return bad.row();
 }
 
-// The gradient of logits, given those of log-probability and entropy of each row, whose `read` returns W rows, and of
-// all log-probabilities, unless that is null. A row whose index is negative gets 0.
+// The gradient of the logits, given the gradients of each row's log-probability and entropy, whose `read` returns W
+// rows, and of all log-probabilities, unless that is null. A row with a negative index gets 0.
 template <class T, class LogProb, class Entropy>
 void gradient_rows(const T* logits, const Condition& condition, const int64_t* index, LogProb grad_log_prob,
                    Entropy grad_entropy, const T* grad_full, T* grad_logits, int64_t N, int64_t A) {

@@ -1,6 +1,6 @@
 // Argument checks, allocation and threads, shared by the operators.
 //
-// The Python side raises the errors that users see; these checks guard memory against a direct call of an operator.
+// The Python side raises the errors that users see; these checks protect memory when an operator is called directly.
 #pragma once
 
 #ifndef TORCH_TARGET_VERSION
@@ -13,7 +13,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-// PyTorch 2.10 and 2.11 have only the older macro; the newer one, from 2.14 on, keeps the error's text.
+// PyTorch 2.10 and 2.11 only have the older macro; the newer one, from 2.14 on, keeps the error's text.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
@@ -96,7 +96,7 @@ struct Integers {
     data = data_of<char>(tensor);
   }
 
-  // f(a pointer to the integers as they are).
+  // f(pointer to the integers in their own type).
   template <class F>
   auto visit(const F& f) const {
     switch (dtype) {
@@ -132,7 +132,7 @@ struct ActionTable {
   bool legal(int64_t type, int64_t param) const {
     return type >= 0 && type < types && param >= 0 && param <= data[type + 1] - data[type];
   }
-  // The pair has to be legal.
+  // The pair must be legal.
   int64_t index(int64_t type, int64_t param) const { return type + data[type] + param; }
 };
 

@@ -18,7 +18,7 @@ struct Clipped {
 template <class T>
 void clip(T* x, int64_t count, double wide_bound) {
   constexpr int64_t W = Lanes<T>::W;
-  // A second pass, through the cache, only if a value is out of range: values within range are not written.
+  // Makes a second pass, through the cache, only if a value is out of range: values within range are not written.
   constexpr int64_t BLOCK = 32 * W;
   // A finite bound beyond the dtype's range clips infinities to its largest number.
   const T bound = static_cast<T>(
@@ -49,8 +49,8 @@ void clip(T* x, int64_t count, double wide_bound) {
   }
 }
 
-// False, and nothing changed, if a bound is negative or NaN, their number is wrong, or a tensor is not float32 or
-// float64, not on the CPU, or has gaps.
+// Returns false and changes nothing if a bound is negative or NaN, the number of bounds is wrong, or a tensor is not
+// float32 or float64, is not on the CPU, or has gaps.
 bool clip_all(const std::vector<Tensor>& tensors, const std::vector<double>& bounds) {
   if (tensors.size() != bounds.size()) return false;
   std::vector<Clipped> parts;
@@ -82,7 +82,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) {
   m.def("clip_weights_(Tensor(a!)[] tensors, float[] bounds) -> bool");
 }
 
-// For every device, because a list may mix devices.
+// Registered for every device, because a list may mix devices.
 STABLE_TORCH_LIBRARY_IMPL(metta_fastagent_native, CompositeExplicitAutograd, m) {
   m.impl("clip_weights_", TORCH_BOX(&metta_fastagent::clip_all));
 }

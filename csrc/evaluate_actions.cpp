@@ -10,7 +10,7 @@
 namespace metta_fastagent {
 namespace {
 
-// Every index is within [0, A). Returns the first row whose logits are no distribution, or -1.
+// Every index is within [0, A). Returns the first row whose logits do not form a distribution, or -1.
 template <class T>
 int64_t forward_rows(const T* logits, const Condition& condition, const int64_t* index, T* log_prob, T* entropy,
                      T* full, int64_t N, int64_t A) {
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, int64_t> evaluate_forward(co
   return {log_prob, entropy, full, index, bad, bad_logits};
 }
 
-// One value per row, with any stride; 0 for every row without a tensor.
+// One value per row, with any stride; without a tensor, 0 for every row.
 template <class T>
 struct PerRow {
   const T* data = nullptr;

@@ -7,7 +7,8 @@
 namespace metta_fastagent {
 namespace {
 
-// Elements whose squares are summed in the weights' dtype, lane by lane; chunks are added in float64, in order.
+// Elements per chunk: a chunk's squares are summed in the weights' dtype, lane by lane; chunks are added in float64, in
+// order.
 constexpr int64_t CHUNK = 256;
 
 template <class T>
@@ -43,7 +44,7 @@ ScalarType require_alike(const std::vector<Tensor>& params, const std::vector<Te
 
 template <class T>
 double loss_of(const std::vector<Tensor>& params, const std::vector<Tensor>& initial) {
-  // Chunks, and so the sum, do not depend on the number of threads.
+  // The chunks, and therefore the sum, do not depend on the number of threads.
   struct Part {
     const T *a, *b;
     int64_t count;

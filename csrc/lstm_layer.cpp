@@ -1,7 +1,7 @@
-// The recurrence of one LSTM layer over a segment, its rows reset where an episode starts, and its gradient.
+// The recurrence of one LSTM layer over a segment, with rows reset where an episode starts, and its gradient.
 // The formulas are in ops/lstm/reference.py.
 //
-// Rows do not depend on each other: each thread takes some of them through all steps. W_hh is packed once for a call.
+// Rows do not depend on each other: each thread takes some of them through all steps. W_hh is packed once per call.
 
 #include "checks.h"
 
@@ -116,7 +116,7 @@ struct Forward {
             std::copy_n(previous + (b + r) * H, H, state);
         }
         for (int64_t j = 0; j < H; j += W) {
-          // The processor foresees no stream in these short reads, a row apart.
+          // The hardware prefetcher does not detect these short reads, a row apart, as a stream.
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t g = 0; g < 4; ++g)
               __builtin_prefetch(addend + (t * sizes.B + b + r) * addend_stride + g * H + j);
@@ -129,7 +129,7 @@ struct Forward {
   }
 };
 
-// Elements of work for `parallel` of one row: its products count as a share of its gates.
+// Work per row for `parallel`, in elements: the products count as a share of the gates.
 int64_t work_of_row(const Sizes& sizes) { return sizes.T * 4 * sizes.H * std::max<int64_t>(1, sizes.H / 32); }
 
 std::tuple<Tensor, Tensor, Tensor> lstm_forward(const Tensor& projected, const Tensor& weight_hh, const Tensor& h,
@@ -268,7 +268,7 @@ struct Backward {
     const int64_t H = sizes.H, row = t * sizes.B + b;
     const bool last = t == sizes.T - 1;
     const T* dh = last ? (grad_last_h == nullptr ? nullptr : grad_last_h + b * H) : grad_h + b * H;
-    // A row that the next step resets receives no gradient from it.
+    // A row that the next step resets receives no gradient from that step.
     if (!last && resets.at(t + 1, b)) dh = nullptr;
     backward_row<T>(gates + row * 4 * H, cells + row * H, t == 0 ? c + b * H : cells + (row - sizes.B) * H,
                     grad_output == nullptr ? nullptr : grad_output + row * H, dh, resets.at(t, b), grad_c + b * H,

@@ -1,5 +1,5 @@
 // Products of a few rows with a matrix that is packed once, for recurrences whose single products are too small for a
-// library's call.
+// library call.
 //
 // A panel is [K][4][W]: for each of K factors, four vectors of the matrix side by side. A tile of rows keeps its sums in
 // registers while it reads a panel once.
@@ -16,7 +16,7 @@ inline namespace METTA_NAME(vectors_of_bytes_, METTA_VECTOR_BYTES) {
 // Sums, a panel's vectors and a factor fit into 32 registers with AVX-512, into 16 otherwise.
 constexpr int TILE_ROWS = METTA_VECTOR_BYTES == 64 ? 6 : 3;
 
-// Panels of `length` factors, uninitialised, at an address that is a multiple of the vectors' length.
+// Uninitialised panels of `length` factors, aligned to the vector length.
 template <class T>
 class Panels {
  public:

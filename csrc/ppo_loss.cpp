@@ -13,10 +13,10 @@ namespace {
 // Groups of W rows whose terms are summed lane by lane; these sums are added in float64, in order, so that the results
 // do not depend on how the rows are split over threads.
 constexpr int64_t PART = 32;
-// Means in the order of the statistics, then the number of rows that count.
+// The means in the order of the statistics, then the number of rows that count.
 constexpr int64_t SUMS = 6;
 
-// Numbers of each row, and those of the formulas.
+// The numbers per row, and the coefficients of the formulas.
 template <class T>
 struct Samples {
   const T *value, *old_log_prob, *old_value, *advantages, *returns;
@@ -25,7 +25,7 @@ struct Samples {
   T low, high, clip, vf_clip, vf_coef;
 };
 
-// r - 1 - log r, by its series near 0, where the difference would lose its digits.
+// r - 1 - log r, by its series near 0, where the difference would lose precision.
 template <class T>
 METTA_INLINE Vec<T> kl(Vec<T> log_ratio, Vec<T> ratio) {
   Vec<T> series = splat(T(1));
@@ -45,7 +45,7 @@ METTA_INLINE void add_rows(const Samples<T>& samples, int64_t row, int64_t live,
   const Vec<T> zero{}, advantage = load_live(samples.advantages + row, live);
   const Vec<T> log_ratio = log_prob - load_live(samples.old_log_prob + row, live);
   const Vec<T> ratio = exp<T>(log_ratio);
-  // min(r A, clip(r) A), but 0 for A = 0 and r = inf. NaN stays.
+  // min(r A, clip(r) A), but 0 for A = 0 and r = inf. NaN stays NaN.
   const Vec<T> at_most = ratio > samples.high ? splat(samples.high) : ratio;
   const Vec<T> at_least = ratio < samples.low ? splat(samples.low) : ratio;
   const Vec<T> bounded = advantage >= T(0) ? at_most : at_least;
@@ -68,7 +68,7 @@ METTA_INLINE void add_rows(const Samples<T>& samples, int64_t row, int64_t live,
   for (int64_t l = 0; l < live; ++l) index[row + l] = counts[l] ? samples.index[row + l] : -1;
 }
 
-// Adds the sums over all rows to `totals`. Returns the first row whose logits are no distribution, or -1.
+// Adds the sums over all rows to `totals`. Returns the first row whose logits do not form a distribution, or -1.
 template <class T>
 int64_t forward_rows(const T* logits, const Condition& condition, const Samples<T>& samples, int64_t* index, T* slopes,
                      double* totals, int64_t N, int64_t A) {

@@ -14,15 +14,15 @@ template <class T>
 struct Draw {
   const T* logits;
   Condition condition;
-  // null: the likeliest action, the first of several
+  // null: the most likely action, the first on a tie
   const T* uniform;
   int64_t* index;
   T *log_prob, *entropy, *full;
   int64_t N, A;
 };
 
-// The column of each row at which the running sum of e first exceeds u times the whole sum. Running sums never fall and
-// u is below 1, so there is one, and its e > 0. `e` becomes its running sums.
+// The column of each row at which the running sum of e first exceeds u times the total. Running sums never fall and u
+// is below 1, so there is such a column, and its e > 0. `e` is overwritten with its running sums.
 template <class T>
 METTA_INLINE typename Lanes<T>::I first_above(T* e, Vec<T> u, int64_t A) {
   constexpr int64_t W = Lanes<T>::W;
@@ -38,7 +38,7 @@ METTA_INLINE typename Lanes<T>::I first_above(T* e, Vec<T> u, int64_t A) {
   return count;
 }
 
-// The first column of each row that is 0: the shifted logits of its largest ones are.
+// The first column of each row that is 0: the row's largest logits are 0 after shifting.
 template <class T>
 METTA_INLINE typename Lanes<T>::I first_zero(const T* shifted, int64_t A) {
   constexpr int64_t W = Lanes<T>::W;
@@ -70,7 +70,7 @@ void draw_rows(const Draw<T>& d, FirstBad& bad) {
       Vec<T> u{};
       if (d.uniform != nullptr)
         for (int64_t l = 0; l < live; ++l) u[l] = d.uniform[row + l];
-      // The sum is NaN if the row holds NaN or +inf, or only -inf: then action 0.
+      // The sum is NaN if the row holds NaN or +inf, or only -inf: then the action is 0.
       const I positive = sums.s > Vec<T>{};
       const I drawn = positive & (d.uniform == nullptr ? first_zero<T>(columns, A) : first_above<T>(e, u, A));
       known &= positive;

@@ -1,4 +1,4 @@
-// Convolution of the grid of observation tokens without the grid, and its gradients.
+// Convolution of the grid of observation tokens without building the grid, and its gradients.
 // The formulas are in ops/tokens/reference.py.
 //
 // A row's tokens are first sorted by the output positions that read them, so that the sums of a position over all of
@@ -15,8 +15,8 @@
 namespace metta_fastagent {
 namespace {
 
-// Rows of a block, which has a weight gradient of its own, and the most blocks. The blocks depend on the number of rows
-// alone, and are added in order: the number of threads does not change the result.
+// Rows per block, which has its own weight gradient, and the maximum number of blocks. The blocks depend only on the
+// number of rows and are added in order, so the number of threads does not change the result.
 constexpr int64_t BLOCK_ROWS = 256, MAX_BLOCKS = 64;
 
 struct Sizes {
@@ -26,12 +26,12 @@ struct Sizes {
   int64_t out_x() const { return (width - kernel_x) / stride + 1; }
   int64_t out_y() const { return (height - kernel_y) / stride + 1; }
   int64_t positions() const { return out_x() * out_y(); }
-  // Weights of a feature, and of all features, for one output channel.
+  // Number of weights per feature, and over all features, for one output channel.
   int64_t taps() const { return kernel_x * kernel_y; }
   int64_t weights() const { return F * taps(); }
 };
 
-// A token's term of the sum at one output position: `value` times the weights number `weight` of all channels.
+// A token's term in the sum at one output position: `value` times weight number `weight` of every channel.
 template <class T>
 struct Term {
   int32_t weight;
@@ -61,7 +61,7 @@ class Terms {
           }
   }
 
-  // Backwards, as the last token of a cell counts.
+  // Runs backwards, because the last token of a cell counts.
   void read(const uint8_t* tokens) {
     std::fill(counts_.begin(), counts_.end(), 0);
     std::fill(seen_.begin(), seen_.end(), 0);
@@ -86,7 +86,7 @@ class Terms {
  private:
   static constexpr int64_t COORDINATES = 256, EMPTY_COORDINATE = 255;
 
-  // An output position that reads a cell, and the number of the weight that it reads it with.
+  // An output position that reads a cell, and the number of the weight that it applies to it.
   struct Reader {
     int16_t position, tap;
   };
@@ -96,7 +96,7 @@ class Terms {
   int64_t capacity_;
   std::vector<Term<T>> terms_;
   std::vector<int64_t> counts_;
-  // One bit for each feature and coordinate.
+  // One bit per feature and coordinate.
   std::vector<uint64_t> seen_;
   std::array<std::vector<Reader>, COORDINATES> readers_;
 };
@@ -151,7 +151,7 @@ METTA_INLINE void convolve(const Term<T>* term, const Term<T>* end, const T* wei
   }
 #pragma GCC unroll 8
   for (int g = 0; g < G; ++g) {
-    // NaN stays.
+    // NaN stays NaN.
     if (relu) sums[g] = sums[g] < T(0) ? Vec<T>{} : sums[g];
     store_live<T>(out + g * W, sums[g], std::min(W, live - g * W));
   }
@@ -178,7 +178,7 @@ void forward_rows(const uint8_t* tokens, const T* weight, const T* bias, const T
   });
 }
 
-// Gradients of a block of rows: of the weights and the bias as `channels_last` lays them out, and of the scale.
+// Gradients of a block of rows: weights and bias in the layout of `channels_last`, and the scale.
 template <class T>
 struct BlockGradients {
   T *weights, *scale;
@@ -220,7 +220,7 @@ void accumulate_scale(const Term<T>* term, const Term<T>* end, const T* grad, co
 }
 
 // grad_output and output as [N, positions, O]; output is null without ReLU. `weights` is null if the gradient of the
-// scale is not wanted.
+// scale is not needed.
 template <class T>
 void backward_block(const uint8_t* tokens, const T* weights, const T* scale, const T* output, const T* grad_output,
                     int64_t begin, int64_t end, const Sizes& sizes, BlockGradients<T> grads) {

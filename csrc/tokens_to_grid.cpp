@@ -1,4 +1,4 @@
-// Observation tokens to a normalised feature grid; of two tokens for one cell the later wins.
+// Observation tokens to a normalised feature grid; of two tokens in one cell the later wins.
 
 #include "checks.h"
 
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int EMPTY_COORDINATE = 255;
 
-// Cell of each coordinate byte within a feature's plane, -1 if outside of the window.
+// Cell of each coordinate byte within a feature's plane, -1 if outside the window.
 std::array<int16_t, 256> cells_of_window(int64_t width, int64_t height, bool x_low) {
   std::array<int16_t, 256> cells;
   for (int coordinate = 0; coordinate < 256; ++coordinate) {

@@ -1,7 +1,7 @@
 // Vectors of float or double, their elementary functions, and rows of a matrix as columns of vectors.
 //
-// The vectors are those of GCC and Clang: the compiler splits them if the machine's are narrower. A source that gains
-// from longer ones than 32 bytes defines METTA_VECTOR_BYTES first.
+// Uses the vector extensions of GCC and Clang: the compiler splits vectors if the machine's are narrower. A source that
+// benefits from more than 32 bytes defines METTA_VECTOR_BYTES first.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@
 #define METTA_NAME(a, b) METTA_JOIN(a, b)
 
 namespace metta_fastagent {
-// Sources with vectors of different lengths are linked together.
+// Needed because sources with different vector lengths are linked together.
 inline namespace METTA_NAME(vectors_of_bytes_, METTA_VECTOR_BYTES) {
 
 template <class T>
@@ -98,7 +98,7 @@ struct Constants<float> {
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f, log2_e = 1.44269504f;
   // Its exponential rounds to 0.
   static constexpr float exp_lowest = -104.0f;
-  // Terms that matter at this precision of the Taylor series of exp, |r| <= ln 2 / 2, and of atanh, |t| <= 0.172.
+  // Taylor terms that matter at this precision: of exp for |r| <= ln 2 / 2, and of atanh for |t| <= 0.172.
   static constexpr int exp_terms = 8, atanh_terms = 5;
   static constexpr float subnormal_scale = 33554432.0f;
   static constexpr int subnormal_shift = 25;
@@ -157,7 +157,7 @@ METTA_INLINE Vec<T> expm1_series(Vec<T> r) {
 template <class T>
 struct Reduced {
   Vec<T> r;
-  // 2^n times subnormal_scale, as 2^n may lie below the normal numbers.
+  // 2^n times subnormal_scale, because 2^n may be below the normal numbers.
   Vec<T> scale;
 };
 
@@ -174,7 +174,7 @@ METTA_INLINE Reduced<T> reduce(Vec<T> x) {
   return {r, bits<Vec<T>>((bits<U>(rounded) + bias) << C::mantissa_bits)};
 }
 
-// exp(x) for x <= 0 within 2 ulp, subnormal results too; exp(-inf) = 0, exp(NaN) = NaN. x must not be below
+// exp(x) for x <= 0 within 2 ulp, also for subnormal results; exp(-inf) = 0, exp(NaN) = NaN. x must not be below
 // exp_lowest.
 template <class T>
 METTA_INLINE Vec<T> exp_above_lowest(Vec<T> x) {
@@ -183,7 +183,7 @@ METTA_INLINE Vec<T> exp_above_lowest(Vec<T> x) {
   return exp_series<T, C::exp_terms>(reduced.r) * reduced.scale * (T(1) / C::subnormal_scale);
 }
 
-// exp(x) - 1 for x <= 0 within 3 ulp; NaN stays. x must not be below exp_lowest.
+// exp(x) - 1 for x <= 0 within 3 ulp; NaN stays NaN. x must not be below exp_lowest.
 template <class T>
 METTA_INLINE Vec<T> expm1_above_lowest(Vec<T> x) {
   using C = Constants<T>;
@@ -193,21 +193,21 @@ METTA_INLINE Vec<T> expm1_above_lowest(Vec<T> x) {
   return scale * expm1_r + (scale - T(1));
 }
 
-// The largest of x and a number whose exponential is 0; NaN stays.
+// The larger of x and a number whose exponential is 0; NaN stays NaN.
 template <class T>
 METTA_INLINE Vec<T> above_lowest(Vec<T> x) {
   const Vec<T> lowest = splat(Constants<T>::exp_lowest);
   return lowest > x ? lowest : x;
 }
 
-// exp(x) within 4 ulp; 0 and infinity at the infinities and beyond the range, exactly 1 at 0, NaN stays.
+// exp(x) within 4 ulp; 0 and infinity at the infinities and beyond the range, exactly 1 at 0, NaN stays NaN.
 template <class T>
 METTA_INLINE Vec<T> exp(Vec<T> x) {
   const Vec<T> e = exp_above_lowest<T>(above_lowest<T>(x < T(0) ? x : -x));
   return x > T(0) ? T(1) / e : e;
 }
 
-// 1 / (1 + exp(-x)) within 4 ulp; 0 and 1 at the infinities, NaN stays.
+// 1 / (1 + exp(-x)) within 4 ulp; 0 and 1 at the infinities, NaN stays NaN.
 template <class T>
 METTA_INLINE Vec<T> sigmoid(Vec<T> x) {
   const Vec<T> e = exp_above_lowest<T>(above_lowest<T>(x < T(0) ? x : -x));
@@ -215,7 +215,7 @@ METTA_INLINE Vec<T> sigmoid(Vec<T> x) {
   return x < T(0) ? e * larger_half : larger_half;
 }
 
-// tanh(x) within 4 ulp; -1 and 1 at the infinities, NaN stays.
+// tanh(x) within 4 ulp; -1 and 1 at the infinities, NaN stays NaN.
 template <class T>
 METTA_INLINE Vec<T> tanh(Vec<T> x) {
   const Vec<T> t = expm1_above_lowest<T>(above_lowest<T>((x < T(0) ? x : -x) * T(2)));
@@ -241,7 +241,7 @@ METTA_INLINE Vec<T> log(Vec<T> x) {
   const Vec<T> n = __builtin_convertvector(tiny ? exponent - C::subnormal_shift : exponent, Vec<T>);
   const Vec<T> f = mantissa - T(1);
   const Vec<T> t = f / (f + T(2));
-  // log(1 + f) = 2 atanh(t) = f - t (f - series): f is exact, and what is subtracted is small.
+  // log(1 + f) = 2 atanh(t) = f - t (f - series): f is exact, and the subtracted term is small.
   const Vec<T> series = atanh_series<T, C::atanh_terms>(t * t);
   Vec<T> result = n * C::ln2_high + (f - (t * (f - series) - n * C::ln2_low));
   result = x == infinity ? x : result;
@@ -287,7 +287,7 @@ METTA_INLINE void transpose(Vec<T>* v) {
   if constexpr (H > 1) transpose<T, H / 2>(v);
 }
 
-// columns[j][l] = matrix[l][j] for W rows of A contiguous elements, the last live one standing in for those past it.
+// columns[j][l] = matrix[l][j] for W rows of A contiguous elements; the last live row stands in for the rows past it.
 // Returns the largest element of each row, ignoring NaN.
 template <class T>
 METTA_INLINE Vec<T> load_columns(const T* matrix, int64_t live, int64_t A, T* columns) {
@@ -306,7 +306,7 @@ METTA_INLINE Vec<T> load_columns(const T* matrix, int64_t live, int64_t A, T* co
     return top;
   }
   for (int64_t first = 0; first < A; first += W) {
-    // The last block may overlap the one before: its columns are written twice, alike.
+    // The last block may overlap the one before: those columns are written twice, with equal values.
     const int64_t j = first + W <= A ? first : A - W;
     Vec<T> v[W];
 #pragma GCC unroll 16

@@ -1,8 +1,8 @@
-"""Gymnasium's CartPole without velocities: float vectors in, and an agent of its own on the package's trainer.
+"""Gymnasium's CartPole without velocities: float vector observations and a custom agent in the package's trainer.
 
     python examples/cartpole_positions.py [--steps 640000] [--seed 1] [--forget]
 
-The agent sees the cart's position and the pole's angle, so it has to remember to know velocities: with a state that is
+The agent sees only the cart's position and the pole's angle, so it needs memory to infer velocities: with its state
 zeroed at each step (`--forget`) it learns much less.
 """
 

@@ -2,9 +2,8 @@
 
     python examples/compare_states.py
 
-Segments are shorter than the delay between the cue and the first
-effective press, so no gradient flows from a press back to its cue: when it is trained, a press depends on the cue only
-through the state at the start of its segment.
+Segments are shorter than the delay between the cue and the first effective press, so no gradient flows from a press
+back to its cue: in training, a press depends on the cue only through the state at the start of its segment.
 """
 
 import argparse
@@ -26,15 +25,15 @@ from metta_fastagent.train.evaluate import ROWS, WORLDS, Evaluation, evaluate
 from metta_fastagent.train.trainer import Trainer, TrainingDiverged
 
 PROGRAM = "python examples/compare_states.py"
-# The shorter walks of a small room make the press that pays less rare.
+# A small room means shorter walks, so the rewarded press is less rare.
 TASK = {"delay": 5, "room_size": 3}
 SEGMENT_LENGTH = 4
-# as many steps per update as the default's: rows make up for the shorter segments
+# as many steps per update as by default: more rows make up for shorter segments
 NUM_ENVS = 512
 STEPS = 1_500_000
 # label in the plot -> the ablation
 RUNS = {"stored state": False, "zero state": True}
-# distinct in grayscale: dark and solid, light and dashed
+# distinguishable in grayscale: dark and solid, light and dashed
 STYLES = {"stored state": ("#1f4e79", "-"), "zero state": ("#d98032", "--")}
 
 
@@ -44,13 +43,13 @@ class Run(NamedTuple):
 
 
 def configuration(zero_segment_state: bool, seed: int, steps: int) -> TrainConfig:
-    """The configuration of a run; TASK has the options of its environment."""
+    """The configuration of a run; TASK has its environment's options."""
     return TrainConfig(
         seed=seed,
         steps=steps,
         num_envs=NUM_ENVS,
         segment_length=SEGMENT_LENGTH,
-        # Both leave the plateau of pressing any switch sooner than the defaults do; so does a time limit that counts.
+        # Both leave the plateau of pressing any switch sooner than the defaults; so does not bootstrapping truncations.
         lr=1.5e-3,
         ent_coef=0.005,
         bootstrap_truncations=False,
@@ -76,7 +75,7 @@ def train(config: TrainConfig) -> Run:
 
 
 def draw(path: Path, runs: dict[str, Run], seed: int) -> None:
-    """Plot the mean return of each run over environment steps, with the returns of both baselines, as a PNG."""
+    """Plot each run's mean return over environment steps, with both baselines' returns, as a PNG."""
     figure, axes = report.new_axes()
     for name, run in runs.items():
         color, style = STYLES[name]
@@ -95,7 +94,7 @@ def draw(path: Path, runs: dict[str, Run], seed: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train both, print the scores, draw the plot. Returns 0, 1 if training diverged, or 130 on Ctrl-C."""
+    """Train both, print the scores, draw the plot. Returns 0, or 1 if training diverged, or 130 on Ctrl-C."""
     parser = argparse.ArgumentParser(PROGRAM, description=str(__doc__).partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("stored_state.png"), help="the plot (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="seed of both runs (default: %(default)s)")

@@ -1,9 +1,9 @@
-"""Images from gymnasium, a CNN of your own, action masks, greedy evaluation, and acting in plain gymnasium.
+"""Images from gymnasium, a custom CNN, action masks, greedy evaluation, and acting in plain gymnasium.
 
     python examples/images.py [--steps 30000]
 
-A walker in a room with pillars looks for the goal. Moves into a wall are masked; the mask is read off the image, so it
-is the same in the rollout, the update and in use.
+A walker in a room with pillars looks for the goal. Moves into a wall are masked; the mask is computed from the image,
+so it is the same in rollout, update and deployment.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch import nn
 from metta_fastagent.train import TrainConfig, VectorAgent, load_agent, train
 
 SIZE, PIXELS = 8, 3  # cells per side, walls included; pixels per cell
-LIMIT = 30  # steps of an episode
+LIMIT = 30  # steps per episode
 MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))
 WALKER, WALL, GOAL = range(3)  # channels of the image
 
@@ -57,7 +57,7 @@ def allowed_moves(images):
 
 
 class Encoder(nn.Sequential):
-    """Images [rows, height, width, 3] from 0 to 1, as VectorAgent gives them, to features [rows, 64]."""
+    """Images [rows, height, width, 3] from 0 to 1, as VectorAgent passes them, to features [rows, 64]."""
 
     def __init__(self):
         layers = nn.Conv2d(3, 16, PIXELS, stride=PIXELS), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten()
@@ -81,7 +81,7 @@ def make_env(num_envs, device):
 
 
 def play_greedily(agent, episodes):
-    """Play in plain gymnasium, without vectors: the number of goals found and of moves into a wall."""
+    """Play in plain, non-vectorized gymnasium; return the number of goals found and of moves into a wall."""
     env, found, bumps = Room(), 0, 0
     for seed in range(episodes):
         image, _ = env.reset(seed=seed)
@@ -102,8 +102,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=30_000)
     config = TrainConfig(steps=parser.parse_args().steps, num_envs=64, epochs=4, lr=1e-3, ent_coef=0.01)
     run = train(config, make_env=make_env, make_agent=Agent)
-    torch.set_num_threads(1)  # several would wait for each other in steps this small
-    # a checkpoint has names only, which another program cannot import from a script
+    torch.set_num_threads(1)  # several threads would wait for each other in steps this small
+    # a checkpoint only holds names, which another program cannot import from a script
     agent, _, _ = load_agent(run.folder / "best.pt", make_env=make_env, make_agent=Agent)
     found, bumps = play_greedily(agent, 100)
     print(f"greedy, in plain gymnasium: {found} goals found in 100 episodes, {bumps} moves into a wall")

@@ -1,9 +1,9 @@
-"""The operations in the places where the components of Metta's repository (January 2026) compute.
+"""The operations in place of the computations in Metta's components (January 2026).
 
 from metta.agent.components import actor; from cortex.cells import lstm as cells; install(policy, actor, cells)
 
 where `policy` is a FastPolicy. docs/metta.md says what is replaced. Run as a script, this file shows the importance
-ratio before the first update, of segments trained without resets and with them: python examples/metta_components.py
+ratio before the first update, for segments trained without and with resets: python examples/metta_components.py
 """
 
 from functools import partial
@@ -52,7 +52,7 @@ def install(policy, actor, cells):
 
 
 def importance_ratios(rows=256, steps=16, hidden=32, actions=5, share=0.1):
-    """Of a rollout's actions, before an update: (without resets in training, with them), float64 [rows, steps] each."""
+    """A rollout's ratios before an update: (without resets in training, with them), float64 [rows, steps] each."""
     torch.manual_seed(0)
     cell, head = nn.LSTM(hidden, hidden, batch_first=True).double(), nn.Linear(hidden, actions).double()
     inputs, dones = torch.randn(rows, steps, hidden, dtype=torch.float64), torch.rand(rows, steps) < share

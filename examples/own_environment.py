@@ -1,9 +1,9 @@
-"""Train an agent of your own on an environment of your own, in 20 lines.
+"""Train your own agent on your own environment, in 20 lines.
 
     python examples/own_environment.py
 
-An episode has three steps. The first shows one of four cues; naming it at the third pays 1. Without memory the mean
-return is at most 1/4.
+An episode has three steps. The first shows one of four cues; naming it at the third gives reward 1. Without memory the
+mean return is at most 1/4.
 """
 
 import torch

@@ -1,10 +1,10 @@
-"""Recurrent PPO in one file, on the operations alone: no mixin, no TensorDict, no trainer.
+"""Recurrent PPO in one file, with only the operations: no mixin, no TensorDict, no trainer.
 
-    python examples/ppo_ops.py             train on metta_fastagent.ops
+    python examples/ppo_ops.py             train with metta_fastagent.ops
     python examples/ppo_ops.py --plain     the same with torch.distributions and a loop of nn.LSTM calls
-    python examples/ppo_ops.py --compare   both in turns, and environment steps per CPU second
+    python examples/ppo_ops.py --compare   alternate both, and print environment steps per CPU second
 
-The task is CartPole without velocities, so the agent has to remember. `Agent` is all that differs between the two.
+The task is CartPole without velocities, so the agent needs memory. The two versions differ only in `Agent`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ class Agent(nn.Module):
         self.actor, self.critic = nn.Linear(HIDDEN, actions), nn.Linear(HIDDEN, 1)
 
     def forward(self, observations, state, starts):
-        """Logits [T * B, A], values [T * B] and the state after [T, B] steps, zeroed where an episode starts."""
+        """Logits [T * B, A], values [T * B] and the state after [T, B] steps, reset where an episode starts."""
         hidden = torch.tanh(self.encoder(observations))
         output, state = self.recur(hidden, state, starts)
         output = output.flatten(0, 1)
@@ -50,7 +50,7 @@ class Agent(nn.Module):
         return action, log_prob
 
     def advantages(self, rollout, following):
-        """Generalized advantage estimates [T, N]; an end, by termination or time limit, is worth 0."""
+        """Generalized advantage estimates [T, N]; an end, by termination or time limit, has value 0."""
         rewards, values, ends = (rollout[name].t() for name in ("rewards", "values", "ends"))
         return ops.advantages(rewards, values, ends, following, torch.zeros_like(values), GAMMA, LAMBDA).t()
 
@@ -93,7 +93,7 @@ class PlainAgent(Agent):
 
 
 class Positions:
-    """N CartPoles that show position and angle. A step after the end of an episode only restarts it: not `valid`."""
+    """N CartPoles that show position and angle. The step after an episode's end only restarts it and is not `valid`."""
 
     def __init__(self, seed):
         self.envs = gymnasium.make_vec("CartPole-v1", N, vectorization_mode="vector_entry_point")
@@ -116,7 +116,7 @@ class Positions:
 
 
 class PPO:
-    """An agent, its environments and its optimizer; `update` does a rollout of N * T steps and learns from it."""
+    """An agent, its environments and its optimizer; `update` collects a rollout of N * T steps and learns from it."""
 
     def __init__(self, plain=False, seed=1):
         torch.manual_seed(seed)
@@ -144,7 +144,7 @@ class PPO:
     def update(self):
         rollout, (h, c) = self.rollout()
         for _ in range(EPOCHS):
-            # whole segments: the agent starts from the state that the rollout had there
+            # whole segments, which start from the state that the rollout had there
             for rows in torch.randperm(N).chunk(MINIBATCHES):
                 batch = {name: tensor[:, rows] for name, tensor in rollout.items()}
                 loss = self.loss(batch, (h[:, rows], c[:, rows]))
@@ -177,7 +177,7 @@ def train(plain, steps, seed):
 
 
 def compare(rounds=12):
-    """Environment steps per CPU second of both, in turns. The best update counts: other load disturbs it least."""
+    """Environment steps per CPU second of both, alternating. The best update counts, as it is disturbed least."""
     runs = {"ops": PPO(plain=False), "plain": PPO(plain=True)}
     seconds = {name: [] for name in runs}
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""`python -m metta_fastagent` says what runs on this machine and why; with `build`, it builds the CPU operators."""
+"""`python -m metta_fastagent` prints what runs on this machine and why; with `build`, it builds the CPU operators."""
 
 import argparse
 import sys
@@ -9,12 +9,12 @@ from metta_fastagent import explain
 from metta_fastagent.runtime import native
 from metta_fastagent.runtime.output import show, wrapped
 
-# Not 1, so that scripts can continue without a compiler but stop on broken sources.
+# Differs from 1, so that scripts can continue without a compiler but stop on broken sources.
 CANNOT_BUILD = 3
 
 
 def build(options: argparse.Namespace) -> int:
-    """Build the operators and load them; the exit status."""
+    """Build the operators and load them; return the exit status."""
     started = time.perf_counter()
     try:
         library = native.build(options.force, options.sanitize)
@@ -23,7 +23,7 @@ def build(options: argparse.Namespace) -> int:
         instead = "the previous build" if native.load() else "eager PyTorch"
         print(f"metta_fastagent: native CPU operators not built, {instead} runs instead: {text}", file=sys.stderr)
         return CANNOT_BUILD if isinstance(error, native.CannotBuildError) else 1
-    # A sanitizer's runtime has to be in the process from its start.
+    # A sanitizer's runtime must be in the process from the start.
     if options.sanitize is None and not native.load():
         print(f"metta_fastagent: native CPU operators not in use: {native.reason()}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""AgentEnvironment: the part of the mixin that fits an agent to its environment's actions and features."""
+"""AgentEnvironment: the part of the mixin that adapts an agent to its environment's actions and features."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metta_fastagent.action_space import ActionSpace, checked_max_params
 
-# For type checkers the class is a module; at run time it adds nothing to the class it is mixed into.
+# For type checkers the class is a module; at run time it adds no base to the class it is mixed into.
 Module = nn.Module if TYPE_CHECKING else object
 
 
@@ -24,7 +24,7 @@ class AgentEnvironment(Module):
         action_max_params: Sequence[int],
         device: torch.device | str | None = None,
     ) -> None:
-        """Set the action tables, for use without a host, and call the policy's two methods below.
+        """Set the action tables, for use without a host, and call the two policy methods below.
 
         Args:
             action_names: name of each action type.
@@ -32,7 +32,7 @@ class AgentEnvironment(Module):
             device: device of the tables; None means the device of the agent's parameters.
 
         Raises:
-            TypeError, ValueError: see `ActionSpace`; nothing was changed then.
+            TypeError, ValueError: see `ActionSpace`; then nothing is changed.
         """
         if device is None:
             device = next((param.device for param in self.parameters()), None)
@@ -61,12 +61,12 @@ class AgentEnvironment(Module):
         return nn.ModuleList([head])
 
     def _apply_feature_remapping(self, remap_tensor: Tensor) -> None:
-        """Do nothing: an agent whose features can be renumbered overrides it."""
+        """Do nothing; an agent whose features can be renumbered overrides this method."""
 
     def update_normalization_factors(
         self, features: dict[str, dict], original_feature_mapping: dict[str, int] | None
     ) -> None:
-        """Do nothing: an agent whose normalisation can be updated overrides it."""
+        """Do nothing; an agent whose normalisation can be updated overrides this method."""
 
 
 def _pass_on(agent: nn.Module, method: str, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""State that an agent makes when it first needs it, and that copies and pickles of the agent leave behind."""
+"""State that an agent creates lazily, and that copies and pickles of the agent do not take along."""
 
 import logging
 import math
@@ -14,29 +14,29 @@ from metta_fastagent._shapes import Fields
 
 logger = logging.getLogger(__name__)
 
-# A rollout this long, of steps with so few rows, is told about threads; a step's products are too small to share.
+# A rollout this long with so few rows per step gets advice on threads: its products are too small to split.
 MANY_STEPS, FEW_ROWS = 100, 512
 _told = False
 
 
 class Calls:
-    """Counts of the calls of the two handlers. Nothing is read from a device before `summary`."""
+    """Counts calls of the two handlers. Reads nothing from a device before `summary`."""
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = {}
         self.rows: dict[str, int] = {}
-        # Host times of the first and the last call in seconds, and rows of the first.
+        # Host times of the first and the last call in seconds, and the rows of the first.
         self.first: dict[str, tuple[float, int]] = {}
         self.last: dict[str, float] = {}
         self.entropy: dict[str, Tensor] = {}
         self.nonfinite: dict[torch.device, Tensor] = {}
 
     def add(self, mode: str, rows: int, entropy: Tensor | None, count_nonfinite: bool) -> None:
-        """Note a call with this entropy [rows], if it has one; a compiler counts only rows without a distribution."""
+        """Record a call and its entropy [rows], if any; compiled code only counts rows without a distribution."""
         if count_nonfinite and entropy is not None:
             counter = self.nonfinite.get(entropy.device)
             if counter is None:
-                # A counter made in inference mode could not be updated outside of it.
+                # A counter made in inference mode could not be updated outside it.
                 with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                     counter = torch.zeros((), dtype=torch.int64, device=entropy.device)
                 self.nonfinite[entropy.device] = counter
@@ -49,11 +49,11 @@ class Calls:
             if self.calls[mode] == MANY_STEPS and mode == "inference" and entropy is not None and not entropy.is_cuda:
                 _advise_on_threads(rows)
         if entropy is not None and not torch.compiler.is_compiling():
-            # The tensor itself: its mean is taken only if someone asks.
+            # Keeps the tensor itself: its mean is computed only on request.
             self.entropy[mode] = entropy.detach() if entropy.requires_grad else entropy
 
     def summary(self) -> dict[str, object]:
-        """Plain numbers; waits for the devices."""
+        """The counts as plain numbers; waits for the devices."""
         return {
             "calls": dict(self.calls),
             "rows": dict(self.rows),
@@ -70,7 +70,7 @@ class Calls:
 
 
 def _advise_on_threads(rows: int) -> None:
-    """Say once that steps of this many rows run on several threads."""
+    """Log once that steps of this many rows run on several threads."""
     global _told
     threads = torch.get_num_threads()
     if threads > 1 and rows <= FEW_ROWS and not _told:

@@ -1,4 +1,4 @@
-"""The mixin's parameters: each once, with its default, its check and its place in the log line."""
+"""The mixin's parameters: each defined once, with its default, its check and its place in the log line."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,7 @@ from metta_fastagent.runtime.checks import describe, require_integer, require_nu
 
 
 def _one_of(*values: str) -> Any:
-    """A parameter with these values, the first of which is the default."""
+    """A parameter with these allowed values; the first is the default."""
     return dataclasses.field(default=values[0], metadata={"values": values})
 
 
@@ -32,7 +32,7 @@ class MixinConfig:
     on_nonfinite_logits: str = _one_of("raise", "count")
     training_values: bool = False
     check_first_update: bool = False
-    # None: as the agent has set it, else 1.
+    # None: the value that the agent has set, otherwise 1.
     l2_init_scale: float | None = None
     clip_scale: float | None = None
     temperature: float | Tensor | None = None
@@ -59,7 +59,7 @@ class MixinConfig:
 
 
 PARAMETERS = tuple(field.name for field in dataclasses.fields(MixinConfig))
-# The class that the mixin replaces has these; `extract_mixin_params` always returns them.
+# The class that the mixin replaces has these parameters; `extract_mixin_params` always returns them.
 ORIGINAL_PARAMETERS = PARAMETERS[:2]
 
 
@@ -73,6 +73,6 @@ def _require_temperature(temperature: object) -> None:
 
 
 def with_suggestion(name: str) -> str:
-    """An unknown parameter's name, and the known one that is spelled alike."""
+    """An unknown parameter's name, and the known one with a similar spelling."""
     close = difflib.get_close_matches(str(name), PARAMETERS, n=1)
     return f"{name} (did you mean {close[0]}?)" if close else str(name)

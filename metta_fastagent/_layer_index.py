@@ -1,8 +1,8 @@
-"""An index of the layers that weight clipping and regularisation act on, so that a call need not walk the module tree.
+"""An index of the layers that clipping and regularisation act on, so that a call need not walk the module tree.
 
 PyTorch has no hook for `del`, `_parameters[...] =`, `copy.deepcopy`, an assigned submodule or `parameter.data =`.
 Comparing the identities of all submodules and of the layers' parameters, and the parameters' addresses, detects each of
-them in a few microseconds instead of the tens that a walk takes.
+these in a few microseconds; a walk takes tens.
 """
 
 import operator
@@ -32,23 +32,23 @@ class _Group(NamedTuple):
 
 
 class LayerIndex:
-    """The layers of a module tree, and the plans of the operations on their weights.
+    """The layers of a module tree, and the plans for the operations on their weights.
 
     Args:
         root: the agent.
-        is_regularized: whether L2-init regularisation takes a module.
+        is_regularized: whether L2-init regularisation applies to a module.
 
     Attributes:
-        clipped: each weight and bias of the clipped layers once.
-        clip_plan: plan of `ops.clip_weights_` for them.
-        clipped_weights: weight of each clipped layer by the layer's name, a tied weight once.
+        clipped: each weight and bias of the clipped layers, once.
+        clip_plan: plan for `ops.clip_weights_` on them.
+        clipped_weights: weight of each clipped layer by layer name, a tied weight once.
     """
 
     def __init__(self, root: nn.Module, is_regularized: Callable[[nn.Module], bool]) -> None:
         modules = named_layers(root)
         layers = [(name or "root", module) for name, module in modules if isinstance(module, CLIPPED_LAYERS)]
         self.regularized = [(name, module) for name, module in modules if is_regularized(module)]
-        # By identity: a layer that is clipped and regularised counts once.
+        # By identity, so that a layer that is both clipped and regularised counts once.
         relevant = {id(module): module for _, module in (*layers, *self.regularized)}
         parameters = [module._parameters for module in relevant.values()]
         self.owners = [*(module._modules for _, module in modules), *parameters]
@@ -65,7 +65,7 @@ class LayerIndex:
         held = {id(param): param for owned in parameters for param in owned.values() if param is not None}
         # A lazy parameter stays the same object when it gets its shape, so the comparison would miss it.
         self.complete = not any(map(is_lazy, held.values()))
-        # FSDP's tensors and fake ones have no address.
+        # FSDP's tensors and fake tensors have no address.
         self.held = list(held.values()) if {Tensor, nn.Parameter}.issuperset(map(type, held.values())) else []
         self.addresses = [] if torch.compiler.is_compiling() else list(map(Tensor.data_ptr, self.held))
         self._groups: tuple[list[Tensor], list[int], list[_Group]] | None = None
@@ -80,7 +80,7 @@ class LayerIndex:
         )
 
     def l2_groups(self, initial: Mapping[str, Tensor]) -> list[_Group]:
-        """For each device, the regularised weights that have an initial value, these values, and the plan of both."""
+        """For each device, the regularised weights that have an initial value, those values, and a plan for both."""
         starts, compiling = list(initial.values()), torch.compiler.is_compiling()
         if self._groups is not None and not compiling:
             seen, addresses, kept = self._groups
@@ -100,7 +100,7 @@ class LayerIndex:
                 group = groups.setdefault(weight.device, _Group([], [], None))
                 group.weights.append(weight)
                 group.initial.append(initial[name].to(weight.device))
-                # A parametrized weight is new at every call, and so is the copy of a value on another device.
+                # A parametrized weight is a new tensor at every call, and so is a value copied from another device.
                 lasting &= id(weight) in held and group.initial[-1] is initial[name]
         found = list(groups.values())
         if lasting:
@@ -110,12 +110,12 @@ class LayerIndex:
 
 
 def named_layers(root: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of the tree: a layer has the same name whether or not a module that holds it is wrapped."""
+    """(name, module) of the tree; wrapping a module does not change the names of the layers inside."""
     return [(without_wrappers(name), module) for name, module in root.named_modules()]
 
 
 def without_wrappers(name: str) -> str:
-    """`name` of a module or weight without the parts that wrappers add."""
+    """`name` of a module or weight without the parts added by wrappers."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -126,7 +126,7 @@ def named_weights(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, T
 
 
 def largest_magnitudes(weights: Mapping[str, Tensor]) -> dict[str, float]:
-    """Largest absolute value of each tensor, read with one transfer for each device."""
+    """Largest absolute value of each tensor, read with one transfer per device."""
     by_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, weight in weights.items():
         if weight.numel() > 0:

@@ -1,12 +1,12 @@
-"""Rollout memory: the LSTM state of each environment between two steps.
+"""Rollout memory: the LSTM state of each environment between steps.
 
 `KeyedMemory` keeps a state for each environment id. `AllocatedMemory` keeps one state for `num_envs` environments in
-tensors that are updated in place, so that a captured CUDA graph sees them change. Both have the same methods:
+tensors that are updated in place, so that a captured CUDA graph sees the changes. Both have the same methods:
 
     locate(env_id, rows)        where the state of a step's rows is; an error if it cannot be
-    locate_each(ids, rows)      the same for rows that have an id each, in any order
+    locate_each(ids, rows)      the same for rows that each have an id, in any order
     read(where, rows)           the state (h, c), each [layers, rows, hidden]; None if there is none
-    lends(h, c)                 whether this state is the memory itself, to be updated in place
+    lends(h, c)                 whether this state is the memory itself, which is updated in place
     write(where, h, c, dtype)   store the state
     replace(h, c, like)         store copies of whole memories with the device and dtype of `like`
     copy(), fit(like)           copies of (h, c), and a change of device and dtype
@@ -30,11 +30,11 @@ class DeviceRows(NamedTuple):
     """Rows whose numbers are on the device."""
 
     index: Tensor  # int64 [rows], always within the memory
-    valid: Tensor  # bool []: False if an id was out of range and the rows were clamped
+    valid: Tensor  # bool []; False if an id was out of range and the rows were clamped
 
 
 class KeyedMemory:
-    """A state for each environment id, with as many rows as its steps; states are replaced, not changed in place."""
+    """A state per environment id, with as many rows as its steps; states are replaced, not changed in place."""
 
     num_envs: int | None = None
 
@@ -46,7 +46,7 @@ class KeyedMemory:
         return _whole_number(env_id)
 
     def locate_each(self, ids: Any, rows: int) -> tuple[int, ...]:
-        """Reads the ids, a host sync on CUDA."""
+        """Reads the ids: a host sync on CUDA."""
         return _read_ids(_checked_ids(ids, rows))
 
     def read(self, where: Any, rows: int) -> tuple[Tensor, Tensor] | None:
@@ -72,7 +72,7 @@ class KeyedMemory:
         return False
 
     def write(self, where: Any, h: Tensor, c: Tensor, dtype: torch.dtype) -> None:
-        # The state itself, detached: a caller may have kept the previous one.
+        # Keeps the state itself, detached: a caller may have kept the previous one.
         h, c = _kept(h, dtype), _kept(c, dtype)
         if isinstance(where, tuple):
             self.h.update(zip(where, h.split(1, dim=1), strict=True))
@@ -103,7 +103,8 @@ class KeyedMemory:
                     memory[key] = _moved(state, like)
 
     def __getstate__(self) -> dict[str, Any]:
-        # By value: torch's multiprocessing shares tensors that it pickles, and each worker needs a memory of its own.
+        # By value, because torch's multiprocessing shares tensors that it pickles, and each worker needs its own
+        # memory.
         return {**self.__dict__, "h": _as_bytes(self.h), "c": _as_bytes(self.c)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -112,11 +113,11 @@ class KeyedMemory:
 
 
 class AllocatedMemory(KeyedMemory):
-    """The state of `num_envs` environments under the one id 0, updated in place.
+    """The state of `num_envs` environments under the single id 0, updated in place.
 
-    Rows are found by the first one's number. A plain int is known to the host, and its rows are a narrow view. A tensor
-    on the memory's device is never read back: rows are gathered and scattered by index, a captured graph sees its value
-    at each replay, and rows out of range change nothing.
+    The number of the first row locates the rows. A plain int is known to the host, and its rows are a narrow view. A
+    tensor on the memory's device is never read back: rows are gathered and scattered by index, a captured graph uses
+    its value at each replay, and rows out of range change nothing.
     """
 
     num_envs: int
@@ -130,7 +131,7 @@ class AllocatedMemory(KeyedMemory):
         return memory_rows(env_id, rows, self.num_envs, self.h[0].device)
 
     def locate_each(self, ids: Any, rows: int) -> DeviceRows:
-        """Ids on a CUDA device are not read: two equal ones are not noticed there."""
+        """Ids on a CUDA device are not read, so duplicates go unnoticed there."""
         ids, device = _checked_ids(ids, rows), self.h[0].device
         if ids.device == device:
             return DeviceRows(*_each_environment_row(ids, self.num_envs))
@@ -180,12 +181,12 @@ class AllocatedMemory(KeyedMemory):
 
 
 def nan_if_out_of_range(state: Tensor, where: Any) -> Tensor:
-    """`state`; NaN throughout if the id, known to the device only, is out of range."""
+    """`state`; all NaN if the id, which only the device knows, is out of range."""
     return torch.where(where.valid, state, torch.nan) if isinstance(where, DeviceRows) else state
 
 
 def memory_rows(env_id: Any, rows: int, num_envs: int, device: torch.device) -> int | DeviceRows:
-    """The rows from `env_id` on, an integer or a tensor whose first element is one; see `AllocatedMemory`.
+    """The rows from `env_id` on, which is an integer or a tensor whose first element is one; see `AllocatedMemory`.
 
     Raises:
         ValueError: not an integer, more rows than the memory has, another device, or rows out of range.
@@ -207,7 +208,7 @@ def memory_rows(env_id: Any, rows: int, num_envs: int, device: torch.device) -> 
 def _whole_number(env_id: Any) -> int:
     """`env_id` as an int; a ValueError if it is not a whole number."""
     number = env_id.item() if isinstance(env_id, Tensor) and env_id.numel() == 1 else env_id
-    # Not through float, which rounds large integers.
+    # Not via float, which rounds large integers.
     if isinstance(number, Integral):
         return int(number)
     if not isinstance(number, Real) or not float(number).is_integer():
@@ -226,7 +227,7 @@ def _checked_start(env_id: Any, rows: int, num_envs: int) -> int:
 
 
 def _environment_rows_eager(env_id: Tensor, rows: int, num_envs: int) -> tuple[Tensor, Tensor]:
-    """(index, valid) of `DeviceRows` for the first element of `env_id`; on the CPU its value is checked."""
+    """(index, valid) of `DeviceRows`, for the first element of `env_id`; on the CPU its value is checked."""
     start = env_id[(0,) * env_id.dim()]
     if start.device.type == "cpu":
         _checked_start(start, rows, num_envs)
@@ -237,7 +238,7 @@ def clamped_rows(start: Tensor, rows: int, num_envs: int) -> tuple[Tensor, Tenso
     """Row numbers from `start` (0-dim) on, clamped to the memory, and whether they were in range."""
     whole = start.long()
     first = whole.clamp(0, num_envs - rows)
-    # Fractions are out of range too. Unsigned integers do not compare with int64.
+    # Fractions are out of range too. Unsigned integers cannot be compared with int64.
     valid = first == (start if start.is_floating_point() else whole)
     return first + torch.arange(rows, device=start.device), valid
 
@@ -253,7 +254,7 @@ _environment_rows = Operator(
 
 
 def _checked_ids(ids: Any, rows: int) -> Tensor:
-    """The ids as a tensor [rows], if they are as many integers."""
+    """The ids as a tensor [rows], after checking that there is one integer per row."""
     tensor: Any = torch.as_tensor(ids) if isinstance(ids, (list, tuple)) and all(map(is_whole, ids)) else ids
     whole = isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex())
     if not whole or tensor.dtype == torch.bool or tensor.numel() != rows:
@@ -262,7 +263,7 @@ def _checked_ids(ids: Any, rows: int) -> Tensor:
 
 
 def _read_ids(ids: Tensor) -> tuple[int, ...]:
-    """The ids as ints, if they differ."""
+    """The ids as ints, after checking that they differ."""
     numbers = tuple(ids.tolist())
     if len(set(numbers)) != len(numbers):
         twice = next(number for number in numbers if numbers.count(number) > 1)
@@ -271,7 +272,7 @@ def _read_ids(ids: Tensor) -> tuple[int, ...]:
 
 
 def _each_environment_row_eager(ids: Tensor, num_envs: int) -> tuple[Tensor, Tensor]:
-    """(index, valid) of `DeviceRows` for rows with these ids; on the CPU the ids are checked."""
+    """(index, valid) of `DeviceRows`, for rows with these ids; on the CPU the ids are checked."""
     if ids.device.type == "cpu":
         outside = [number for number in _read_ids(ids) if not 0 <= number < num_envs]
         if outside:
@@ -293,12 +294,12 @@ def _read_rows(memory: Tensor, where: int | DeviceRows, rows: int) -> Tensor:
     if isinstance(where, DeviceRows):
         return memory.index_select(1, where.index)
     part = memory.narrow(1, where, rows)
-    # The memory may change in place before the backward.
+    # The memory may change in place before the backward pass.
     return part.clone(memory_format=torch.contiguous_format) if torch.is_grad_enabled() else part.contiguous()
 
 
 def state_dict_entries(memory: tuple[States, States], prefix: str) -> dict[str, Tensor]:
-    """The entries of a state dict that hold a memory: `rollout_memory.h.3` is h of environment 3."""
+    """A memory's entries in a state dict: `rollout_memory.h.3` is h of environment 3."""
     return {
         f"{prefix}rollout_memory.{name}.{env_id}": state
         for name, states in zip("hc", memory, strict=True)
@@ -307,7 +308,7 @@ def state_dict_entries(memory: tuple[States, States], prefix: str) -> dict[str, 
 
 
 def taken_from_state_dict(state_dict: dict[str, Any], prefix: str) -> tuple[States, States] | None:
-    """Remove the memory from a state dict; None if it holds none."""
+    """Remove the memory from a state dict and return it; None if there is none."""
     start, memory = f"{prefix}rollout_memory.", {"h": {}, "c": {}}
     found = [key for key in state_dict if key.startswith(start)]
     for key in found:
@@ -317,19 +318,19 @@ def taken_from_state_dict(state_dict: dict[str, Any], prefix: str) -> tuple[Stat
 
 
 def _owned(state: Tensor) -> Tensor:
-    """A detached copy, made outside of inference mode so that it can be updated there."""
+    """A detached copy, made outside inference mode so that it can be updated outside it."""
     with torch.inference_mode(False):
         return state.detach().clone()
 
 
 def _kept(state: Tensor, dtype: torch.dtype) -> Tensor:
-    """A state to keep: detached, of the weights' dtype, and usable outside of inference mode."""
+    """A state to keep: detached, in the weights' dtype, and usable outside inference mode."""
     state = state.detach()
     return _owned(state).to(dtype) if state.is_inference() else state.to(dtype)
 
 
 def _moved(state: Tensor, like: Tensor) -> Tensor:
-    """`state` with the device and dtype of `like`; zeros if it comes from the meta device, which holds no values."""
+    """`state` with the device and dtype of `like`; zeros if it is on the meta device, which holds no values."""
     with torch.inference_mode(False):
         if state.is_meta and not like.is_meta:
             return torch.zeros_like(state, device=like.device, dtype=like.dtype)

@@ -1,7 +1,6 @@
-"""Which layout a TensorDict, its observations and its actions have: pure functions of types and shapes.
+"""Layouts of a TensorDict, its observations and its actions: pure functions of types and shapes.
 
-A rollout step has rows [B]; training has segments [B, T], which are also given as flat rows [B * T], time varying
-fastest.
+A rollout step has rows [B]; training has segments [B, T], or flat rows [B * T] in which time varies fastest.
 """
 
 import math
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from metta_fastagent.runtime.checks import describe
 
-# For the first mistake with observations that are not tokens.
+# Hint for the usual first mistake with observations that are not tokens.
 HOW_TO_TELL = (
     "where env.single_observation_space does not tell segments [B, T, ...] from a step [B, ...], "
     "pass training= to set_tensordict_fields"
@@ -23,7 +22,7 @@ HOW_TO_TELL = (
 
 
 class Fields(NamedTuple):
-    """The decision of `set_tensordict_fields` for a TensorDict, which is recognised by its `bptt` entry."""
+    """What `set_tensordict_fields` decided for a TensorDict, which is recognised by its `bptt` entry."""
 
     bptt: Tensor
     rows: int
@@ -38,7 +37,7 @@ def require_tensordict(td: Any) -> None:
 
 
 def is_training(observations: Tensor, obs_shape: Sequence[int] | None, training: bool | None = None) -> bool:
-    """Whether observations are segments [B, T, ...] rather than a rollout step [B, ...].
+    """Whether observations are segments [B, T, ...], not a rollout step [B, ...].
 
     Args:
         observations: the observations.
@@ -76,7 +75,7 @@ def layout_of(
     `known` is the last decision of `set_tensordict_fields`; the other arguments are as for `is_training`.
 
     Raises:
-        ValueError: the number of dimensions fits neither, or fields that were set elsewhere do not fit the rows.
+        ValueError: the number of dimensions fits neither, or fields set elsewhere do not match the rows.
     """
     segments = is_training(observations, obs_shape, training)
     rows = observations.shape[0]
@@ -93,7 +92,7 @@ def layout_of(
 
 
 def _given_segments(td: TensorDictBase, rows: int, known: Fields | None) -> tuple[int, int] | None:
-    """(B, T) by the fields of a flat TensorDict of this many rows; None without them, or if they tell single steps."""
+    """(B, T) from the fields of a flat TensorDict with this many rows; None without fields or for single steps."""
     bptt = td.get("bptt", None)
     if not isinstance(bptt, Tensor) or bptt.numel() != rows or rows == 0 or tuple(td.batch_size) != (rows,):
         return None
@@ -102,7 +101,7 @@ def _given_segments(td: TensorDictBase, rows: int, known: Fields | None) -> tupl
     batch = td.get("batch", None)
     if not isinstance(batch, Tensor) or batch.numel() != rows:
         return None
-    # Set elsewhere: the values have to be read, a host sync on CUDA.
+    # Set elsewhere: the values must be read, a host sync on CUDA.
     segment = int(batch.flatten()[0]), int(bptt.flatten()[0])
     return segment if segment[1] > 1 else None
 
@@ -126,7 +125,7 @@ def require_hidden(hidden: Any, B: int, TT: int) -> None:
 
 
 def require_rows(logits: Any, value: Any) -> int:
-    """Number of rows of the logits, if they have two dimensions and the values as many rows."""
+    """Number of rows of the logits, after checking that they are 2-D and the values have as many rows."""
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ValueError(f"logits_list: got {describe(logits)}, expected a tensor of shape [rows, actions]")
     rows = logits.shape[0]
@@ -138,7 +137,7 @@ def require_rows(logits: Any, value: Any) -> int:
 
 
 def require_step(td: TensorDictBase, rows: int, known: Fields | None) -> None:
-    """Raise a ValueError if `td` is no rollout step of this many rows; `known` is as for `segment_shape`."""
+    """Raise a ValueError unless `td` is a rollout step with this many rows; `known` is as in `segment_shape`."""
     if known is not None and known.training and known.steps > 1 and td.get("bptt", None) is known.bptt:
         raise ValueError(f"action: got None, expected pairs {[known.rows, known.steps, 2]} for segments")
     if td.batch_dims > 0 and tuple(td.batch_size) != (rows,):
@@ -179,7 +178,7 @@ def segment_shape(td: TensorDictBase, action: Tensor, rows: int, known: Fields |
     elif known is not None and bptt is known.bptt:
         segment = known.rows, known.steps
     else:
-        # Fields of a flat TensorDict that were set elsewhere: their values have to be read, a host sync on CUDA.
+        # Fields of a flat TensorDict that were set elsewhere: their values must be read, a host sync on CUDA.
         segment = int(td.get("batch")[0]), int(bptt[0])
     if segment[0] * segment[1] != rows:
         raise ValueError(f"td: batch x bptt is {segment[0]} x {segment[1]}, expected {rows} rows as in logits_list")
@@ -190,7 +189,7 @@ def segment_shape(td: TensorDictBase, action: Tensor, rows: int, known: Fields |
 
 
 def rows_of_call(td: TensorDictBase, action: Tensor, rows: int) -> Sequence[int]:
-    """The rows of a training call without fields as they are laid out: (B, T) or (B * T,)."""
+    """The layout of the rows in a training call without fields: (B, T) or (B * T,)."""
     if td.batch_dims == 2:
         return td.batch_size
     return action.shape[:2] if action.dim() == 3 or (action.dim() == 2 and action.numel() == rows) else (rows,)
@@ -202,10 +201,10 @@ def flat_mask(td: TensorDictBase, logits: Tensor, leading: Sequence[int]) -> Ten
     Args:
         td: holds `action_mask`, bool [rows, A] or [*leading, A].
         logits: logits [rows, A].
-        leading: the rows in the layout of the call, such as (B, T).
+        leading: the rows in the call's layout, such as (B, T).
 
     Raises:
-        ValueError: another dtype or shape.
+        ValueError: wrong dtype or shape.
     """
     mask = td.get("action_mask", None)
     if mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == logits.shape):
@@ -218,7 +217,7 @@ def flat_mask(td: TensorDictBase, logits: Tensor, leading: Sequence[int]) -> Ten
 
 
 def as_segments(td: TensorDictBase, segment: tuple[int, int]) -> TensorDictBase:
-    """A shallow copy of `td` with batch size [B, T]; entries of one row per segment are expanded over its steps."""
+    """A shallow copy of `td` with batch size [B, T]; entries with one row per segment are expanded over its steps."""
     if tuple(td.batch_size) == segment:
         return td.copy()
     B, TT = segment
@@ -235,7 +234,7 @@ def as_segments(td: TensorDictBase, segment: tuple[int, int]) -> TensorDictBase:
 def experience_spec(
     like: Tensor, state_shape: Sequence[int], obs_shape: Sequence[int] | None, obs_dtype: Any
 ) -> TensorDict:
-    """Zeros of one step's entries that training reads; states have the dtype of `like`, all are on its device."""
+    """Zeros for the entries of one step that training reads, on the device of `like`; states have its dtype."""
     spec = TensorDict({}, batch_size=[])
     if obs_shape is not None:
         spec["env_obs"] = torch.from_numpy(np.zeros(tuple(obs_shape), obs_dtype or np.uint8)).to(like.device)

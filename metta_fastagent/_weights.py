@@ -16,7 +16,7 @@ from metta_fastagent.runtime.profiling import profiler_range
 from metta_fastagent.runtime.sharded import full
 from metta_fastagent.weight_metrics import analyze_weights
 
-# For type checkers the class is a module; at run time it adds nothing to the class it is mixed into.
+# For type checkers the class is a module; at run time it adds no base to the class it is mixed into.
 Module = nn.Module if TYPE_CHECKING else object
 
 
@@ -32,13 +32,13 @@ class AgentWeights(Module):
     initial_weight_magnitudes: dict[str, float]
 
     def clip_weights(self) -> None:
-        """Clip the weights of the agent's layers in place; a trainer calls it after each optimizer step.
+        """Clip the weights of the agent's layers in place; a trainer calls this after each optimizer step.
 
         Mode "absolute": `weight` and `bias` of Linear, Conv1d, Conv2d and their subclasses, to
         [-clip_range, clip_range].
-        Mode "init_scaled", that of Metta's host: their weights only, each to clip_range x clip_scale x its largest
-        initial absolute weight; layers added after `init_mixin` have none and stay as they are. ComponentPolicy's own
-        layers have another rule (docs/migration.md).
+        Mode "init_scaled", as in Metta's host: only the weights, each to clip_range x clip_scale x its largest initial
+        absolute weight; layers added after `init_mixin` have none and are not clipped. ComponentPolicy's own layers
+        have another rule (docs/migration.md).
         With `clip_range` <= 0 nothing happens. NaN stays NaN. A parametrized weight is a temporary and is skipped; tied
         weights are clipped once.
         """
@@ -60,7 +60,7 @@ class AgentWeights(Module):
         return [(name, factor * magnitudes[name]) for name in layers.clipped_weights if name in magnitudes]
 
     def _clipped_fractions(self) -> dict[str, float]:
-        """Fraction of each layer's weights that are at their bound; waits for the devices."""
+        """Fraction of each layer's weights that is at its bound; waits for the devices."""
         layers = self._layers()
         bounds = dict.fromkeys(layers.clipped_weights, float(getattr(self, "clip_range", 0)))
         if self.clip_mode != "absolute":
@@ -84,7 +84,7 @@ class AgentWeights(Module):
         return state
 
     def _layers(self) -> LayerIndex:
-        """The layers that clipping and regularisation act on, indexed again only if they have changed."""
+        """The layers that clipping and regularisation act on; re-indexed only if they have changed."""
         state = self._state()
         if state.layers is None or not state.layers.is_current(self):
             state.layers = LayerIndex(self, self._is_regularizable_layer)
@@ -92,22 +92,22 @@ class AgentWeights(Module):
 
     @staticmethod
     def _is_regularizable_layer(module: nn.Module) -> bool:
-        """Whether L2-init regularisation takes this layer: Linear, Conv1d, Conv2d or ConvTranspose2d."""
+        """Whether L2-init regularisation applies to this layer: Linear, Conv1d, Conv2d or ConvTranspose2d."""
         return isinstance(module, REGULARIZED_LAYERS)
 
     def _store_initial_weights(self) -> None:
         """Keep a copy of each regularisable layer's weight under its module name ("root" for the agent itself)."""
         regularized = [(name, module) for name, module in named_layers(self) if self._is_regularizable_layer(module)]
-        # A loss in training cannot use tensors that were made in inference mode.
+        # A training loss cannot use tensors that were made in inference mode.
         with torch.inference_mode(False):
             self.initial_weights = {name: weight.detach().clone() for name, weight in named_weights(regularized)}
 
     def update_l2_init_weight_copy(self) -> None:
-        """Make the current weights the reference of `l2_init_loss`."""
+        """Make the current weights the reference for `l2_init_loss`."""
         self._store_initial_weights()
 
     def l2_init_loss(self) -> Tensor:
-        """`l2_init_scale` times the sum of squared differences of the weights (no biases) to their initial values.
+        """`l2_init_scale` times the sum of squared differences of the weights (no biases) from their initial values.
 
         Returns:
             0-dim float32 tensor on the weights' device, differentiable; a plain 0.0 if no initial weights are
@@ -120,20 +120,20 @@ class AgentWeights(Module):
         ]
         if not losses:
             return torch.tensor(0.0, dtype=torch.float32)
-        # The sum of an agent spread over several devices is on that of its last layer.
+        # If an agent spans several devices, the sum is on the device of its last layer.
         return functools.reduce(lambda total, loss: total.to(loss.device) + loss, losses)
 
     def compute_weight_metrics(self, delta: float = 0.01) -> list[dict]:
-        """Singular-value metrics of each Linear's weight; see `metta_fastagent.weight_metrics.analyze_weights`.
+        """Singular-value metrics of the weight of each Linear; see `metta_fastagent.weight_metrics.analyze_weights`.
 
-        Sharded weights (DTensor) are gathered, so every rank of their mesh has to take part in the call.
+        Sharded weights (DTensor) are gathered, so every rank of their mesh must take part in the call.
         """
         linear = [(name, module) for name, module in named_layers(self) if isinstance(module, nn.Linear)]
         weights = {name: full(weight.detach()) for name, weight in named_weights(linear) if weight.dim() == 2}
         return analyze_weights(weights, delta)
 
     def maybe_compute_weight_metrics(self, epoch: int, delta: float = 0.01) -> list[dict] | None:
-        """`compute_weight_metrics` on every `analyze_weights_interval`-th epoch, else None; 0 means never."""
+        """`compute_weight_metrics` in every `analyze_weights_interval`-th epoch, otherwise None; 0 means never."""
         epoch = require_integer("epoch", epoch, "an integer")
         interval = self._configured("analyze_weights_interval")
         if interval > 0 and epoch % interval == 0:
@@ -150,7 +150,7 @@ class AgentWeights(Module):
 
 
 def moved(tensor: Tensor, fn: Callable, keep_dtype: bool = False) -> Tensor:
-    """`tensor` with the device and dtype that `fn` of `nn.Module._apply` gives; values survive `to_empty`."""
+    """`tensor` with the device and dtype given by `fn` of `nn.Module._apply`; values survive `to_empty`."""
     target = fn(tensor.new_empty(0))
     if target.is_meta or tensor.is_meta:
         return tensor

@@ -24,7 +24,7 @@ class ActionSpace:
         device: device of the tables.
 
     Raises:
-        TypeError, ValueError: an argument is empty, has another length or a wrong element.
+        TypeError, ValueError: an argument is empty, or has the wrong length or a wrong element.
 
     Example:
         >>> space = ActionSpace(["noop", "move"], [0, 1])
@@ -74,7 +74,7 @@ def _checked_names(action_names: Iterable[str]) -> list[str]:
 
 
 def checked_max_params(argument: str, max_params: Iterable[int], num_types: int | None = None) -> list[int]:
-    """The values as a list, if they are integers >= 0 (and `num_types` of them); an error names `argument`."""
+    """The values as a list, after checking that they are integers >= 0 (`num_types` many); errors name `argument`."""
     if isinstance(max_params, (str, bytes)) or not isinstance(max_params, Iterable):
         raise TypeError(f"{argument}: got {max_params!r}, expected a list of integers")
     values = list(max_params)

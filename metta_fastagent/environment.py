@@ -1,6 +1,6 @@
 """The protocol of vectorized environments.
 
-An environment steps N rows at once; a row is one agent. It needs `max_action_args`, `reset` and `step`, see
+An environment steps N rows at once; a row is one agent. It needs `max_action_args`, `reset` and `step`; see
 VectorEnvironment. `make_env(num_envs, device)` builds one with N = `num_envs` rows on `device`.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from metta_fastagent.action_space import ActionSpace, checked_max_params
 from metta_fastagent.runtime.checks import describe, require_call
 
-# What an environment's members give, for the error if one is missing.
+# What an environment's members return, for the error if one is missing.
 MEMBERS = {
     "max_action_args": "a list with the largest parameter of each action type, such as [1] for two actions",
     "reset": "a method reset(seed) that returns the first observations, a tensor [num_envs, ...]",
@@ -25,13 +25,13 @@ MEMBERS = {
 
 
 class ProtocolError(ValueError):
-    """An environment gave something else than the protocol says."""
+    """An environment returned something that breaks the protocol."""
 
 
 class Step(NamedTuple):
-    """The results of one step of N rows, in tensors on the environment's device. A plain tuple is as good.
+    """The results of one step of N rows, as tensors on the environment's device. A plain tuple works too.
 
-    If a row's episode ended, `observations` has the first observation of its next episode and `final_observations` the
+    If a row's episode ended, `observations` has the first observation of its next episode, and `final_observations` the
     last one of the ended episode; otherwise both have the same observation.
 
     Example:
@@ -40,31 +40,31 @@ class Step(NamedTuple):
         [False, True]
     """
 
-    observations: Tensor  # any dtype [N, ...], the same in each step
+    observations: Tensor  # any dtype and shape [N, ...], the same at each step
     rewards: Tensor  # float32 [N]
     terminals: Tensor  # bool [N]: the episode reached a terminal state, whose value is 0
-    # bool [N]: a time limit ended the episode, not a terminal state, which takes precedence; None for none
+    # bool [N]: a time limit ended the episode, not a terminal state (which takes precedence); None for none
     truncations: Any = None
-    # As `observations`; None if no episode was truncated, or if a truncated one is worth 0 at its end.
+    # Like `observations`; None if no episode was truncated, or if a truncated one has value 0 at its end.
     final_observations: Tensor | None = None
-    # bool [N]: False if the row only restarted: the step is not learned from, its reward does not count; None for all
+    # bool [N]: False if the row only restarted, so that step and reward do not count for learning; None for all
     valid: Tensor | None = None
-    # bool [N, A], the actions that may follow `observations`, or a pair, bool [N, types] and [N, largest parameter + 1]
+    # the legal actions at `observations`: bool [N, A], or a pair, bool [N, types] and [N, largest parameter + 1]
     action_mask: Any = None
 
 
 @runtime_checkable
 class VectorEnvironment(Protocol):
-    """The members that the trainer needs of an environment. Optional members, with their defaults:
+    """The members that the trainer needs from an environment. Optional members, with their defaults:
 
     action_names: a name for each action type ("action_0", "action_1", ...).
-    scripted_actions(): actions of a reference policy, int [N, 2], to compare the agent with (none).
-    state_dict(), load_state_dict(state): the state that the next step depends on, as tensors and plain values. Without
+    scripted_actions(): a reference policy's actions, int [N, 2], to compare the agent with (none).
+    state_dict(), load_state_dict(state): the state on which the next step depends, as tensors and plain values. Without
         them, or if they raise NotImplementedError, a resumed run starts new episodes.
-    action_masks(): the mask of the current observations, as `Step.action_mask`, for environments whose `step` gives
-        none (every action is legal). The mask of the first observations comes from here or with them, see `reset`.
-    load_statistics(state): take what evaluation needs, such as running means, from the state of an environment with
-        another number of rows (load_state_dict, if both states have the same form).
+    action_masks(): the mask for the current observations, like `Step.action_mask`, for environments whose `step`
+        returns none (every action is legal). The mask for the first observations comes from here or from `reset`.
+    load_statistics(state): copy what evaluation needs, such as running means, from the state of an environment with a
+        different number of rows (load_state_dict, if both states have the same form).
     close(): release resources (nothing to do).
     features, feature_normalizations, obs_width, obs_height: read by Fast, for token observations.
 
@@ -86,21 +86,21 @@ class VectorEnvironment(Protocol):
     def reset(self, seed: int) -> Tensor | tuple[Tensor, Any]:
         """Start an episode in every row and return the observations, any dtype [N, ...]. `seed` is below 2**32.
 
-        An environment whose `step` gives masks returns (observations, action_mask).
+        An environment whose `step` returns masks returns (observations, action_mask).
         """
         ...
 
     def step(self, actions: Tensor) -> Step | tuple[Tensor, ...]:
-        """Apply (type, parameter) pairs, int32 [N, 2], and restart the rows whose episodes end."""
+        """Apply (type, parameter) pairs, int32 [N, 2], and restart rows whose episodes end."""
         ...
 
 
 class Environment:
-    """A VectorEnvironment with its results checked and its optional members filled in; other members are its own.
+    """Wraps a VectorEnvironment, checks its results and fills in optional members; other members pass through.
 
     The constructor resets it to `seed`: the first observations give `single_observation_space` its shape and dtype.
-    `action_mask` is that of the latest observations, bool [N, A], or None if every action is legal at every step.
-    Raises ProtocolError; the checks read no values of tensors.
+        `action_mask` is the mask for the latest observations, bool [N, A], or None if every action is always legal.
+        Raises ProtocolError; the checks read no tensor values.
     """
 
     def __init__(self, source: Any, num_envs: int, device: torch.device, seed: int = 0) -> None:
@@ -157,7 +157,7 @@ class Environment:
         step = step._replace(action_mask=self.action_mask)
         if step.truncations is None:
             return step._replace(truncations=torch.zeros_like(step.terminals))
-        # The value of a terminal state is 0, also at the time limit.
+        # A terminal state has value 0, even at the time limit.
         return step._replace(truncations=step.truncations & ~step.terminals)
 
     def state_dict(self) -> dict[str, Any] | None:
@@ -165,7 +165,7 @@ class Environment:
         return state_of(self.source)
 
     def load_statistics(self, state: dict[str, Any] | None) -> None:
-        """Take from the `state` of another environment, of any number of rows, what does not belong to its episodes."""
+        """Copy from the `state` of another environment, with any number of rows, everything except episode state."""
         load_statistics(self.source, copy.deepcopy(state))
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ class Environment:
         return mask
 
     def _mask(self, method: str, mask: Any) -> Tensor | None:
-        """`mask`, or else that of the environment's `action_masks()`, as bool [N, A]; None without both."""
+        """`mask`, or the result of the environment's `action_masks()`, as bool [N, A]; None without either."""
         mask = getattr(self.source, "action_masks", lambda: None)() if mask is None else mask
         if isinstance(mask, tuple | list) and len(mask) == 2:
             widths = len(self.max_action_args), max(self.max_action_args) + 1
@@ -209,7 +209,7 @@ class Environment:
 
 
 def _observations_and_mask(first: Any) -> tuple[Any, Any]:
-    # gymnasium's reset gives a dict of infos beside the observations
+    # gymnasium's reset returns a dict of infos with the observations
     masked = isinstance(first, tuple) and len(first) == 2 and not isinstance(first[1], dict)
     return first if masked else (first, None)
 
@@ -223,7 +223,7 @@ def state_of(source: Any) -> dict[str, Any] | None:
 
 
 def load_statistics(source: Any, state: dict[str, Any] | None) -> None:
-    """Give `source` what it can use of another environment's state; see `VectorEnvironment`."""
+    """Pass `source` what it can use from another environment's state; see `VectorEnvironment`."""
     if state is not None and hasattr(source, "load_statistics"):
         source.load_statistics(state)
     elif state is not None and same_form(state, state_of(source)):
@@ -231,7 +231,7 @@ def load_statistics(source: Any, state: dict[str, Any] | None) -> None:
 
 
 def check_plain(name: str, state: Any) -> None:
-    """Raise ProtocolError if a checkpoint with `state` could not be read again, as one with arrays of NumPy."""
+    """Raise ProtocolError if a checkpoint with `state` could not be loaded, for example because of NumPy arrays."""
     if isinstance(state, dict | list | tuple):
         for key, value in state.items() if isinstance(state, dict) else enumerate(state):
             check_plain(f"{name}[{key!r}]", value)

@@ -1,7 +1,7 @@
-"""MettaAgent and DistributedMettaAgent: tie a policy to an environment.
+"""MettaAgent and DistributedMettaAgent: connect a policy to an environment.
 
-A small host of this package's own. It makes the action tables, sets them on the policy, keeps feature ids stable when
-the environment renumbers its features, and delegates everything else to the policy.
+This package's own small host. It builds the action tables, sets them on the policy, keeps feature ids stable when the
+environment renumbers its features, and delegates everything else to the policy.
 """
 
 import logging
@@ -20,14 +20,14 @@ from metta_fastagent.runtime.checks import is_number, is_whole
 logger = logging.getLogger(__name__)
 
 UNKNOWN_FEATURE_ID = 255
-# The host's own attributes; others that the policy has are the policy's, for reading and writing.
+# The host's own attributes; reads and writes of any other attribute that the policy has go to the policy.
 OWN = {"action_space", "original_feature_mapping", "feature_normalizations", "feature_id_remap"}
 
 
 def _delegated(
     name: str, description: str, default: Callable[[], Any] = lambda: None, answer: Callable[[Any], Any] | None = None
 ) -> Callable[..., Any]:
-    """A method of the host that calls the policy's method `name` if the policy has one, and converts its answer."""
+    """A host method that calls the policy's method `name`, if there is one, and converts its result."""
 
     def method(self: "MettaAgent", *args: Any, **kwargs: Any) -> Any:
         target = getattr(self.policy, name, None)
@@ -90,14 +90,14 @@ class MettaAgent(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # copy and pickle look for methods of the host alone
+            # copy and pickle must only find methods of the host itself
             if name == "policy" or name.startswith("__"):
                 raise
             return getattr(self.policy, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         policy = self.__dict__.get("_modules", {}).get("policy")
-        # the host's properties show attributes of the policy
+        # the host's properties expose attributes of the policy
         own = name in OWN or not isinstance(getattr(type(self), name, property()), property)
         if policy is None or own or name in {"policy", "training", *self.__dict__} or not hasattr(policy, name):
             super().__setattr__(name, value)
@@ -115,11 +115,11 @@ class MettaAgent(nn.Module):
         action_max_params: Sequence[int],
         device: torch.device | str | None = None,
     ) -> None:
-        """Fit the policy to an environment: action tables and embeddings, feature ids and normalisation.
+        """Adapt the policy to an environment: action tables and embeddings, feature ids and normalisation.
 
-        The first call fixes the id of each feature name. A later call with another numbering makes a table from the new
-        ids to the fixed ones, for the policy's `_apply_feature_remapping`. A name that is new gets a free id while the
-        host is in training mode, and is unknown (255) in evaluation mode.
+        The first call fixes the id of each feature name. A later call with different numbering builds a table from the
+        new ids to the fixed ones, for the policy's `_apply_feature_remapping`. A new name gets a free id while the host
+        is in training mode, and is unknown (255) in evaluation mode.
 
         Args:
             features: name to `{"id": 0..254, "normalization": number > 0 (optional)}`.
@@ -128,7 +128,7 @@ class MettaAgent(nn.Module):
             device: device of the tables; None means the device of the policy's parameters.
 
         Raises:
-            TypeError, ValueError: an argument has a wrong value; nothing was changed then.
+            TypeError, ValueError: an argument has a wrong value; then nothing is changed.
         """
         ids = _checked_feature_ids(features)
         self.activate_actions(action_names, action_max_params, device)
@@ -144,10 +144,10 @@ class MettaAgent(nn.Module):
         action_max_params: Sequence[int],
         device: torch.device | str | None = None,
     ) -> None:
-        """Make the action tables and set them on the policy; its action embeddings are activated first.
+        """Build the action tables and set them on the policy, after activating its action embeddings.
 
         Raises:
-            TypeError, ValueError: see `ActionSpace`; nothing was changed then.
+            TypeError, ValueError: see `ActionSpace`; then nothing is changed.
         """
         device = self.device if device is None else torch.device(device)
         space = ActionSpace(action_names, action_max_params, device)
@@ -189,7 +189,7 @@ class MettaAgent(nn.Module):
     # Features
 
     def get_original_feature_mapping(self) -> dict[str, int] | None:
-        """Feature name to the id that the policy was trained with, to save with a checkpoint."""
+        """Feature name to the id that the policy was trained with, for saving with a checkpoint."""
         return None if self.original_feature_mapping is None else dict(self.original_feature_mapping)
 
     def restore_original_feature_mapping(self, mapping: Mapping[str, int]) -> None:
@@ -224,7 +224,7 @@ class MettaAgent(nn.Module):
         if hasattr(self.policy, "update_normalization_factors"):
             self.policy.update_normalization_factors({n: dict(f) for n, f in features.items()}, dict(known))
 
-    # Methods of the policy; one that it lacks gives the last argument.
+    # Methods of the policy; if it lacks one, the last argument gives the result.
     has_memory = _delegated("has_memory", "Whether the policy carries state from step to step.", answer=bool)
     get_memory = _delegated("get_memory", "The policy's memory; an empty dict if it has none.", dict)
     set_memory = _delegated("set_memory", "Replace the policy's memory.", answer=_nothing)
@@ -248,7 +248,7 @@ class MettaAgent(nn.Module):
 
 
 class DistributedMettaAgent(DistributedDataParallel):
-    """`DistributedDataParallel` around a `MettaAgent`, with the agent's own methods and attributes reachable on it.
+    """`DistributedDataParallel` around a `MettaAgent`, which exposes the agent's own methods and attributes.
 
     Args:
         agent: the host; its BatchNorm layers become SyncBatchNorm (not on the CPU, for which PyTorch has none).
@@ -280,7 +280,7 @@ class DistributedMettaAgent(DistributedDataParallel):
 
 
 def _checked_feature_ids(features: Mapping[str, Mapping[str, Any]], argument: str = "features") -> dict[str, int]:
-    """Name to id, if every id is an integer 0 to 254 that occurs once and every normalisation a number above 0."""
+    """Name to id, after checking that ids are distinct integers 0 to 254 and normalisations numbers above 0."""
     if not isinstance(features, Mapping):
         raise TypeError(f"{argument}: got {features!r}, expected a dict from feature name to its id and normalization")
     ids: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""PyTorchAgentMixin: behaviour shared by the PyTorch agents of a Metta trainer.
+"""PyTorchAgentMixin: behaviour shared by PyTorch agents for a Metta trainer.
 
 Configuration, weight clipping, the TensorDict fields `bptt` and `batch`, conversion between (action type, parameter)
 pairs and logit indices, the training and inference handlers, L2-init regularisation and weight metrics. The mixin holds
@@ -30,16 +30,16 @@ TABLES = ("action_index_tensor", "cum_action_max_params")
 
 
 class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
-    """Shared behaviour of PyTorch agents; comes before the base class: `class MyAgent(PyTorchAgentMixin, LSTMWrapper)`.
+    """Shared behaviour of PyTorch agents. The mixin comes first: `class MyAgent(PyTorchAgentMixin, LSTMWrapper)`.
 
     It adds no parameters, buffers or submodules, and draws no random numbers. Call `extract_mixin_params` before the
-    base class's `__init__` and `init_mixin` after it. `VectorAgent.__init__` and `forward` are a whole example.
+    base class's `__init__` and `init_mixin` after it. `VectorAgent.__init__` and `forward` are a complete example.
 
     Attributes:
         clip_range, analyze_weights_interval, clip_mode, validate, action_format, on_nonfinite_logits, training_values,
             check_first_update: the parameters of `init_mixin`; they may be changed at any time.
-        extra_kwargs: dict of the parameters that neither the agent nor the mixin knows.
-        temperature: divides the logits of both handlers; a number > 0, or a tensor with one element on their device.
+        extra_kwargs: dict of parameters that neither the agent nor the mixin knows.
+        temperature: divides the logits in both handlers; a number > 0, or a one-element tensor on their device.
         l2_init_scale: factor of `l2_init_loss`.
         clip_scale: factor of the bounds of the "init_scaled" mode.
         initial_weights: dict from layer name to a copy of its weight, for `l2_init_loss`.
@@ -72,18 +72,18 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
     # Configuration
 
     def extract_mixin_params(self, kwargs: MutableMapping[str, Any]) -> dict[str, Any]:
-        """Take the mixin's parameters out of `kwargs`; callable before the base class's `__init__`.
+        """Take the mixin's parameters out of `kwargs`; may be called before the base class's `__init__`.
 
         Args:
-            kwargs: the agent's keyword arguments; the mixin's own are removed from it.
+            kwargs: the agent's keyword arguments; the mixin's own are removed.
 
         Returns:
-            dict for `init_mixin`: `clip_range` (default 0), `analyze_weights_interval` (default 300), the others of its
+            dict for `init_mixin`: `clip_range` (default 0), `analyze_weights_interval` (default 300), its other
             parameters if given, and `extra_kwargs`, which is `kwargs` itself with the rest (a dict of the rest if
             nothing can be removed from `kwargs`).
 
         Raises:
-            TypeError, ValueError: a parameter has a wrong value; nothing was removed then.
+            TypeError, ValueError: a parameter has a wrong value; then nothing is removed.
         """
         if not isinstance(kwargs, MutableMapping):
             raise TypeError(f"kwargs: got {describe(kwargs)}, expected the dict of the agent's keyword arguments")
@@ -113,7 +113,7 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
         clip_scale: float | None = None,
         temperature: float | Tensor | None = None,
     ) -> None:
-        """Set the configuration and keep a copy of the initial weights; call it after the base class's `__init__`.
+        """Set the configuration and keep a copy of the initial weights; call this after the base class's `__init__`.
 
         Args:
             clip_range: float >= 0; 0 turns clipping off.
@@ -122,16 +122,18 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
                 `extra_kwargs` keeps them.
             clip_mode: "absolute" or "init_scaled", see `clip_weights`.
             validate: when a kernel's report of a bad action or bad logits is read: "deferred" (on the next call,
-                without a host sync), "sync" (in the same call, with one) or "off". On the CPU errors are immediate.
+                without a host sync), "sync" (in the same call, with a host sync) or "off". On the CPU errors are raised
+                immediately.
             action_format: what `handle_inference_mode` writes as actions: "pair", or the logit index as int64 ("index")
                 or int32 ("index32").
-            on_nonfinite_logits: "raise" an error for a row of logits that is no distribution (NaN, +inf, or no allowed
-                action), or "count" such rows, see `diagnostics`: they have log-probability NaN and action 0.
+            on_nonfinite_logits: "raise" an error for a row of logits that is not a distribution (NaN, +inf, or no
+                allowed action), or "count" such rows, see `diagnostics`: they get log-probability NaN and action 0.
             training_values: whether `handle_training_mode` also writes `values`, which is `value` without its last
-                dimension, as later trainers read it.
+                dimension; later trainers read it.
             check_first_update: whether the first training call with gradients runs `testing.check_agent` on copies of
-                the agent with its rows, and raises an AgentCheckError if a check fails.
-            l2_init_scale, clip_scale, temperature: the attributes; None leaves what the agent has set itself, else 1.
+                the agent with that call's rows, and raises an AgentCheckError if a check fails.
+            l2_init_scale, clip_scale, temperature: the attributes; None keeps the value that the agent has set,
+                otherwise 1.
 
         Raises:
             TypeError, ValueError: a parameter has a wrong value.
@@ -166,10 +168,10 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
         Args:
             td: TensorDict of batch size [B, T], [B], [B * T] or [].
             observations: [B, ...] in rollout, [B, T, ...] in training, of any dtype; in training also flat,
-                [B * T, ...], if `td` comes with `bptt` T and `batch` B. Such fields of a trainer's own are read, a host
-                sync on CUDA; `training=False` reads nothing.
-            training: which of the two; None decides by the rank of `env.single_observation_space`, and without one
-                takes 4 dimensions (tokens [B, T, M, 3]) for training and any other number for rollout.
+                [B * T, ...], if `td` already has `bptt` T and `batch` B. Such fields, set by a trainer, are read (a
+                host sync on CUDA); `training=False` reads nothing.
+            training: True for training, False for rollout; None decides by the rank of `env.single_observation_space`,
+                and without one takes 4 dimensions (tokens [B, T, M, 3]) as training and any other number as rollout.
 
         Returns:
             (B, T) as ints; T is 1 in inference. The fields are fresh int64 tensors on the observations' device: [B] in
@@ -201,19 +203,19 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
         Args:
             td: TensorDict of batch size [B, T], [B] or [B * T]. With `action_mask` in it, bool [B, T, A] or
                 [B * T, A], the actions for which it is False are forbidden; see `ops.evaluate_actions`. With
-                `return_logits` in it, `logits` [B * T, A] stand in for the first three results, for `ops.ppo_loss`;
-                not if temperature, conversion or `on_nonfinite_logits` are other than by default.
+                `return_logits` in it, `logits` [B * T, A] replace the first three results, for `ops.ppo_loss`, unless
+                temperature, conversion or `on_nonfinite_logits` differ from the defaults.
             action: integer (type, parameter) pairs [B, T, 2] or [B * T, 2], or logit indices [B, T] or [B * T].
             logits_list, value: logits [B * T, A], which are divided by `temperature`; values [B * T, 1] or [B * T].
 
         Returns:
             TensorDict with `act_log_prob`, `entropy` (nats), `full_log_probs` and `value` (and flat `values`, if
             `training_values` is set) added: of batch size [B, T] with `batch` and `bptt` in `td`, flat without. A flat
-            `td` receives the results itself too.
+            `td` itself receives the results too.
 
         Raises:
             RuntimeError, TypeError, ValueError: without action tables; wrong type, dtype, shape or device; on the CPU
-                an action out of range, or logits that are no distribution. `td` is unchanged then.
+                an action out of range, or logits that do not form a distribution. Then `td` is unchanged.
         """
         _shapes.require_tensordict(td)
         table = self._require_table("cum_action_max_params")
@@ -258,7 +260,7 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
         """Draw an action for each row and write the results.
 
         Args:
-            td: TensorDict of batch size [B]; an `action_mask` in it, bool [B, A], says which actions may be drawn.
+            td: TensorDict of batch size [B]; an optional `action_mask`, bool [B, A], says which actions may be drawn.
             logits_list: logits [B, A], A the number of rows of `action_index_tensor`; divided by `temperature`.
             value: values [B, 1] or [B].
 
@@ -268,7 +270,7 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
 
         Raises:
             RuntimeError, TypeError, ValueError: without action tables; wrong type, dtype, shape or device; on the CPU
-                logits that are no distribution. `td` is unchanged then.
+                logits that do not form a distribution. Then `td` is unchanged.
         """
         _shapes.require_tensordict(td)
         table = self._require_table("action_index_tensor")
@@ -309,7 +311,7 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
 
     @contextmanager
     def greedy(self) -> Iterator[None]:
-        """In the `with` block, `handle_inference_mode` takes the likeliest action, the first of several."""
+        """In the `with` block, `handle_inference_mode` takes the most likely action, the first on a tie."""
         before, self._greedy = self._greedy, True
         try:
             yield
@@ -322,9 +324,9 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
         Returns:
             dict with `backend` (its name); `calls` and `rows` (int), `mean_entropy` (nats, of the last call that had
             one) and `rows_per_second` (float, on the host's clock, between the first call and the last), each a dict
-            from "training" and "inference"; `bad_actions`, the reports of kernels so far (on the CPU an error at once);
-            `nonfinite_rows`, counted if `on_nonfinite_logits` is "count"; `clipped`, the fraction of each layer's
-            weights at their bound. Compiled code and replays of a CUDA graph are not counted.
+            with the keys "training" and "inference"; `bad_actions`, the kernels' reports so far (on the CPU a bad
+            action is an error instead); `nonfinite_rows`, counted if `on_nonfinite_logits` is "count"; `clipped`, the
+            fraction of each layer's weights at its bound. Compiled code and replays of a CUDA graph are not counted.
         """
         devices = {parameter.device for parameter in self.parameters()} or {torch.device("cpu")}
         state = self._state()
@@ -339,7 +341,7 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
         """Run `check_agent` with the observations of this call."""
         if torch.compiler.is_compiling():
             return
-        # The checks are written on the mixin.
+        # Imported here, because the checks import the mixin.
         from metta_fastagent.testing import check_agent
 
         samples = (td if segment is None else _shapes.as_segments(td, segment)).detach().reshape(rows)
@@ -349,7 +351,7 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
         logger.info("%s", report)
 
     def _temperature(self) -> float | Tensor:
-        """The attribute `temperature`, a buffer of that name included; a parameter or module is the agent's own."""
+        """The attribute or buffer `temperature`; a parameter or module of that name belongs to the agent."""
         temperature: Any = self.__dict__.get("temperature")
         if temperature is None:
             found: Any = getattr(self, "temperature", 1.0)
@@ -395,11 +397,11 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
         try:
             return ops.logit_index_to_action(action_logit_index, table, report=self._report_handle())
         except (TypeError, ValueError) as error:
-            # The operation's own name of the argument is `index`.
+            # The operation itself calls the argument `index`.
             raise type(error)(re.sub("^index", "action_logit_index", str(error))) from None
 
     def _require_width(self, logits: Tensor) -> None:
-        """Refuse logits whose columns are not the actions of the tables."""
+        """Reject logits whose columns do not match the tables' actions."""
         table = getattr(self, "action_index_tensor", None)
         if table is not None and logits.shape[1] != table.shape[0]:
             raise ValueError(
@@ -417,7 +419,7 @@ class PyTorchAgentMixin(AgentEnvironment, AgentWeights):
         return table
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "PyTorchAgentMixin":
-        """Move the tables and the temperature with `.to`, `.cuda`, `.half` and the like; they keep their dtype."""
+        """Move tables and temperature along with `.to`, `.cuda`, `.half` and the like; they keep their dtype."""
         super()._apply(fn, recurse)
         for name in (*TABLES, "temperature"):
             table = self.__dict__.get(name)

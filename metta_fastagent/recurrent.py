@@ -1,10 +1,10 @@
-"""LSTMWrapper: the LSTM base class of agents, its rollout memory and its training-time state.
+"""LSTMWrapper: the LSTM base class of agents, with its rollout memory and its state in training.
 
 In rollout (3-d observations) the state lives in a memory, under the id in `training_env_id_start`. A row whose `dones`
-or `truncateds` is set starts from zeros, because that observation is the first of an episode. In training (4-d
+or `truncateds` is set starts from zeros, because its observation is the first of an episode. In training (4-d
 observations) the rollout memory is neither read nor changed: a segment starts from the state stored with it (`lstm_h`,
 `lstm_c`; zeros if absent), and rows are reset inside the segment wherever `dones` or `truncateds` is set. A segment
-without these flags is one call of nn.LSTM; one with them runs layer by layer through `ops.lstm_layer`.
+without these flags is one call of nn.LSTM; with them it runs layer by layer through `ops.lstm_layer`.
 """
 
 import copy
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Passed from `_manage_lstm_state` to `_store_lstm_state`: a key or a first row, keys, rows on the device, or None.
 MemoryId = int | tuple[int, ...] | DeviceRows | None
-# Reasons of `own_computation` that have been logged.
+# Reasons from `own_computation` that have been logged.
 _reported_reasons: set[str] = set()
 
 
@@ -40,7 +40,7 @@ class LSTMWrapper(nn.Module):
         hidden_size: features of the LSTM's state.
         num_layers: layers of the LSTM.
         num_envs: rows of a preallocated rollout memory on the device of the LSTM's weights, updated in place; None
-            keeps one memory for each environment id instead.
+            keeps one memory per environment id instead.
 
     Without `num_envs`, `training_env_id_start` is a key: each id has a memory with as many rows as its steps.
     With it, `training_env_id_start` s in a step of B rows (0 if absent) means rows s .. s + B - 1 of the one memory.
@@ -51,12 +51,12 @@ class LSTMWrapper(nn.Module):
     Attributes:
         lstm: `nn.LSTM(input_size, hidden_size, num_layers)`, weights orthogonal, biases 1.
         num_envs: rows of the memory, or None.
-        writes_state: whether a rollout step writes the state before it and before resets as `lstm_h` and `lstm_c`,
-            [B, num_layers, hidden_size], into its TensorDict, for the experience buffer. False unless it is set.
-        memory_in_state_dict: whether `state_dict` holds the memory too; False unless it is set. `load_state_dict` takes
-            a memory that it finds.
+        writes_state: whether a rollout step writes its initial state, before resets, as `lstm_h` and `lstm_c`,
+            [B, num_layers, hidden_size], into its TensorDict, for the experience buffer. False by default.
+        memory_in_state_dict: whether `state_dict` includes the memory. False by default. `load_state_dict` loads a
+            memory if it finds one.
         lstm_h, lstm_c: the memory, dicts from environment id to a tensor [num_layers, rows, hidden_size]; with
-            `num_envs` they have the one entry 0 of `num_envs` rows, which stays the same tensor until the agent is
+            `num_envs` they have the single entry 0 of `num_envs` rows, which stays the same tensor until the agent is
             moved or cast.
         action_index_tensor, cum_action_max_params: tables that the host sets; None until then.
 
@@ -117,7 +117,7 @@ class LSTMWrapper(nn.Module):
         return True
 
     def allocate_memory(self, num_envs: int) -> None:
-        """Replace the memory by zeros for `num_envs` environments, in tensors that are updated in place from then on.
+        """Replace the memory by zeros for `num_envs` environments, in tensors that are then updated in place.
 
         A graph captured earlier keeps using the previous tensors.
 
@@ -125,7 +125,7 @@ class LSTMWrapper(nn.Module):
             ValueError: `num_envs` is not a positive integer.
         """
         (num_envs,) = checked_sizes(num_envs=num_envs)
-        # Tensors made in inference mode could not be updated outside of it.
+        # Tensors made in inference mode could not be updated outside it.
         with torch.inference_mode(False):
             self._memory = AllocatedMemory(num_envs, self._zero_state(num_envs, self._weight().device))
 
@@ -137,13 +137,13 @@ class LSTMWrapper(nn.Module):
         return self._memory.copy()
 
     def set_memory(self, memory: tuple[States, States]) -> None:
-        """Replace the memory by a copy of `memory`, a pair as `get_memory` returns it.
+        """Replace the memory by a copy of `memory`, a pair as returned by `get_memory`.
 
         With `num_envs` the values are copied into the existing tensors; an empty pair means zeros.
 
         Raises:
             TypeError, ValueError: not a pair of dicts with the same ids and tensors [num_layers, rows, hidden_size];
-                with `num_envs`, another id than 0 or another number of rows. The memory is unchanged then.
+                with `num_envs`, an id other than 0 or a wrong number of rows. Then the memory is unchanged.
         """
         self._memory.replace(*self._checked_memory(memory), self._weight())
 
@@ -173,23 +173,23 @@ class LSTMWrapper(nn.Module):
         """Forget the state of one environment id; with `num_envs`, zero its row in place. An unknown id is ignored.
 
         Args:
-            env_id: an integer, or a tensor of one element; with `num_envs`, one on a device is not read back.
+            env_id: an integer, or a one-element tensor; with `num_envs`, a device tensor is not read back.
 
         Raises:
-            ValueError: a tensor of several elements.
+            ValueError: a tensor with several elements.
         """
         if isinstance(env_id, Tensor) and env_id.numel() != 1:
             raise ValueError(f"env_id: got {describe(env_id)}, expected an integer or a tensor of one element")
         self._memory.forget(env_id)
 
     def get_agent_experience_spec(self) -> TensorDict:
-        """The entries of a step that training reads, as zeros: `spec.expand(B, T).clone()` is a buffer for them.
+        """The entries of one step that training reads, as zeros: `spec.expand(B, T).clone()` is a buffer for them.
 
         Returns:
             TensorDict of batch size [] on the weights' device: `env_obs` if the environment has a
             `single_observation_space`, `dones` and `truncateds` (bool []), and `lstm_h` and `lstm_c` [num_layers,
-            hidden_size], which a rollout writes if `writes_state` is set. Actions and the losses' entries are the
-            trainer's own.
+            hidden_size], which a rollout writes if `writes_state` is set. The trainer adds the actions and the entries
+            for its losses.
         """
         return experience_spec(self._weight(), (self.num_layers, self.hidden_size), self.obs_shape, self._obs_dtype)
 
@@ -218,7 +218,7 @@ class LSTMWrapper(nn.Module):
 
     def _run_lstm(self, td: TensorDictBase, hidden: Tensor, B: int, TT: int, training: bool | None) -> Tensor:
         if B * TT == 0:
-            # nn.LSTM refuses an empty sequence; the memory stays as it is.
+            # nn.LSTM rejects an empty sequence; the memory stays as it is.
             return hidden.new_zeros(0, self.hidden_size)
         if getattr(self.lstm, "batch_first", False):
             raise ValueError("lstm: got batch_first=True, expected nn.LSTM's default: time first")
@@ -233,7 +233,7 @@ class LSTMWrapper(nn.Module):
         if resets and TT > 1:
             self._report_own_computation()
         if self.writes_state and env_id is not None:
-            # Copies: the memory may change in place.
+            # Copies, because the memory may change in place.
             for key, start in (("lstm_h", h), ("lstm_c", c)):
                 td.set(key, start.detach().transpose(0, 1).clone(memory_format=torch.contiguous_format))
         own_store = type(self)._store_lstm_state is not LSTMWrapper._store_lstm_state
@@ -246,7 +246,7 @@ class LSTMWrapper(nn.Module):
         return output.transpose(0, 1).reshape(B * TT, -1)
 
     def _report_own_computation(self) -> None:
-        """Say once why segments with resets call the LSTM step by step, if they do."""
+        """Log once why segments with resets call the LSTM step by step, if they do."""
         reason = own_computation(self.lstm, nn.LSTM)
         if reason and reason not in _reported_reasons:
             _reported_reasons.add(reason)
@@ -255,11 +255,11 @@ class LSTMWrapper(nn.Module):
     def _manage_lstm_state(
         self, td: TensorDictBase, B: int, TT: int, device: torch.device, training: bool | None = None
     ) -> tuple[Tensor, Tensor, MemoryId]:
-        """State before the first of TT steps, rows that start an episode there zeroed.
+        """State before the first of TT steps, zeroed in rows that start an episode there.
 
         Returns:
-            (h, c, env_id): tensors [num_layers, B, hidden_size], and the id for `_store_lstm_state`: None in training,
-            which leaves the rollout memory as it is.
+            (h, c, env_id): tensors [num_layers, B, hidden_size], and the id for `_store_lstm_state`; None in training,
+            which leaves the rollout memory unchanged.
         """
         h, c, env_id = self._stored_state(td, B, TT, device, training)
         for resets in _resets(td, B, TT, device):
@@ -286,7 +286,7 @@ class LSTMWrapper(nn.Module):
             self._memory.write(env_id, lstm_h, lstm_c, self._weight().dtype)
 
     def _is_segment(self, td: TensorDictBase, TT: int, training: bool | None) -> bool:
-        """Whether this is training, by `training`, else `set_tensordict_fields`, the rank of `env_obs` or TT."""
+        """Whether this is training: by `training`, or else `set_tensordict_fields`, the rank of `env_obs` or TT."""
         if training is not None:
             return training
         fields = getattr(self.__dict__.get("_agent_state"), "fields", None)
@@ -298,8 +298,8 @@ class LSTMWrapper(nn.Module):
         return TT != 1
 
     def _weight(self) -> Tensor:
-        """A floating-point weight of the LSTM, else of the agent: its device and dtype are those of the state."""
-        # A module's own parameters first: the others need a walk.
+        """A floating-point weight of the LSTM, or else of the agent: the state has its device and dtype."""
+        # A module's own parameters come first: the others need a walk.
         for params in (self.lstm._parameters.values(), self.lstm.parameters(), self.parameters()):
             for param in params:
                 if param is not None and param.is_floating_point():
@@ -310,7 +310,7 @@ class LSTMWrapper(nn.Module):
         return torch.zeros(self.num_layers, rows, self.hidden_size, device=device, dtype=self._weight().dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A shallow copy has a memory of its own too.
+        # A shallow copy gets its own memory too.
         return {**self.__dict__, "_memory": copy.deepcopy(self._memory)}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -382,7 +382,7 @@ def _environment_id(td: TensorDictBase) -> Any:
 
 
 def _resets(td: TensorDictBase, B: int, TT: int, device: torch.device) -> list[Tensor]:
-    """Rows to reset before each step by `dones` and `truncateds`, as far as `td` has them, each bool [TT, B]."""
+    """Rows to reset before each step: `dones` and `truncateds`, each bool [TT, B], if `td` has them."""
     resets, shape = [], (B,) if TT == 1 else (B, TT)
     for key in ("dones", "truncateds"):
         if key not in td.keys():

@@ -3,7 +3,7 @@
 With singular values s_1 >= ... >= s_n of a weight and `live` the values above ZERO_SV:
 
     sv_ratio         s_1 / min(live)
-    collapsed_dim_%  (n - |live|) / n, a share from 0 to 1 in spite of its name
+    collapsed_dim_%  (n - |live|) / n, a fraction from 0 to 1 despite its name
     sv_loglog_*      least-squares line through (log k, log(s_k + ZERO_SV)) for k = 1 ... |live|
     effective_rank   min{k : s_1 + ... + s_k >= (1 - delta) (s_1 + ... + s_n)}
 
@@ -24,13 +24,13 @@ from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIss
 
 from metta_fastagent.runtime.checks import require_number
 
-# Singular values up to here count as zero; also what is added inside the logarithm of the fit.
+# Singular values up to this count as zero; also added inside the logarithm of the fit.
 ZERO_SV = 1e-10
-# A power law is only fitted to more singular values than this.
+# A power law is fitted only to more singular values than this.
 MAX_UNFITTED = 5
-# Elements of one batch of stacked weights: bounds the float64 copy at 0.5 GiB.
+# Elements per batch of stacked weights: limits the float64 copy to 0.5 GiB.
 MAX_BATCH_ELEMENTS = 1 << 26
-# Columns of the table that is transferred: one row per weight.
+# Columns of the transferred table, which has one row per weight.
 COLUMNS = (
     "bad_values",
     "weight_norm",
@@ -47,19 +47,19 @@ COLUMNS = (
 def analyze_weights(weights: Mapping[str, Tensor], delta: float = 0.01) -> list[dict[str, float | int | str]]:
     """Singular-value metrics of every weight, one dict per entry of `weights` and in its order.
 
-    No random number is drawn and the weights stay as they are. Weights of equal shape, transposed or not, share one
-    call of svdvals. The results come to the host in one transfer per device (svdvals itself may wait for CUDA).
+    Draws no random numbers and does not change the weights. Weights of equal shape, transposed or not, share one
+    svdvals call. The results reach the host in one transfer per device (svdvals itself may wait for CUDA).
 
     Args:
         weights: name -> floating-point matrix [m, n], each on any device.
-        delta: share of the sum of the singular values that `effective_rank` may leave out, 0 <= delta < 1.
+        delta: fraction of the sum of singular values that `effective_rank` may leave out, 0 <= delta < 1.
 
     Returns:
-        Dicts of `name`, `weight_norm` (Frobenius), `mean_sv`, `largest_sv`, `sv_ratio` (0.0 where no singular value is
-        above 1e-10), `collapsed_dim_%` (a share, 0 to 1), `effective_rank` (int, at least 1) and, for weights with more
-        than 5 singular values, `sv_loglog_r2` and `sv_loglog_slope` (both 0.0 where fewer than two values are above
-        1e-10 or the spectrum is flat to the rounding of the weight's dtype). A weight that is empty or not finite, or
-        whose singular values do not converge, has `name`, `weight_norm` and `svd_error` (a sentence) only.
+        Dicts with `name`, `weight_norm` (Frobenius), `mean_sv`, `largest_sv`, `sv_ratio` (0.0 where no singular value
+        is above 1e-10), `collapsed_dim_%` (a fraction, 0 to 1), `effective_rank` (int, at least 1) and, for weights
+        with more than 5 singular values, `sv_loglog_r2` and `sv_loglog_slope` (both 0.0 where fewer than two values are
+        above 1e-10 or the spectrum is flat to the rounding of the weight's dtype). For a weight that is empty or not
+        finite, or whose singular values do not converge: only `name`, `weight_norm` and `svd_error` (a sentence).
 
     Raises:
         TypeError: `weights` is not a mapping of names to floating-point tensors, or `delta` is not a real number.
@@ -107,7 +107,7 @@ def _metrics_table(weights: dict[str, Tensor], delta: float) -> tuple[list[str],
     """Names and their rows [len(weights), len(COLUMNS)] for non-empty matrices of one device; reads nothing back."""
     names, tables = [], []
     for batch in _batches(weights):
-        # One orientation for all, because a matrix and its transpose have the same singular values.
+        # Same orientation for all: a matrix and its transpose have the same singular values.
         wide = [w if w.shape[0] <= w.shape[1] else w.mT for w in (weights[name] for name in batch)]
         tables.append(_batch_table(torch.stack(wide), delta))
         names.extend(batch)
@@ -165,8 +165,8 @@ def _singular_values(stacked: Tensor) -> Tensor:
 def _loglog_fit(sv: Tensor, live: Tensor, flat_spread: float) -> tuple[Tensor, Tensor]:
     """R^2 [b] and slope [b] of the line through (log k, log s_k) over the live ones of sv [b, n].
 
-    A spectrum whose largest and smallest live values are within a factor exp(flat_spread) has slope and R^2 0: what is
-    left is rounding, and because the values are sorted even rounding fits a line well.
+    A spectrum whose largest and smallest live values are within a factor exp(flat_spread) gets slope and R^2 0: the
+    rest is rounding, and because the values are sorted, even rounding errors fit a line well.
     """
     count = live.sum(1, keepdim=True).clamp_min(1)
     x = torch.arange(1, sv.shape[1] + 1, device=sv.device, dtype=sv.dtype).log().expand_as(sv)

@@ -1,4 +1,4 @@
-"""Fast: the reference agent, a CNN encoder, an LSTM and an action-embedding actor, written with the mixin.
+"""Fast: the reference agent with a CNN encoder, an LSTM and an action-embedding actor, written with the mixin.
 
 Its parameters have the names and shapes of Metta's own `Fast`, whose checkpoints load with `strict=True`.
 """
@@ -33,11 +33,11 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
     Args:
         env: the environment; `obs_width`, `obs_height` (default 11) and `feature_normalizations` (feature id to
             the number that divides its values; default 25 features of 1) are read.
-        policy: encoder and heads; None makes a `FastPolicy` for `env`.
+        policy: encoder and heads; None creates a `FastPolicy` for `env`.
         input_size: features of the encoded observation.
         hidden_size: features of the LSTM's state.
         num_layers: layers of the LSTM.
-        max_actions: rows of the action embedding, the largest number of actions.
+        max_actions: rows of the action embedding, the maximum number of actions.
         num_envs: rows of a preallocated rollout memory, or None; see `LSTMWrapper`.
         kwargs: the mixin's parameters, see `PyTorchAgentMixin.init_mixin`.
 
@@ -74,7 +74,7 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
 
     @torch._dynamo.disable
     def forward(self, td: TensorDictBase, state: Any = None, action: Tensor | None = None) -> TensorDictBase:
-        """One rollout step without `action`, the evaluation of a batch of segments with it.
+        """One rollout step without `action`; with it, the evaluation of a batch of segments.
 
         Args:
             td: `env_obs` uint8 [B, tokens, 3] in a TensorDict of batch size [B], or [B, T, tokens, 3] in one of [B, T]
@@ -83,7 +83,7 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
             action: integer (type, parameter) pairs [B, T, 2] or [B * T, 2], or None.
 
         Returns:
-            As `handle_inference_mode` (`td` itself) or `handle_training_mode`.
+            The result of `handle_inference_mode` (`td` itself) or `handle_training_mode`.
         """
         require_tensordict(td)
         observations = td["env_obs"]
@@ -96,7 +96,7 @@ class Fast(PyTorchAgentMixin, LSTMWrapper):
         return self.handle_training_mode(td, action, logits, value)
 
     def _apply_feature_remapping(self, remap_tensor: Tensor) -> None:
-        """Read feature id i of every token as `remap_tensor[i]` (uint8 [256]) from now on."""
+        """From now on, read feature id i of every token as `remap_tensor[i]` (uint8 [256])."""
         if not isinstance(remap_tensor, Tensor) or remap_tensor.dtype != torch.uint8 or remap_tensor.shape != (256,):
             raise ValueError(f"remap_tensor: got {describe(remap_tensor)}, expected a uint8 tensor of shape [256]")
         self.policy.feature_remap = remap_tensor.to(self.policy.max_vec.device)
@@ -178,7 +178,7 @@ class FastPolicy(nn.Module):
         self.num_active_actions = len(full_action_names)
 
     def initialize_to_environment(self, full_action_names: list[str], device: torch.device | str | None = None) -> None:
-        """As `activate_action_embeddings`: the method that hosts since September 2025 call."""
+        """Same as `activate_action_embeddings`; hosts since September 2025 call this method."""
         self.activate_action_embeddings(full_action_names, device)
 
     def encode_observations(self, observations: Tensor, state: Any = None) -> Tensor:
@@ -200,13 +200,13 @@ class FastPolicy(nn.Module):
         return ops.linear_layer(self.encoded_obs, ops.linear_layer(self.fc1, features, "relu"), "relu")
 
     def _first_convolution(self, tokens: Tensor) -> Tensor:
-        """relu(cnn1(grid of the tokens)), straight from the tokens if `cnn1` is a plain convolution."""
+        """relu(cnn1(grid of the tokens)), directly from the tokens if `cnn1` is a plain convolution."""
         conv, scale, window = self.cnn1, self.max_vec.view(-1), (self.out_width, self.out_height)
         if _is_plain_convolution(conv) and conv.in_channels == len(scale) and conv.stride[0] == conv.stride[1]:
             return ops.tokens_conv2d(tokens, conv.weight, conv.bias, scale, *window, conv.stride[0], relu=True)
         grid = ops.tokens_to_grid(tokens, self.num_features, *window, scale, conv.weight.dtype)
         if grid.device.type == "cpu":
-            # These convolutions take a third less time in this layout on the CPU.
+            # On the CPU, these convolutions take a third less time in this layout.
             grid = grid.contiguous(memory_format=torch.channels_last)
         return F.relu(conv(grid))
 
@@ -217,7 +217,7 @@ class FastPolicy(nn.Module):
             return F.relu(conv(images))
         weight = conv.weight
         if not images.is_contiguous():
-            # Channels last, as the C++ operators lay out the images.
+            # Channels last, the layout in which the C++ operators return images.
             images, weight = images.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1)
         return ops.linear(images.flatten(1), weight.flatten(1), conv.bias, "relu")
 
@@ -225,7 +225,7 @@ class FastPolicy(nn.Module):
         """(logits [batch_size, actions], value [batch_size, 1]) from the LSTM's output [batch_size, hidden_size].
 
         Logit of action a: tanh(actor @ actor_W) . embedding[a] + actor_bias. The projection does not depend on the
-        action, so it is computed once for each row.
+        action, so it is computed once per row.
         """
         value = self.value_head(ops.linear_layer(self.critic_1, hidden, "tanh"))
         actor = ops.linear_layer(self.actor_1, hidden, "relu")
@@ -242,7 +242,7 @@ def _window_size(env: Any, name: str) -> int:
 
 
 def _normalizations(env: Any) -> dict[int, float]:
-    """Feature id to the number that divides its values; empty if the environment does not define any."""
+    """Feature id to the number that divides its values; empty if the environment defines none."""
     normalizations = getattr(env, "feature_normalizations", None) or {}
     if not isinstance(normalizations, Mapping):
         raise TypeError(
@@ -258,7 +258,7 @@ def _normalizations(env: Any) -> dict[int, float]:
 
 
 def _is_plain_convolution(conv: nn.Module) -> bool:
-    """Whether `conv` is an unpadded Conv2d that computes what its weight and bias say."""
+    """Whether `conv` is an unpadded Conv2d that computes exactly what its weight and bias define."""
     return (
         not own_computation(conv, nn.Conv2d)
         and type(conv.weight) in (Tensor, nn.Parameter)

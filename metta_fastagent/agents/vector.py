@@ -1,4 +1,4 @@
-"""VectorAgent: a small LSTM agent for vectors, the trainer's default where observations are not tokens."""
+"""VectorAgent: a small LSTM agent for vectors, the trainer's default for observations other than tokens."""
 
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from metta_fastagent.runtime.checks import describe
 
 
 class TanhLayer(nn.Sequential):
-    """`nn.Sequential(nn.Linear(inputs, outputs), nn.Tanh())` by the package's operations."""
+    """`nn.Sequential(nn.Linear(inputs, outputs), nn.Tanh())` with the package's operations."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(nn.Linear(inputs, outputs), nn.Tanh())
@@ -34,18 +34,18 @@ class VectorPolicy(nn.Module):
 class VectorAgent(PyTorchAgentMixin, LSTMWrapper):
     """An LSTM agent for vectors, images and other small observations.
 
-    Observations become numbers of the weights' dtype. Those in uint8 with two dimensions or more are images, and are
+    Observations are converted to the weights' dtype. uint8 observations with two or more dimensions are images and are
     divided by 255.
 
     Args:
         env: the environment, with `single_observation_space.shape` and `max_action_args`.
-        encoder: module from observations [rows, *single_observation_space.shape] to [rows, hidden_size]; None for one
-            layer with tanh over all elements.
+        encoder: module from observations [rows, *single_observation_space.shape] to [rows, hidden_size]; None for a
+            single tanh layer over all elements.
         hidden_size: features of the encoding and of the LSTM's state.
         kwargs: the mixin's parameters.
 
     Raises:
-        ValueError: observations of another shape than the space's.
+        ValueError: observations whose shape differs from the space's.
 
     Example:
         >>> from types import SimpleNamespace
@@ -70,7 +70,7 @@ class VectorAgent(PyTorchAgentMixin, LSTMWrapper):
         self.init_mixin(**mixin_params)
 
     def forward(self, td: TensorDictBase, state: Any = None, action: Tensor | None = None) -> TensorDictBase:
-        """A rollout step, observations [B, ...] of any dtype, or with `action` segments [B, T, ...]."""
+        """A rollout step with observations [B, ...] of any dtype or, with `action`, segments [B, T, ...]."""
         given = td["env_obs"]
         if tuple(given.shape[-len(self.observed_shape) :]) != self.observed_shape:
             expected = f"[..., {', '.join(map(str, self.observed_shape))}] as env.single_observation_space"

@@ -1,4 +1,4 @@
-"""The operations: tensors in, tensors out. They know nothing of agents or TensorDict."""
+"""The operations: tensors in, tensors out. They know nothing about agents or TensorDict."""
 
 from metta_fastagent.ops.activations import tanh
 from metta_fastagent.ops.categorical.evaluate import evaluate_actions

@@ -1,8 +1,8 @@
-"""Hyperbolic tangent of each element, by the vectors of csrc/vec.h on the CPU: PyTorch's takes several times as long.
+"""Element-wise tanh, on the CPU with the vector code of csrc/vec.h: PyTorch's own takes several times as long.
 
     d x = d tanh(x) (1 - tanh(x)^2)
 
-Other devices and dtypes take PyTorch's.
+Other devices and dtypes use PyTorch's.
 """
 
 import torch
@@ -20,12 +20,12 @@ def tanh_eager(x: Tensor) -> Tensor:
 
 
 def tanh_is_native(x: Tensor) -> bool:
-    """Whether `tanh_` serves `x`."""
+    """Whether `tanh_` supports `x`."""
     return x.dtype in NATIVE_DTYPES and uses_native(x.device)
 
 
 def tanh_(x: Tensor) -> None:
-    """Overwrite `x` by its hyperbolic tangent, by the C++ operator."""
+    """Overwrite `x` with its hyperbolic tangent, using the C++ operator."""
     torch.ops.metta_fastagent_native.tanh_.default(x)
 
 
@@ -47,12 +47,12 @@ class _Tanh(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        # Differentiable itself.
+        # This is differentiable itself.
         return torch.ops.aten.tanh_backward.default(*grads, *ctx.saved_tensors)
 
 
 def tanh(x: Tensor) -> Tensor:
-    """Hyperbolic tangent of each element, within 4 units in the last place; NaN stays.
+    """Hyperbolic tangent of each element, within 4 units in the last place; NaN stays NaN.
 
     Args:
         x: floating-point tensor of any shape.

@@ -10,10 +10,10 @@ from metta_fastagent.runtime.dispatch import requested, use_backend
 
 
 def in_plain_pytorch() -> bool:
-    """Whether a call may use PyTorch's own operators only.
+    """Whether a call may only use PyTorch's own operators.
 
-    That is under a transform of torch.func (grad, vmap, ...), and in torch.export (not strict) with backend "eager", so
-    that converters meet no operator of this package.
+    True under a torch.func transform (grad, vmap, ...), and in non-strict torch.export with backend "eager", so that
+    converters find no operator of this package.
     """
     if torch.compiler.is_dynamo_compiling():
         return False
@@ -23,20 +23,20 @@ def in_plain_pytorch() -> bool:
 
 
 def checks_values(tensor: Tensor) -> bool:
-    """Whether values may be read: they are on the CPU, and neither a transform nor torch.export hides them."""
+    """Whether values may be read: the tensor is on the CPU, and neither a transform nor torch.export hides them."""
     return tensor.device.type == "cpu" and not in_plain_pytorch()
 
 
 def needs_graph() -> bool:
-    """Whether a backward has to be differentiable itself (`create_graph=True`)."""
+    """Whether a backward must itself be differentiable (`create_graph=True`)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def records_graph(*tensors: Tensor) -> bool:
-    """Whether autograd has to know of an operation on these tensors."""
+    """Whether autograd must record an operation on these tensors."""
     if not torch.is_grad_enabled():
         return False
-    # A loop: any() of a generator costs three times as much.
+    # A loop, because any() of a generator costs three times as much.
     for tensor in tensors:  # noqa: SIM110
         if tensor.requires_grad:
             return True
@@ -49,7 +49,7 @@ def chosen_backend() -> str:
 
 
 def run_backward(backend: str, function: Callable, *args: Any) -> Any:
-    """`function(*args)` with the backend of the forward, which autograd's own threads do not inherit."""
+    """Call `function(*args)` with the forward's backend, which autograd's own threads do not inherit."""
     if torch.compiler.is_compiling() or backend == requested():
         return function(*args)
     with use_backend(backend):
@@ -59,14 +59,14 @@ def run_backward(backend: str, function: Callable, *args: Any) -> Any:
 def gradients_with_graph(
     function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """Gradients of `function(*inputs)` in plain PyTorch, differentiable by the inputs and the upstream gradients."""
+    """Gradients of `function(*inputs)` in plain PyTorch, differentiable in the inputs and the upstream gradients."""
     used = [(output, grad) for output, grad in zip(function(*inputs), grads, strict=True) if grad is not None]
     outputs, upstream = zip(*used, strict=True)
     return torch.autograd.grad(outputs, inputs, upstream, create_graph=True)
 
 
 class _Refusal(torch.autograd.Function):
-    """A gradient that depends on `sources`, with an error in place of its derivative."""
+    """A gradient that depends on `sources` and raises an error when differentiated."""
 
     @staticmethod
     def forward(ctx, message: str, grad: Tensor, *sources: Tensor | None):
@@ -81,6 +81,6 @@ class _Refusal(torch.autograd.Function):
 def refuse_second_derivative(
     name: str, grads: Sequence[Tensor | None], sources: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients, computed from `sources`; differentiating them is a RuntimeError."""
+    """The gradients, computed from `sources`; differentiating them raises a RuntimeError."""
     message = f"{name}: got a second derivative, expected first derivatives only; torch.func supports higher ones"
     return [None if grad is None else _Refusal.apply(message, grad, *sources) for grad in grads]

@@ -3,10 +3,10 @@
     index = action_type + cum_action_max_params[action_type] + action_param
 
 with `cum_action_max_params = cumsum([0] + max_params)`. `max_params[t]` is the largest legal parameter of type t, so
-type t owns `max_params[t] + 1` logits; the sum of the earlier `max_params` misses one logit for each earlier type, and
-`action_type` counts those. The formula is that of `PyTorchAgentMixin` and ComponentPolicy in the Metta project.
+type t owns `max_params[t] + 1` logits. The sum of the earlier `max_params` misses one logit per earlier type; adding
+`action_type` makes up for those. `PyTorchAgentMixin` and ComponentPolicy in the Metta project use the same formula.
 
-On the CPU, where reading values is free, a value out of range is an error that names it. Elsewhere nothing is read
+On the CPU, where reading values is free, a value out of range raises an error that names it. Elsewhere nothing is read
 back: a bad pair becomes index -1, whose log-probability is NaN, and a bad index becomes the pair (-1, -1).
 """
 
@@ -25,7 +25,7 @@ from metta_fastagent.runtime.launch import Constants, launch_with
 from metta_fastagent.runtime.reports import CONVERT_INDEX, CONVERT_PAIR, report_index, report_pair, words_of
 from metta_fastagent.runtime.triton import cdiv, jit, tl
 
-# One element per thread of four warps: a conversion moves 20 bytes a row, so it is launch-bound up to a million rows.
+# One element per thread, four warps: a conversion moves 20 bytes per row, so it is launch-bound up to a million rows.
 BLOCK = 128
 
 
@@ -79,7 +79,7 @@ def _logit_index_to_action_kernel(
     legal = wanted == known
     report_index(word, live & (legal == 0), row, wanted, OPERATION)
     for column in tl.static_range(2):
-        # -1 is no constant of an unsigned dtype.
+        # An unsigned dtype cannot hold -1.
         entry = tl.load(table + known * 2 + column).to(tl.int64)
         tl.store(pairs + row * 2 + column, tl.where(legal, entry, -1).to(pairs.dtype.element_ty), mask=live)
 
@@ -196,7 +196,7 @@ _logit_index_to_action = Operator(
 
 
 def check_pairs(actions: object, cum_action_max_params: object) -> tuple[Tensor, Tensor]:
-    """Both arguments if their types, dtypes, shapes and devices are those of pairs and of their table."""
+    """Return both arguments if their types, dtypes, shapes and devices fit pairs and their table."""
     expected = "an integer tensor of (action type, parameter) pairs, shape [..., 2]"
     actions = require_tensor("actions", actions, expected, is_integer, lambda t: t.dim() > 0 and t.shape[-1] == 2)
     expected = "an int64 tensor of shape [action types + 1]"
@@ -212,7 +212,7 @@ def check_pairs(actions: object, cum_action_max_params: object) -> tuple[Tensor,
 
 
 def check_action_index_tensor(action_index_tensor: object) -> Tensor:
-    """The argument if it is an integer tensor [A, 2]."""
+    """Return the argument if it is an integer tensor [A, 2]."""
     expected = "an int32 tensor of shape [num_actions, 2]"
     shaped = lambda t: t.dim() == 2 and t.shape[1] == 2 and t.shape[0] > 0  # noqa: E731
     return require_tensor("action_index_tensor", action_index_tensor, expected, is_integer, shaped)
@@ -224,7 +224,7 @@ def action_to_logit_index(actions: Tensor, cum_action_max_params: Tensor, *, rep
     Args:
         actions: integer tensor [..., 2], any integer dtype, contiguous or not.
         cum_action_max_params: int64 tensor [action types + 1], `cumsum([0] + max_params)`, on the same device.
-        report: handle of the `Report` that a kernel writes a bad pair to; 0 is shared by all calls without one.
+        report: handle of the `Report` to which a kernel writes a bad pair; 0 is shared by all calls without one.
 
     Returns:
         int64 tensor [...]. Off the CPU, a pair out of range gives -1.
@@ -249,7 +249,7 @@ def logit_index_to_action(index: Tensor, action_index_tensor: Tensor, *, report:
     Args:
         index: integer tensor [...], any integer dtype.
         action_index_tensor: int32 tensor [num_actions, 2], on the same device.
-        report: handle of the `Report` that a kernel writes a bad index to; 0 is shared by all calls without one.
+        report: handle of the `Report` to which a kernel writes a bad index; 0 is shared by all calls without one.
 
     Returns:
         Tensor [..., 2] of the table's dtype. Off the CPU, an index out of range gives (-1, -1).

@@ -1,4 +1,4 @@
-"""The dtypes that operations compute in, and the form in which the C++ operators take tensors."""
+"""The dtypes that operations compute in, and the tensor form that the C++ operators take."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,7 +14,7 @@ INTEGERS = frozenset((*NATIVE_INTEGERS, torch.uint16, torch.uint32, torch.uint64
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that arithmetic runs in: float64 for float64, else float32."""
+    """The dtype of the arithmetic: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -28,14 +28,14 @@ def under_autocast(device: torch.device) -> bool:
     return _knows_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
-# A constant for Dynamo, which cannot trace this function before PyTorch 2.12.
+# Constant for Dynamo, which cannot trace this function before PyTorch 2.12.
 @torch.compiler.assume_constant_result
 def _knows_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Products keep their tensors' dtype: autocast would make float32 ones half precision."""
+    """Keep matrix products in their tensors' dtype: autocast would run float32 products in half precision."""
     return torch.autocast(device.type, enabled=False) if under_autocast(device) else nullcontext()
 
 
@@ -45,10 +45,10 @@ def contiguous(tensor: Any) -> Any:
 
 
 def native_floats(tensor: Tensor) -> Tensor:
-    """Floating-point numbers as the C++ operators take them: contiguous, float32 or float64."""
+    """Floating-point numbers in the form that the C++ operators take: contiguous, float32 or float64."""
     return (tensor if tensor.dtype in NATIVE_DTYPES else tensor.float()).contiguous()
 
 
 def native_integers(values: Tensor) -> Tensor:
-    """Integers as the C++ operators take them, of any strides."""
+    """Integers in the form that the C++ operators take, with any strides."""
     return values if values.dtype in NATIVE_INTEGERS else values.long()

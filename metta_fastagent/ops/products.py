@@ -1,12 +1,12 @@
-"""Linear layers on the CPU by the faster of PyTorch's two libraries for products: its BLAS, or oneDNN.
+"""Linear layers on the CPU by the faster of PyTorch's two libraries for matrix products: its BLAS, or oneDNN.
 
     output = f(input W^T + b), f the identity, relu or tanh
     d input = d W        d W = d^T input        d b = sum of d        with d = d output f'
 
-PyTorch multiplies float32 matrices by its BLAS. On AMD processors with AVX-512, MKL takes its path for AVX2 and oneDNN
-that for AVX-512, which pays above a size. The choice depends on the processor, the BLAS and the shapes alone, by
-`LIMITS`, so a call repeated is the same call. METTA_FASTAGENT_PRODUCTS=blas turns oneDNN off, =onednn gives it every
-product that it can make, and the eager backend never takes it.
+PyTorch multiplies float32 matrices with its BLAS. On AMD processors with AVX-512, MKL takes its AVX2 path and oneDNN
+its AVX-512 path, which pays off above a certain size. The choice, made by `LIMITS`, depends only on the processor, the
+BLAS and the shapes, so a repeated call takes the same path. METTA_FASTAGENT_PRODUCTS=blas turns oneDNN off, =onednn
+uses it for every product that it supports, and the eager backend never uses it.
 """
 
 import math
@@ -27,23 +27,23 @@ from metta_fastagent.runtime.dispatch import needs_operator, requested, uses_tri
 
 VARIABLE = "METTA_FASTAGENT_PRODUCTS"
 CHOICES = ("auto", "blas", "onednn")
-# PyTorch's operator is private: `_operator` looks whether it is as expected.
+# PyTorch's operator is private: `_operator` checks that it has this schema.
 _SCHEMA = "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
 
 
 class Limits(NamedTuple):
-    """Floating-point operations of the smallest product that oneDNN makes."""
+    """Floating-point operations of the smallest product that goes to oneDNN."""
 
     layer: float  # forward and the gradient of the input
     weight: float  # the gradient of the weight
 
 
 NEVER, ALWAYS = Limits(math.inf, math.inf), Limits(0, 0)
-# By the family of AMD processors with AVX-512, against MKL on one thread. Zen 4 (25) has a peak that AVX2 reaches too:
-# oneDNN gains up to a seventh from 16 million on, and is slower at gradients of weights. From Zen 5 (26) on it takes as
-# little as 0.4 of the time; below 2 million, its call costs what it gains.
+# By family of AMD processors with AVX-512, measured against MKL on one thread. AVX2 also reaches the peak of Zen 4
+# (25): oneDNN gains up to a seventh from 16 million on, and is slower at weight gradients. From Zen 5 (26) on it takes
+# as little as 0.4 of the time; below 2 million, its call costs what it gains.
 LIMITS = {25: Limits(2**24, math.inf), 26: Limits(2e6, 2e6)}
-# Products narrower than a vector are limited by memory.
+# Products narrower than a vector are memory-bound.
 NARROWEST = 16
 
 
@@ -82,7 +82,7 @@ def linear_layer(layer: nn.Linear, input: Tensor, activation: str = "none") -> T
     """`activation(layer(input))` by `linear`.
 
     Args:
-        layer: `nn.Linear`; one with hooks, a parametrization or a forward of its own is called as it is.
+        layer: `nn.Linear`; one with hooks, a parametrization or its own forward is called as it is.
         input: tensor [..., layer.in_features].
         activation: "none", "relu" or "tanh".
 
@@ -99,7 +99,7 @@ def linear_layer(layer: nn.Linear, input: Tensor, activation: str = "none") -> T
 
 
 def weight_gradient(grad: Tensor, input: Tensor) -> Tensor:
-    """grad^T input [N, K] of grad [M, N] and input [M, K], in their dtype under autocast too."""
+    """grad^T input [N, K] from grad [M, N] and input [M, K], in their dtype, under autocast too."""
     if _served("weight", input, grad.t()):
         return _onednn(grad.t(), input.t())
     with without_autocast(grad.device):
@@ -107,7 +107,7 @@ def weight_gradient(grad: Tensor, input: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer and its activation, which keeps the result alone: both gradients can be told from it."""
+    """A linear layer and its activation; saves the result, not the pre-activation, which no gradient needs."""
 
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str):
@@ -149,7 +149,7 @@ def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
         return output
     if not tanh_is_native(output):
         return torch.tanh(output)
-    # Fresh memory for a second result would cost as much time as computing it.
+    # Fresh memory for a second result would take as long as computing it.
     tanh_(output)
     return output
 
@@ -165,7 +165,7 @@ def _tanh_in_place(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _relu_by_cublas(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether one launch makes the product, the bias and the relu; PyTorch's operator for it has no gradient."""
+    """Whether one launch computes product, bias and relu; PyTorch's operator for that has no gradient."""
     if bias is None or not uses_triton(input.device) or input.dim() != 2:
         return False
     same = input.dtype == weight.dtype == bias.dtype
@@ -173,7 +173,7 @@ def _relu_by_cublas(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _served(kind: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether oneDNN makes this product: of input [..., K] or [M, N], and weight [N, K] or its gradient's [N, M]."""
+    """Whether oneDNN computes this product of input [..., K] or [M, N] and weight [N, K] or its gradient's [N, M]."""
     # Sizes are tensors under the tracer.
     if torch.compiler.is_compiling() or torch._C._is_tracing() or input.dim() < 2 or weight.dim() != 2:
         return False
@@ -187,7 +187,7 @@ def _served(kind: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
     if requested() == "eager" or not torch._C._get_mkldnn_enabled() or under_autocast(input.device):
         return False
     if torch._C._functorch.is_legacy_batchedtensor(input):  # pyright: ignore[reportAttributeAccessIssue]
-        # A batch of gradients (`is_grads_batched`), which oneDNN would take for another layout.
+        # A batch of gradients (`is_grads_batched`), which oneDNN would misread as another layout.
         return False
     return not needs_operator(input, weight, bias) and _operator() is not None
 
@@ -198,7 +198,7 @@ def _onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: boo
 
 @cache
 def _operator() -> Any:
-    """PyTorch's linear layer by oneDNN; None if there is none that computes one."""
+    """PyTorch's oneDNN linear layer; None if this PyTorch has none that works as expected."""
     try:
         operator = torch.ops.mkldnn._linear_pointwise.default
         if not str(operator._schema).endswith(_SCHEMA):
@@ -225,14 +225,14 @@ def limits() -> Limits:
 
 
 def limits_of(vendor: str, family: int, instructions: str, blas: str) -> Limits:
-    """The limits on a processor, by its names in /proc/cpuinfo, PyTorch's capability and its BLAS."""
+    """The limits for a processor, given its names in /proc/cpuinfo, PyTorch's CPU capability and its BLAS."""
     if vendor != "AuthenticAMD" or instructions != "AVX512" or blas != "mkl":
         return NEVER
     return LIMITS.get(min(family, max(LIMITS)), NEVER)
 
 
 def _processor() -> tuple[str, int, str, str]:
-    """The arguments of `limits_of` on this machine; empty ones where they are unknown."""
+    """The arguments of `limits_of` for this machine; empty where unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Checks of arguments: each error names the argument, what came and what was expected."""
+"""Argument checks: each error names the argument, the value received and what was expected."""
 
 import inspect
 import sys
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# Characters of a value in an error message.
+# Maximum length of a value in an error message, in characters.
 LONGEST_TEXT = 200
 
 
 class BadRowError(ValueError):
-    """A row's action is out of range or its logits are no distribution; the message names the row.
+    """A row's action is out of range or its logits do not form a distribution; the message names the row.
 
     Example:
         >>> from metta_fastagent import ops
@@ -52,7 +52,7 @@ def require_tensor(
     holds: Callable[[torch.dtype], bool] | None = None,
     shaped: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
-    """`value`; a TypeError if it is not a tensor of a dtype that it `holds`, a ValueError if it is not so `shaped`."""
+    """Return `value`; TypeError unless it is a tensor whose dtype passes `holds`, ValueError unless it is `shaped`."""
     if not isinstance(value, Tensor) or (holds is not None and not holds(value.dtype)):
         raise TypeError(f"{name}: got {describe(value)}, expected {expected}")
     if shaped is not None and not shaped(value):
@@ -61,7 +61,7 @@ def require_tensor(
 
 
 def require_floating_point(name: str, value: object) -> Tensor:
-    """`value` if it is a tensor of floating-point numbers, else a TypeError."""
+    """Return `value` if it is a tensor of floating-point numbers; otherwise raise a TypeError."""
     return require_tensor(name, value, "a floating-point tensor", is_floating)
 
 
@@ -72,14 +72,14 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with escapes for what standard output cannot encode, such as a path of undecodable bytes."""
+    """`text` with escapes for characters that standard output cannot encode, such as undecodable bytes in a path."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def is_number(value: object) -> TypeGuard[Real]:
     """Whether `value` is a real number; bool does not count."""
-    # The usual type first: a check against an abstract class costs as much as a PyTorch call.
+    # The usual type comes first: a check against an abstract class costs as much as a PyTorch call.
     return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
 
 
@@ -89,7 +89,7 @@ def is_whole(value: object) -> TypeGuard[Integral]:
 
 
 def require_number(name: str, value: object, expected: str, minimum: float | None = None) -> float:
-    """`value` as a float; a TypeError if it is not a real number, a ValueError if it is NaN or below `minimum`."""
+    """`value` as a float; TypeError if it is not a real number, ValueError if it is NaN or below `minimum`."""
     if not is_number(value):
         raise TypeError(f"{name}: got {describe(value)}, expected {expected}")
     if minimum is not None and not float(value) >= minimum:
@@ -98,7 +98,7 @@ def require_number(name: str, value: object, expected: str, minimum: float | Non
 
 
 def require_integer(name: str, value: object, expected: str, minimum: int | None = None) -> int:
-    """`value` as an int; a TypeError if it is not an integer, a ValueError if it is below `minimum`."""
+    """`value` as an int; TypeError if it is not an integer, ValueError if it is below `minimum`."""
     if not is_whole(value):
         raise TypeError(f"{name}: got {describe(value)}, expected {expected}")
     if minimum is not None and int(value) < minimum:
@@ -107,7 +107,7 @@ def require_integer(name: str, value: object, expected: str, minimum: int | None
 
 
 def require_list(name: str, value: object, expected: str) -> None:
-    """A TypeError if `value` is not a list, a tuple or the like."""
+    """Raise a TypeError if `value` is not a list, a tuple or the like."""
     if isinstance(value, (list, tuple)):
         return
     if isinstance(value, (Tensor, str, Mapping)) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
@@ -115,17 +115,17 @@ def require_list(name: str, value: object, expected: str) -> None:
 
 
 def require_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Both tensors must be on one device."""
+    """Both tensors must be on the same device."""
     if value.device != other.device:
         raise ValueError(f"{name}: on {value.device}, expected the device of {other_name} ({other.device})")
 
 
 def require_call(name: str, function: Callable, expected: str, *args: object, **options: object) -> None:
-    """A TypeError if `function(*args, **options)` does not fit its signature."""
+    """Raise a TypeError if `function(*args, **options)` does not fit the function's signature."""
     try:
         signature = inspect.signature(function)
     except ValueError:
-        # A builtin may have none.
+        # A builtin may have no signature.
         return
     try:
         signature.bind(*args, **options)
@@ -135,7 +135,7 @@ def require_call(name: str, function: Callable, expected: str, *args: object, **
 
 
 def own_computation(module: nn.Module, kind: type[nn.Module]) -> str:
-    """Why `module` may compute something else than a `kind` does with its parameters; empty if it does not."""
+    """Why `module` may compute something other than a plain `kind` with its parameters; empty if it does not."""
     if type(module) is not kind:
         return f"it is a {type(module).__name__}"
     if "forward" in module.__dict__:

@@ -1,4 +1,4 @@
-"""Which implementation runs an operation, and the library that the operations register in.
+"""Which implementation runs an operation, and the library in which the operations register.
 
 Every operation is a `torch.library` operator with up to three implementations: plain PyTorch for every device (the
 eager twin), Triton kernels for CUDA, and C++ for the CPU once it is built. `Operator` calls the right one.
@@ -29,20 +29,20 @@ _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, flo
 
 
 class Operator:
-    """One operation: calling it runs the implementation that suits its first tensor's device.
+    """One operation: calling it runs the implementation for its first tensor's device.
 
-    A call bypasses PyTorch's dispatcher if nothing there has to see it: an operator written in Python costs as much as
-    eight written in C++. Values that travel together are one NamedTuple for the implementations, and its fields are
-    arguments of their own in the schema.
+    A call bypasses PyTorch's dispatcher if nothing there must see it: an operator written in Python costs as much as
+    eight written in C++. Values that belong together are one NamedTuple for the implementations; its fields are
+    separate arguments in the schema.
 
     Args:
         schema: name, arguments and results of the `torch.library` operator; no argument has a default.
-        eager: implementation on every device without a kernel.
+        eager: implementation for every device without a kernel.
         fake: shapes and dtypes of the results, for tracing.
         cuda: launcher of the Triton kernel, or "package.module:function", which is imported when it is first needed;
             without a working Triton, `eager` runs instead.
         native: caller of the C++ operator for the CPU; if that is not built, `eager` runs instead.
-        packed: position and type of an argument that is a NamedTuple; None in its place stands for its defaults.
+        packed: position and type of an argument that is a NamedTuple; None instead stands for its defaults.
         tags: the operator's tags.
     """
 
@@ -70,7 +70,7 @@ class Operator:
         return pkgutil.resolve_name(self._launcher) if isinstance(self._launcher, str) else self._launcher
 
     def __call__(self, *args: Any) -> Any:
-        """Run the operation on arguments in the order of the implementations'."""
+        """Run the operation on arguments in the order that the implementations take."""
         if needs_operator(*args):
             return self.overload(*self._spell_out(args))
         return self.implementation(_device_of(args[0]))(*args)
@@ -99,14 +99,14 @@ class Operator:
 
 
 def _device_of(first: Any) -> torch.device:
-    """Device of an operation's first argument: a tensor, or a list or NamedTuple that begins with one."""
+    """Device of an operation's first argument: a tensor, or a list or NamedTuple that starts with one."""
     if isinstance(first, Tensor):
         return first.device
     return first[0].device if len(first) > 0 else torch.device("cpu")
 
 
 def needs_operator(*args: Any) -> bool:
-    """Whether a compiler, a tracer, a mode, a transform or a tensor subclass has to see these arguments' operator."""
+    """Whether a compiler, tracer, mode, transform or tensor subclass must see the operator for these arguments."""
     return (
         torch.compiler.is_compiling()
         or not _are_plain(args)
@@ -121,7 +121,7 @@ def _are_plain(args: Sequence[Any]) -> bool:
     """Whether all arguments, and the elements of lists and NamedTuples among them, are of well-known types."""
     if _PLAIN_TYPES.issuperset(map(type, args)):
         return True
-    # A loop: all() of a generator costs three times as much.
+    # A loop, because all() of a generator costs three times as much.
     for arg in args:
         if isinstance(arg, (list, tuple)):
             if not _PLAIN_TYPES.issuperset(map(type, arg)):
@@ -147,7 +147,7 @@ _request = _Request()
 
 
 def requested() -> str:
-    """The backend requested in this thread: by `use_backend`, else by METTA_FASTAGENT_BACKEND."""
+    """The backend requested in this thread by `use_backend`, otherwise by METTA_FASTAGENT_BACKEND."""
     return _request.backend
 
 
@@ -187,13 +187,13 @@ def uses_native(device: torch.device) -> bool:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the implementation for the calls inside the `with` block, in this thread.
+    """Choose the implementation for calls inside the `with` block, in this thread.
 
-    A backward runs on the implementation of its forward.
+    A backward pass uses the implementation of its forward.
 
     Args:
         name: "auto" (the fastest one on each device), "triton" (an error on a CUDA device if it does not work),
-            "native" (the C++ operators: an error on the CPU if they are not built; as "auto" elsewhere) or "eager"
+            "native" (the C++ operators: an error on the CPU if they are not built; like "auto" elsewhere) or "eager"
             (plain PyTorch on every device).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Commands for a shell that name this Python: they work as they are printed, however the package was installed."""
+"""Shell commands that name this Python: they work as printed, however the package was installed."""
 
 import importlib.util
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from metta_fastagent.runtime.output import shell_command
 
-# The packages of the extras in pyproject.toml, as pip takes them.
+# The packages of the extras in pyproject.toml, in pip's format.
 REQUIREMENTS = {
     "gymnasium": "gymnasium>=1.1",
     "matplotlib": "matplotlib>=3.8",
@@ -31,5 +31,5 @@ def how_to_install(name: str) -> str:
 
 
 def missing(name: str, error: ImportError) -> ImportError:
-    """The error for a package that `error` says cannot be imported, with the command that installs it."""
+    """The error for a package whose import failed with `error`, with the command that installs it."""
     return ImportError(f"{name}: {error}; install it with:\n{how_to_install(name)}")

@@ -1,7 +1,7 @@
-"""Launch Triton kernels, with a short way for a kernel that has been compiled before.
+"""Launch Triton kernels, with a fast path for a kernel that is already compiled.
 
-`kernel[grid](...)` finds the compiled kernel for its arguments at every call, which takes several times as long as the
-launch itself. `launch_with` looks it up by what it depends on, and hands it to Triton's launcher.
+`kernel[grid](...)` searches for the compiled kernel at every call, which takes several times as long as the launch
+itself. `launch_with` looks it up by the properties it depends on, and passes it to Triton's launcher.
 """
 
 import functools
@@ -15,14 +15,14 @@ from torch import Tensor
 from metta_fastagent.runtime.triton import triton
 
 _address_of, _dtype_of = Tensor.data_ptr, operator.attrgetter("dtype")
-# False once Triton's private interface has turned out to be another one.
+# False once Triton's private interface has turned out to be different.
 _knows_interface = True
 
 
 class Constants:
-    """Constants of a kernel's launch, in the order of its parameters, and its options.
+    """Constants of a kernel launch, in the order of the kernel's parameters, and its options.
 
-    A caller makes one for each case and keeps it, because it holds the kernels that were compiled with it.
+    A caller creates one per case and keeps it, because it holds the kernels that were compiled with it.
     """
 
     __slots__ = ("arguments", "compiled", "options", "values")
@@ -38,9 +38,9 @@ class Constants:
 def launch_with(
     constants: Constants, kernel: Any, programs: int, tensors: Sequence[Tensor], numbers: Sequence[float]
 ) -> None:
-    """Launch `kernel(*tensors, *numbers, **constants)` with this many programs on the tensors' device.
+    """Launch `kernel(*tensors, *numbers, **constants)` with the given number of programs on the tensors' device.
 
-    A kept kernel serves tensors on 16-byte addresses and 32-bit numbers only.
+    A cached kernel only supports tensors at 16-byte aligned addresses and 32-bit numbers.
     """
     global _knows_interface
     device = tensors[0].get_device()
@@ -55,13 +55,13 @@ def launch_with(
         # A profiler that watches launches needs their metadata.
         and not triton.knobs.runtime.launch_enter_hook.calls
     )
-    # By identity: a kernel's own hash is that of its source.
+    # By identity, because a kernel's own hash is that of its source.
     key = (id(kernel), device, *map(_dtype_of, tensors))
     if keeps and key in constants.compiled:
         try:
             active, compiled = triton.runtime.driver.active, constants.compiled[key][1]
             stream = active.get_current_stream(active.get_current_device())
-            # Addresses stand for tensors, pinned memory included; launch metadata and two hooks are for profilers.
+            # Tensors are passed as addresses, pinned memory included; launch metadata and two hooks are for profilers.
             compiled.run(
                 programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
                 *addresses, *numbers, *constants.arguments,

@@ -1,11 +1,11 @@
-"""The C++ operators of `csrc/`: compiled by `python -m metta_fastagent build`, loaded by the first operation.
+"""The C++ operators in `csrc/`: compiled by `python -m metta_fastagent build`, loaded by the first operation.
 
 Imports and operations never compile. Without a library the operations run in eager PyTorch, and `reason` says why.
 
 Libraries are kept in `METTA_FASTAGENT_CACHE`, else `$XDG_CACHE_HOME/metta_fastagent`, else `~/.cache/metta_fastagent`,
-which may be deleted at any time. A library that another user could have written is not loaded. The file name holds a
+which may be deleted at any time. A library that another user could have written is not loaded. The file name contains a
 hash of sources, flags, PyTorch and CPU, so a library built for anything else is not found, and loading needs no
-compiler. A library appears by rename: concurrent builds need no lock.
+compiler. A library is put in place by renaming, so concurrent builds need no lock.
 """
 
 import hashlib
@@ -24,30 +24,30 @@ from pathlib import Path
 import torch
 
 CACHE_VARIABLE = "METTA_FASTAGENT_CACHE"
-# Selects the build to load: empty for the default, else a key of SANITIZERS.
+# Selects the build to load: empty for the default, otherwise a key of SANITIZERS.
 SANITIZE_VARIABLE = "METTA_FASTAGENT_SANITIZE"
 COMMAND = "python -m metta_fastagent build"
 COMPILERS = ("c++", "g++", "clang++")
 
 _PACKAGE = Path(__file__).parents[1]
-# A wheel holds the sources inside the package, a checkout beside it.
+# A wheel has the sources inside the package, a checkout next to it.
 SOURCES = _PACKAGE / "csrc" if (_PACKAGE / "csrc").is_dir() else _PACKAGE.parent / "csrc"
 
 OLDEST_TORCH = "2.10"
-# The stable ABI of that version, which later ones keep.
+# The stable ABI of that version, which later versions keep.
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 OPTIMIZATION = ("-O3",)
-# Left out in a second attempt: some compilers do not know the processor.
+# Omitted in a second attempt, because some compilers do not know the processor.
 PROCESSOR_FLAG = "-march=native" if platform.machine() == "x86_64" else "-mcpu=native"
 SANITIZERS = {
     "address": ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address"),
     "undefined": ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"),
 }
-COMPILE_LIMIT_S = 120  # for each file, and for linking
+COMPILE_LIMIT_S = 120  # per file, and for linking
 # Ends every library file: loading a truncated one would crash the process.
 COMPLETE = b"\nmetta_fastagent: complete\n"
 
-# Whether the library is loaded and why; None before the first attempt.
+# Whether the library is loaded, and the reason; None before the first attempt.
 _outcome: tuple[bool, str] | None = None
 
 
@@ -60,7 +60,7 @@ class CannotBuildError(BuildError):
 
 
 def load() -> bool:
-    """Load the library built for these sources, flags, PyTorch and CPU, if there is one. Tried once; never raises."""
+    """Load the library built for these sources, flags, PyTorch and CPU, if there is one. Tries once; never raises."""
     global _outcome
     if _outcome is None:
         try:
@@ -82,10 +82,10 @@ def reason() -> str:
 
 
 def build(force: bool = False, sanitize: str | None = None) -> Path:
-    """Compile `csrc/` into the cache, unless the library is there, and return the library's path.
+    """Compile `csrc/` into the cache unless the library is already there; return the library's path.
 
-    `force` compiles in any case. `sanitize` is None, "address" or "undefined"; METTA_FASTAGENT_SANITIZE makes `load`
-    take such a build. Raises CannotBuildError (no compiler, no sources, not Linux), BuildError (the compiler fails or
+    `force` always compiles. `sanitize` is None, "address" or "undefined"; METTA_FASTAGENT_SANITIZE makes `load` use
+    such a build. Raises CannotBuildError (no compiler, no sources, not Linux), BuildError (the compiler fails or
     exceeds COMPILE_LIMIT_S seconds, or the cache cannot be written) or ValueError (an unknown sanitizer).
     """
     global _outcome
@@ -115,9 +115,9 @@ def cache_folder() -> Path:
 
 
 def untrusted(folder: Path, library: Path | None = None) -> str:
-    """Why another user could have written `library`, or `folder`, or a link or folder above them; empty if none could.
+    """Why another user could have written `library`, `folder`, or a link or folder above them; empty if none could.
 
-    Owners must be this user or root. Of the folders above, a group may write to them, and all may with the sticky bit.
+    Owners must be this user or root. Folders above may be group-writable, or world-writable with the sticky bit.
     """
     paths = [folder, folder.resolve()]
     if library is not None:
@@ -134,7 +134,7 @@ def untrusted(folder: Path, library: Path | None = None) -> str:
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler's command: CXX, which may hold arguments, else the first of COMPILERS on the PATH."""
+    """The C++ compiler command: CXX, which may contain arguments, or the first of COMPILERS on the PATH."""
     chosen = os.environ.get("CXX", "").split()
     for command in [chosen] if chosen else [[name] for name in COMPILERS]:
         if shutil.which(command[0]) is not None:
@@ -169,7 +169,7 @@ def _try_to_load() -> tuple[bool, str]:
 
 
 def _library(sanitize: str | None) -> Path:
-    """The library's path; its name depends on all that the library does, except the compiler."""
+    """The library's path; its name depends on everything that the library depends on, except the compiler."""
     if sanitize is not None and sanitize not in SANITIZERS:
         raise ValueError(f"sanitize: got {sanitize!r}, expected one of {', '.join(SANITIZERS)} or None")
     sources = [(path.name, path.read_bytes()) for path in _source_files()]
@@ -186,7 +186,7 @@ def _is_complete(library: Path) -> bool:
 
 
 def _compile(compiler: Sequence[str], sanitize: str | None, library: Path) -> None:
-    """Compile for this processor; if that fails, for any."""
+    """Compile for this processor or, if that fails, for any."""
     command = [*compiler, *FLAGS, *(SANITIZERS[sanitize] if sanitize else OPTIMIZATION)]
     library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Inside the cache, because a rename does not cross file systems.
@@ -204,11 +204,11 @@ def _compile(compiler: Sequence[str], sanitize: str | None, library: Path) -> No
 
 def _compile_and_link(command: Sequence[str], linked: Path) -> None:
     root = Path(torch.__file__).parent
-    # -isystem: no warnings from PyTorch's headers.
+    # -isystem suppresses warnings from PyTorch's headers.
     compiling = [*command, "-isystem", str(root / "include"), "-c"]
     objects = {str(path): str(linked.with_name(f"{path.stem}.o")) for path in _source_files() if path.suffix == ".cpp"}
     with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
-        # After a failure, map starts none of the files left.
+        # After a failure, map starts no more files.
         list(pool.map(lambda source: _run([*compiling, source, "-o", objects[source]]), objects))
     # A sanitizer's own symbols come from the executable or a preloaded library.
     complete = [] if any(flag.startswith("-fsanitize") for flag in command) else ["-Wl,--no-undefined"]

@@ -7,12 +7,12 @@ import traceback
 
 import metta_fastagent
 
-# Their files are not named as the place of an error.
+# Files of these packages are not named as the place of an error.
 LIBRARIES = ("metta_fastagent", "torch", "tensordict", "numpy", "gymnasium", "mettagrid")
 
 
 def origin_of(error: BaseException) -> tuple[BaseException, str]:
-    """`error` or its cause, and the line of the user's own code that raised it; an empty line if only libraries did."""
+    """`error` or its cause, and the line of the user's code that raised it; empty if only library code is involved."""
     cause = error.__cause__ or error.__context__
     if cause is not None and (origin := origin_of(cause))[1]:
         return origin
@@ -23,7 +23,7 @@ def origin_of(error: BaseException) -> tuple[BaseException, str]:
 
 
 def _is_own(filename: str) -> bool:
-    """Whether the file is neither Python's nor of a package that this one builds on."""
+    """Whether the file belongs neither to Python nor to a package that this one builds on."""
     if filename.startswith(("<", os.path.dirname(os.__file__))) and "site-packages" not in filename:
         return False
     folders = [folder for name in LIBRARIES for folder in getattr(sys.modules.get(name), "__path__", ())]

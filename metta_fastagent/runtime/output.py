@@ -1,4 +1,4 @@
-"""What the commands print: up to 79 columns on a terminal, and no traceback if the reader has gone.
+"""Output of the commands: at most 79 columns on a terminal, and no traceback if the reader has gone.
 
 In a pipe or a file, messages and commands stay on one line, as scripts expect.
 """
@@ -14,24 +14,24 @@ from collections.abc import Iterable
 from metta_fastagent.runtime.checks import printable
 
 COLUMNS = 79
-# of a shell command, which may stand beside the longest name of a run's summary
+# for a shell command, which may stand next to the longest name in a run's summary
 COMMAND_COLUMNS = 59
-# A quoted path is one word; shlex writes an apostrophe in it as '"'"'. A backslash stays at the end of its line.
+# A quoted path is one word, in which shlex writes an apostrophe as '"'"'. A backslash stays at the end of its line.
 _WORD = re.compile(r"""(?:"'"|(?<!\w)'[^'"]*/[^'"]*'|\S)+(?: \\$)?""")
 
 
 def show(text: str, end: str = "\n") -> None:
-    """Print `text` at once; ends the program quietly if nobody reads it, as after `| head -1`."""
+    """Print `text` immediately; exits quietly if the pipe is closed, as after `| head -1`."""
     try:
         print(printable(text), end=end, flush=True)
     except BrokenPipeError:
-        # Python flushes once more at its end.
+        # Python flushes once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def wrapped(text: str, indent: int = 4) -> str:
-    """On a terminal, `text` in lines of up to COLUMNS, all but the first indented; a longer path has its own line."""
+    """On a terminal, wrap `text` to COLUMNS, all lines but the first indented; a longer path gets its own line."""
     if not sys.stderr.isatty():
         return text
     filled = (_filled(_WORD.findall(line), COLUMNS - indent) for line in filter(None, text.splitlines()))
@@ -39,7 +39,7 @@ def wrapped(text: str, indent: int = 4) -> str:
 
 
 def shell_command(words: Iterable[str]) -> str:
-    """The command of these words; on a terminal, in lines of up to COMMAND_COLUMNS that a shell joins."""
+    """The command made of these words; on a terminal, wrapped to COMMAND_COLUMNS with line continuations."""
     if not sys.stderr.isatty():
         return shlex.join(words)
     return " \\\n".join(_filled(map(shlex.quote, words), COMMAND_COLUMNS))

@@ -9,7 +9,7 @@ _NO_RANGE = nullcontext()
 
 
 def profiler_range(name: str) -> AbstractContextManager:
-    """A context that shows as `metta_fastagent.<name>` in a profiler's trace; it does nothing without a profiler."""
+    """A context that appears as `metta_fastagent.<name>` in a profiler's trace; does nothing without a profiler."""
     if torch.compiler.is_compiling():
         return nullcontext()
     return _NO_RANGE if not _profiler_enabled() else torch.profiler.record_function(f"metta_fastagent.{name}")

@@ -1,9 +1,9 @@
-"""Two words of host memory, a pair for each agent, in which kernels report bad rows without a host sync.
+"""Two words of host memory per agent, in which kernels report bad rows without a host sync.
 
-A kernel never stops on an action out of range, or on logits that are no distribution: it sets the row's log-probability
-to NaN and writes the first word, or the second, in pinned memory. `raise_if_reported` reads them. A report that a
-running kernel has not written yet is found by a later call, so an error comes one call late unless the caller
-synchronises first. An operation is told by an int, the handle of a `Report`, whose words its kernel writes.
+A kernel never stops on an action out of range or on logits that do not form a distribution: it sets the row's
+log-probability to NaN and writes the first or the second word, in pinned memory. `raise_if_reported` reads them. A
+report that a running kernel has not written yet is found by a later call, so an error comes one call late unless the
+caller synchronises first. An operation takes an int, the handle of the `Report` whose words its kernel writes.
 
     bits 59..62: operation    28..58: row    14..27: action type + 8192    0..13: parameter + 8192
                                              0..27: index + 2^27, in operations that take an index
@@ -26,7 +26,7 @@ from metta_fastagent.runtime.triton import jit, tl
 
 EVALUATE_PAIR, EVALUATE_INDEX, CONVERT_PAIR, CONVERT_INDEX, EVALUATE_LOGITS, SAMPLE_LOGITS = 1, 2, 3, 4, 5, 6
 PPO_PAIR, PPO_INDEX, PPO_LOGITS = 7, 8, 9
-# Operation, and the argument that the message names.
+# Operation, and the argument named in the message.
 NAMES = {
     EVALUATE_PAIR: ("evaluate_actions", "actions"),
     EVALUATE_INDEX: ("evaluate_actions", "actions"),
@@ -43,12 +43,12 @@ NO_DISTRIBUTION = "holds NaN or +inf, or is -inf throughout; expected finite val
 
 _handles = itertools.count()
 _reports: "weakref.WeakValueDictionary[int, Report]" = weakref.WeakValueDictionary()
-# Reports that have words, by handle. Never freed: a captured graph may write to a word at any replay.
+# Reports that have words, by handle. Never freed, because a captured graph may write to a word at any replay.
 _in_use: "dict[int, Report]" = {}
 
 
 class Report:
-    """The words of one caller, such as an agent; operations are given its `handle`.
+    """The words of one caller, such as an agent; operations take its `handle`.
 
     Example:
         >>> from metta_fastagent import ops
@@ -66,7 +66,7 @@ class Report:
         _reports[self.handle] = self
 
     def take(self) -> int:
-        """A reported code, 0 for none; it is cleared."""
+        """Return a reported code, 0 for none, and clear it."""
         view = self.view
         if view is None or not (view[0] or view[1]):
             return 0
@@ -76,11 +76,11 @@ class Report:
         return code
 
     def actions_reported(self) -> int:
-        """Reports of bad actions so far, one that was not read yet included."""
+        """Reports of bad actions so far, including one that has not been read yet."""
         return self.actions + (self.view is not None and self.view[0] != 0)
 
 
-# Operations that are called without a report share this one; its handle is 0.
+# Operations called without a report share this one; its handle is 0.
 _SHARED = Report()
 
 
@@ -89,7 +89,7 @@ def words_of(handle: int, device: torch.device) -> Tensor:
     report = _in_use.get(handle)
     if report is None:
         report = _in_use[handle] = _reports[handle]
-        # A tensor made in inference mode could not be used outside of it.
+        # A tensor made in inference mode could not be used outside it.
         with torch.inference_mode(False):
             report.words = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
         report.view = memoryview(report.words.numpy())
@@ -98,7 +98,7 @@ def words_of(handle: int, device: torch.device) -> Tensor:
 
 @jit
 def report_pair(word, bad, row, kind, param, OPERATION: tl.constexpr):
-    """Write the word if any row is bad; bad, row, kind, param: [ROWS], row, kind and param int64."""
+    """Write the word if any row is bad; bad, row, kind, param: [ROWS]; row, kind and param are int64."""
     kind = tl.minimum(tl.maximum(kind, -8192), 8191) + 8192
     param = tl.minimum(tl.maximum(param, -8192), 8191) + 8192
     _report(word, bad, row, (kind << 14) | param, OPERATION)
@@ -106,14 +106,14 @@ def report_pair(word, bad, row, kind, param, OPERATION: tl.constexpr):
 
 @jit
 def report_index(word, bad, row, index, OPERATION: tl.constexpr):
-    """Write the word if any row is bad; bad, row, index: [ROWS], row and index int64."""
+    """Write the word if any row is bad; bad, row, index: [ROWS]; row and index are int64."""
     index = tl.minimum(tl.maximum(index, -134217728), 134217727) + 134217728
     _report(word, bad, row, index, OPERATION)
 
 
 @jit
 def report_logits(word, bad, row, top, MASKED: tl.constexpr, OPERATION: tl.constexpr):
-    """Write the second word if any row is no distribution; bad, row, top: [ROWS], top the row's largest logit."""
+    """Write the second word if any row is not a distribution; bad, row, top: [ROWS]; top is the largest logit."""
     if MASKED:
         _report(word + 1, bad, row, (top == float("-inf")).to(tl.int64), OPERATION)
     else:
@@ -134,15 +134,14 @@ def raise_if_reported(
     """Raise an error if a kernel has reported a bad row since the last call, and clear the report.
 
     Args:
-        cum_action_max_params: int64 tensor [action types + 1], to name the limit in the message; read only for an
-            error.
+        cum_action_max_params: int64 tensor [action types + 1], to name the limit in the message; read only on an error.
         synchronize: wait for the current CUDA device first, so that no report of an earlier launch is missed.
-        report: whose report is read; None reads all of them.
+        report: the report to read; None reads all of them.
 
     Raises:
         BadRowError: an action was out of range, and the message names operation, row, type, parameter and limit; or a
-            row's logits were no distribution.
-        RuntimeError: `synchronize` while a CUDA graph is captured.
+            row's logits did not form a distribution.
+        RuntimeError: `synchronize` while a CUDA graph is being captured.
 
     Example:
         >>> raise_if_reported()  # no kernel has reported a row

@@ -1,9 +1,9 @@
-"""Memory for sums over the programs of a launch: partial sums, and the counter that tells the last program."""
+"""Memory for sums over the programs of a launch: partial sums, and the counter that identifies the last program."""
 
 import torch
 from torch import Tensor
 
-# Partial sums and counter of each device and stream; launches on one stream follow each other.
+# Partial sums and counter per device and stream; launches on one stream run one after the other.
 _scratch: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
 
@@ -15,7 +15,7 @@ def capturing(device: torch.device) -> bool:
 def scratch_for(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Partial sums, float64 [>= count], and a counter that is 0, for one launch on the current stream.
 
-    The launch leaves the counter at 0. Under capture both lie in the graph's memory, and the graph sets the counter.
+    The launch leaves the counter at 0. During capture both are in the graph's memory, and the graph sets the counter.
     """
     if capturing(device):
         return _new_scratch(count, device)
@@ -27,7 +27,7 @@ def scratch_for(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _new_scratch(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    # Scratch made in inference mode could not be used outside of it.
+    # Scratch made in inference mode could not be used outside it.
     with torch.inference_mode(False):
         partials = torch.empty(count, dtype=torch.float64, device=device)
         return partials, torch.zeros(1, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""Settings of the process that belong to its caller: what a library call changes for itself, it puts back."""
+"""Process settings that belong to the caller: a library call restores what it changes for itself."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -7,15 +7,15 @@ import torch
 
 
 def random_state_kept(device: torch.device) -> AbstractContextManager[None]:
-    """A context after which torch's default generators, those of the CPU and of `device`, are as before it."""
+    """A context that restores torch's default generators of the CPU and of `device` on exit."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @contextmanager
 def process_settings_kept(device: torch.device) -> Iterator[None]:
-    """Leave the process as it was before: torch's threads, flushed subnormals, TF32 and default generators."""
+    """Restore the process on exit: torch's threads, flushed subnormals, TF32 and default generators."""
     threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
-    # torch has no function that reads it
+    # torch has no function to read this setting
     flushed = bool(torch.tensor(1e-40, dtype=torch.float32) * 1 == 0)
     try:
         with random_state_kept(device):

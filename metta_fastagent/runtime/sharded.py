@@ -1,4 +1,4 @@
-"""Weights that FSDP2 or tensor parallelism has made DTensors."""
+"""Weights that FSDP2 or tensor parallelism has turned into DTensors."""
 
 import sys
 from typing import Any
@@ -8,16 +8,17 @@ from torch import Tensor
 
 def is_sharded(tensor: Any) -> bool:
     """Whether this is a DTensor."""
-    # A DTensor exists only after this module was imported, which takes a while.
+    # A DTensor can only exist after this module has been imported, and importing it takes a while.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_shard(name: str, tensor: Any) -> Tensor:
-    """The local part of a DTensor, in the same memory; other tensors as they are.
+    """The local part of a DTensor, in the same memory; other tensors are returned as they are.
 
     Raises:
-        ValueError: the parts are summands (placement Partial), which an element-wise operation cannot treat one by one.
+        ValueError: the parts are summands (placement Partial), on which an element-wise operation cannot act
+            separately.
     """
     if not is_sharded(tensor):
         return tensor
@@ -27,5 +28,5 @@ def local_shard(name: str, tensor: Any) -> Tensor:
 
 
 def full(tensor: Any) -> Tensor:
-    """The whole of a DTensor, gathered by all of its ranks; other tensors as they are. Differentiable."""
+    """The full DTensor, gathered by all of its ranks; other tensors as they are. Differentiable."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -1,7 +1,7 @@
-"""Checks for agents of your own: `check_agent` for one agent, `compare_agents` for one before and after migration.
+"""Checks for your own agents: `check_agent` for one agent, `compare_agents` for one before and after migration.
 
-Both work on deep copies and on forked random number generators (CPU and CUDA), so that the agents, their memory and the
-program's random numbers stay as they were.
+Both work on deep copies and forked random number generators (CPU and CUDA), so the agents, their memory and the
+program's random state do not change.
 """
 
 from metta_fastagent.testing._check_agent import AgentCheckError, AgentReport, CheckResult, check_agent

@@ -1,4 +1,4 @@
-"""`check_agent`: six checks on an agent of the user's own."""
+"""`check_agent`: six checks on the user's own agent."""
 
 import dataclasses
 import textwrap
@@ -30,9 +30,9 @@ from metta_fastagent.testing._shared import (
 
 TRAINING_ROWS = 3
 
-# Values that no agent has by default, so that seeing them again means that they were passed on.
+# Values that no agent has by default: if they appear again, they were passed on.
 PROBE = {"clip_range": 0.375, "analyze_weights_interval": 17}
-# Errors of a log-probability of about 10.
+# Error of a log-probability of about 10.
 LOG_PROB_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 RAISED = "the agent raised"
 SAMPLE_HINT = "the checks drew random tokens: for other observations pass sample_input=, a TensorDict [N] with env_obs"
@@ -49,7 +49,7 @@ class AgentCheckError(AssertionError):
 
 @dataclass(frozen=True)
 class AgentReport:
-    """Outcome of `check_agent`; `str(report)` is a table, `report[name]` one result.
+    """Result of `check_agent`; `str(report)` is a table, `report[name]` a single result.
 
     Example:
         >>> AgentReport("Fast", (CheckResult("action conversion"),)).ok
@@ -71,7 +71,7 @@ class AgentReport:
         return tuple(check for check in self.checks if not check.passed)
 
     def raise_if_failed(self) -> None:
-        """Raise AgentCheckError with the report as its message unless all checks passed."""
+        """Raise an AgentCheckError with the report as its message unless all checks passed."""
         if not self.ok:
             raise AgentCheckError(str(self))
 
@@ -96,7 +96,7 @@ class AgentReport:
 def check_agent(
     agent: nn.Module, env: Any, *, updates: int = 20, seed: int = 0, sample_input: TensorDictBase | None = None
 ) -> AgentReport:
-    """Run six checks on an agent written with PyTorchAgentMixin, and report what is wrong and how to fix it.
+    """Run six checks on an agent written with PyTorchAgentMixin; report what is wrong and how to fix it.
 
     "configuration": clip_range and analyze_weights_interval are legal and pass through the mixin to attributes.
     "weight clipping": clip_weights() clips every Linear, Conv1d and Conv2d, nothing else, and nothing at clip_range 0.
@@ -107,20 +107,20 @@ def check_agent(
     "training stability": loss, gradients and weights stay finite over a number of optimizer steps.
 
     Each check works on its own deep copy of the agent. The replay's copy is in eval mode and has noise of 0.01 on its
-    weights, because a head of zeros would hide the state. An exception inside the agent is a failed check, and a
-    trainable parameter that never gets a gradient a warning.
+    weights, because an all-zero head would hide the state. An exception inside the agent is a failed check; a trainable
+    parameter that never gets a gradient is a warning.
 
     Args:
         agent: the agent, or a host or wrapper around it (its `policy` or `module` is then checked).
         env: may define `action_names` and `max_action_args`, which are not needed if the agent's action tables are set,
             and `num_tokens`, `obs_width`, `obs_height` and `feature_normalizations` for random observation tokens
             uint8 [N, num_tokens, 3]. None is allowed. The environment is neither reset nor stepped.
-        updates: optimizer steps of the last check.
-        seed: of the observations, actions and draws.
+        updates: optimizer steps in the last check.
+        seed: seed of the observations, actions and draws.
         sample_input: TensorDict of batch size [N], at least 2 rows, with the entries that the agent reads in a rollout
             step, such as "env_obs" of any dtype and shape [N, ...]. The checks draw rows from it, [B, ...] in rollout
-            and [B, T, ...] in training, and add the flags of episodes; states, environment ids and results are left
-            out. None draws random tokens.
+            and [B, T, ...] in training, and add episode flags; states, environment ids and results are left out. None
+            uses random tokens.
 
     Returns:
         A report; `report.raise_if_failed()` turns failures into an AgentCheckError.
@@ -154,7 +154,7 @@ def check_agent(
 
 
 def _action_space(agent: nn.Module, env: Any) -> ActionSpace:
-    """The actions that the environment names, else those of the agent's own tables."""
+    """The environment's actions, or else those in the agent's own tables."""
     max_params = getattr(env, "max_action_args", None)
     if max_params is None and has_tables(agent):
         max_params = torch.as_tensor(agent.cum_action_max_params, device="cpu").diff().tolist()
@@ -179,7 +179,7 @@ def _checked_samples(sample_input: Any) -> TensorDictBase:
 
 
 def _random_tokens(env: Any) -> TensorDict:
-    """256 rows of tokens uint8 [M, 3] such as the environment may give, a fifth of them empty."""
+    """256 rows of tokens uint8 [M, 3] like those an environment may return, a fifth of them empty."""
     known = getattr(getattr(env, "single_observation_space", None), "shape", None)
     if known is not None and (len(known) != 2 or known[1] != 3):
         raise ValueError(f"sample_input: got None, expected a TensorDict, for observations of shape {list(known)}")
@@ -229,12 +229,12 @@ def _check_configuration(subject: Subject, result: CheckResult) -> None:
 
 
 def _check_clipping(subject: Subject, result: CheckResult) -> None:
-    """Compare every parameter with what the mixin's own clip_weights() makes of it."""
+    """Compare every parameter with the result of the mixin's own clip_weights()."""
     for clip_range in (0, PROBE["clip_range"]):
         agent = subject.fresh_copy()
         for parameter in agent.parameters():
             if parameter.is_floating_point():
-                # Spread widely, so that weights and biases alike have values on both sides of the range.
+                # Widely spread, so that weights and biases both have values beyond both ends of the range.
                 parameter.data.normal_()
         agent.clip_range = clip_range
         reference: Any = dataclasses.replace(subject, agent=agent).fresh_copy()
@@ -269,7 +269,7 @@ def _check_fields(subject: Subject, result: CheckResult) -> None:
 def _read_fields(
     subject: Subject, mode: str, rows: tuple[int, ...], advice: str, result: CheckResult
 ) -> dict[str, Tensor]:
-    """The entries, on the CPU, that have the right shape and dtype and no NaN, and the actions; others are problems."""
+    """The entries, on the CPU, with the right shape and dtype and no NaN, and the actions; others are problems."""
     td, actions, agent = subject.draw(*rows), subject.actions(*rows), subject.fresh_copy()
     shapes = {"bptt": rows, "batch": rows, "full_log_probs": (*rows, subject.space.num_actions), "act_log_prob": rows}
     if mode == "training":
@@ -369,7 +369,7 @@ def _check_stability(subject: Subject, result: CheckResult) -> None:
     for update in range(1, subject.updates + 1):
         actions = subject.actions(TRAINING_ROWS, T)
         out = agent(subject.draw(TRAINING_ROWS, T), action=actions)
-        # Of an actor-critic update with random advantages and returns.
+        # The loss of an actor-critic update with random advantages and returns.
         log_prob, value = out["act_log_prob"].flatten(), out["value"].flatten()
         policy_loss, value_loss = -log_prob * torch.randn_like(log_prob), (value - torch.randn_like(value)).square()
         loss = (policy_loss + 0.5 * value_loss).mean() - 0.01 * out["entropy"].mean()
@@ -377,7 +377,7 @@ def _check_stability(subject: Subject, result: CheckResult) -> None:
         loss.backward()
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         without_gradient -= gradients.keys()
-        # Adam makes its step counter on the default device, and reads it.
+        # Adam creates its step counter on the default device, and reads it.
         with torch.device("cpu"):
             optimizer.step()
         agent.clip_weights()

@@ -24,9 +24,9 @@ from metta_fastagent.testing._shared import (
     seeded,
 )
 
-# Outputs in the order in which a difference explains the later ones; any others follow by name.
+# Outputs ordered so that an earlier difference explains later ones; any others follow by name.
 OUTPUT_ORDER = ("full_log_probs", "values", "value", "act_log_prob", "entropy", "actions")
-# Outputs that depend on the draw.
+# Outputs that depend on the drawn action.
 DRAWN = ("actions", "act_log_prob")
 Tolerance = tuple[float, float]
 Rename = Mapping[str, str] | Callable[[str], str] | None
@@ -56,30 +56,31 @@ def compare_agents(
     atol: float = 1e-6,
     rename: Rename = None,
 ) -> None:
-    """Last step of a migration: raise at the first difference between an agent and its rewritten self.
+    """Last step of a migration: raise at the first difference between an agent and its rewritten version.
 
     Compared in this order: the weights (names, shapes, dtypes, exact values); two steps of inference from empty memory
     under one seed; training on the same segments; the gradients of a fixed loss of act_log_prob, entropy and value;
-    clip_range, and the weights after clip_weights() (with a range that bites if clip_range is 0). The new agent must
-    write every entry that the old one writes. Both agents, `td` and the random numbers stay as they were.
+    clip_range, and the weights after clip_weights() (with a range that takes effect if clip_range is 0). The new agent
+    must write every entry that the old one writes. Both agents, `td` and the random state do not change.
 
-    Inference runs on the eager backend, on which both agents draw the same actions, and once more on the current one
-    without comparing what depends on the draw, because kernels draw with other random numbers than torch.multinomial.
+    Inference runs on the eager backend, where both agents draw the same actions, and again on the current backend,
+    without comparing outputs that depend on the draw, because kernels use other random numbers than torch.multinomial.
 
     Args:
-        old, new: the agents, their action tables set; on any devices.
+        old, new: the agents, with action tables set; on any devices.
         td: "env_obs" of any dtype and shape, and the other entries that the agents read. Batch size [N] for rollout
-            rows, [B, T] for segments; [B] with observations [B, T, ...] is taken for segments if the new agent's
-            `obs_shape` (or 4 dimensions without one) says so. The other mode's input is made of it: the first and last
-            step of each segment, or segments of length 1.
-        action: integer [B, T, 2] or [B * T, 2]; None takes random legal ones from the old agent's table, or what the
-            old agent drew in inference if it has no table.
+            rows, [B, T] for segments; [B] with observations [B, T, ...] counts as segments if the new agent's
+            `obs_shape` (or 4 dimensions without one) says so. The other mode's input is derived from it: the first and
+            last step of each segment, or segments of length 1.
+        action: integer [B, T, 2] or [B * T, 2]; None takes random legal actions from the old agent's table, or the
+            actions that the old agent drew in inference if it has no table.
         rtol, atol: a computed value differs if |old - new| > atol + rtol |new|; integers must be equal.
-        rename: the new names of moved parameters and buffers: a dict from prefixes of the old state dict's keys to
-            prefixes of the new one's (the longest one counts; "" is every key's), or a function from old to new key.
+        rename: new names of moved parameters and buffers: a dict from key prefixes in the old state dict to prefixes in
+            the new one (the longest match counts; "" matches every key), or a function from old to new key.
 
     Raises:
-        AgentsDifferError: they differ; the message has the stage, the entry, the largest difference and its place.
+        AgentsDifferError: the agents differ; the message has the stage, the entry, the largest difference and its
+            place.
         TypeError, ValueError: an argument does not fit.
 
     Example:
@@ -155,7 +156,7 @@ def _new_names(old: nn.Module, rename: Rename) -> dict[str, str]:
 
 
 def _both_modes(td: TensorDictBase, training: bool) -> tuple[list[TensorDictBase], TensorDictBase]:
-    """Two inputs [N] for inference and one [B, T] or [B] for training, made of the one that was given."""
+    """Two inputs [N] for inference and one [B, T] or [B] for training, derived from the given one."""
     # A segment's stored state has no place in inference, which keeps its own memory.
     stripped = td.exclude(*STATE_KEYS)
     if not training:
@@ -209,7 +210,7 @@ def _run_both(
 def _compare_inference(
     old: nn.Module, new: nn.Module, steps: list[TensorDictBase], tolerance: Tolerance
 ) -> Tensor | None:
-    """Two steps, because the second one reads the memory that the first one stored; returns the old agent's actions."""
+    """Compare two steps, as the second reads the memory that the first stored; returns the old agent's actions."""
     drawn = None
     for eager in (True, False):
         copies, ignored = _copies(old, new), () if eager else DRAWN
@@ -271,7 +272,7 @@ def _compare_clipping(old: nn.Module, new: nn.Module, names: dict[str, str], tol
 
 
 def _biting_range(agent: nn.Module) -> float:
-    """Half the largest absolute value of the parameters that are clipped."""
+    """Half the largest absolute value among the clipped parameters."""
     clipped = LayerIndex(agent, lambda module: False).clipped
     largest = [float(p.detach().abs().max()) for p in clipped if p.numel() > 0]
     return 0.5 * max(largest, default=1.0) or 0.5
@@ -309,7 +310,7 @@ def _compare_tensors(stage: str, key: str, old: Any, new: Any, tolerance: Tolera
     off = ~torch.isclose(old, new, rtol=rtol, atol=atol, equal_nan=True)
     if not bool(off.any()):
         return
-    # NaN or infinity on one side only counts as the largest difference there is.
+    # NaN or infinity on one side only counts as the largest possible difference.
     distance = (old - new).abs().double().nan_to_num(math.inf, math.inf).where(off, -1.0)
     index = tuple(int(i) for i in torch.unravel_index(distance.argmax(), old.shape))
     values = f"old {old[index].item():.9g}, new {new[index].item():.9g}"

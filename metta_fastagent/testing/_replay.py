@@ -1,4 +1,4 @@
-"""`check_agent`'s check of recurrent state: a rollout through ends of episodes, replayed as training segments."""
+"""`check_agent`'s check of recurrent state: a rollout across episode ends, replayed as training segments."""
 
 import dataclasses
 import itertools
@@ -11,8 +11,8 @@ from torch import Tensor
 from metta_fastagent.testing._shared import ROWS, STATE_KEYS, CheckResult, Subject, T
 
 RATIO_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Starts of episodes (row, step) in a warm-up and two segments. None is at the first or last step of the first segment,
-# so that they stay inside it if shifted by one step.
+# Episode starts (row, step) in a warm-up and two segments. None is at the first or last step of the first segment, so
+# that shifting by one step keeps them inside it.
 STARTS = {
     "dones": [(0, T + 1), (2, T + 3), (3, 2 * T), (1, 2 * T + 3)],
     "truncateds": [(1, T + 2), (3, T + 3), (4, 2 * T), (0, 2 * T + 2)],
@@ -45,7 +45,7 @@ def _roll_out(agent: Any, td: TensorDictBase) -> TensorDictBase:
 
 
 def _check_rollout(subject: Subject, td: TensorDictBase, tolerance: float, result: CheckResult) -> None:
-    """Compare two steps with and without steps before: equal after an episode's end and different otherwise."""
+    """Compare two steps with and without a history: they must be equal after an episode's end, different otherwise."""
 
     def probabilities(history: int, flag: str | None = None, training: bool = False) -> Tensor:
         steps = td[:, T - history : T + 2].clone()
@@ -71,7 +71,7 @@ def _check_rollout(subject: Subject, td: TensorDictBase, tolerance: float, resul
 
 
 def _check_segments(subject: Subject, td: TensorDictBase, tolerance: float, result: CheckResult) -> None:
-    """Replay two segments of a rollout, which follow on a warm-up, and compare the importance ratio with 1."""
+    """Replay two segments of a rollout, which follow a warm-up, and compare the importance ratio with 1."""
     agent, parts, states = subject.fresh_copy(), [], []
     for steps in td.split(T, dim=1):
         parts.append(_roll_out(agent, steps))
@@ -93,7 +93,7 @@ def _check_segments(subject: Subject, td: TensorDictBase, tolerance: float, resu
 
 
 def _cause(subject: Subject, td: TensorDictBase, trained: Tensor, tolerance: float) -> str:
-    """The change of the flags with which a rollout computes what training computed for the first segment."""
+    """The change to the flags that makes a rollout compute what training computed for the first segment."""
     variants = {}
     for key in STARTS:
         flags = td[key][:, T : 2 * T]

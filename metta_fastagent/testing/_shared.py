@@ -1,4 +1,4 @@
-"""Shared by the checks: their results, the agent under test, and random numbers that leave no trace."""
+"""Shared by the checks: their results, the agent under test, and random numbers without side effects."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ ROWS, T = 6, 5
 
 @dataclass
 class CheckResult:
-    """Outcome of one check: problems make it fail, warnings do not; `summary` is its message if it passes.
+    """Result of one check: problems make it fail, warnings do not; `summary` is its message if it passes.
 
     Example:
         >>> CheckResult("action conversion", problems=["index 3 gives no pair"]).passed
@@ -40,11 +40,11 @@ class CheckResult:
 
     @property
     def message(self) -> str:
-        """The problems with advice, one a line, or the summary."""
+        """The problems with advice, one per line, or the summary."""
         return "\n".join(self.problems) or self.summary
 
     def expect(self, condition: bool, problem: str) -> bool:
-        """Note the problem unless the condition holds; returns the condition."""
+        """Record the problem unless the condition holds; returns the condition."""
         if not condition:
             self.problems.append(problem)
         return condition
@@ -52,7 +52,7 @@ class CheckResult:
 
 @dataclass
 class Subject:
-    """The agent under test with its environment, its actions, and rows [N] of input to draw from."""
+    """The agent under test with its environment, actions, and input rows [N] to draw from."""
 
     agent: nn.Module
     env: Any
@@ -66,7 +66,7 @@ class Subject:
         if callable(getattr(agent, "reset_memory", None)):
             agent.reset_memory()
         if getattr(agent, "check_first_update", False):
-            # The copies' calls are the check.
+            # The copies' calls already are the check.
             agent.check_first_update = False
         if (getattr(agent, "num_envs", None) or ROWS) < ROWS:
             agent.allocate_memory(ROWS)
@@ -89,9 +89,9 @@ def has_tables(agent: object) -> bool:
 
 
 def inner_agent(agent: nn.Module) -> nn.Module:
-    """The mixin agent inside hosts and wrappers, else the agent itself."""
+    """The mixin agent inside hosts and wrappers, or else the agent itself."""
     inner: Any = agent
-    # of the class: a host passes attributes of the agent on
+    # looks at the class, because a host exposes the agent's attributes
     while not hasattr(type(inner), "init_mixin"):
         inner = getattr(inner, "module", None) or getattr(inner, "policy", None)
         if not isinstance(inner, nn.Module):

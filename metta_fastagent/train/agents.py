@@ -1,4 +1,4 @@
-"""The agents of the trainer: the choice by name, and the check that an agent fits its environment."""
+"""The trainer's agents: selection by name, and the check that an agent fits its environment."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from metta_fastagent.train.config import TrainConfig
 from metta_fastagent.train.environments import Environment, import_object
 from metta_fastagent.train.environments.memory import MemoryEnvironment
 
-# What the trainer uses, and the class that brings it.
+# Methods that the trainer uses, and the class that provides each.
 METHODS = {
     "clip_weights": "PyTorchAgentMixin",
     "l2_init_loss": "PyTorchAgentMixin",
@@ -24,7 +24,7 @@ METHODS = {
 
 
 def fast_without_biases(env: Environment, **options: Any) -> Fast:
-    """Fast with LSTM biases of 0: with its own of 1 + 1, saturated gates nearly hide a cue from the second layer."""
+    """Fast with LSTM biases of 0: with its own 1 + 1, saturated gates nearly hide a cue from the second layer."""
     agent = Fast(env, **options)
     for name, parameter in agent.lstm.named_parameters():
         if "bias" in name:
@@ -33,7 +33,7 @@ def fast_without_biases(env: Environment, **options: Any) -> Fast:
 
 
 def agent_maker(name: str, env: Environment) -> Callable[..., Any]:
-    """The class or function that `TrainConfig.agent` names; "auto" is Fast for tokens, VectorAgent for the rest."""
+    """The class or function named by `TrainConfig.agent`; "auto" is Fast for tokens, VectorAgent for the rest."""
     if name != "auto":
         return import_object("agent", name)
     if isinstance(env.source, MemoryEnvironment):
@@ -46,8 +46,8 @@ def agent_maker(name: str, env: Environment) -> Callable[..., Any]:
 def make_agent(config: TrainConfig, env: Environment, make: Callable[..., Any] | None = None) -> MettaAgent:
     """A MettaAgent around `make(env)`, or the agent that `config` names, initialized to `env` and checked.
 
-    Passes only the mixin's parameters that differ from TrainConfig's defaults.
-    Raises TypeError or ValueError, which says what the agent lacks.
+    Passes only mixin parameters that differ from TrainConfig's defaults. Raises TypeError or ValueError, which says
+    what the agent lacks.
     """
     make = make or agent_maker(config.agent, env)
     names, default = ("clip_range", "clip_mode", "analyze_weights_interval"), TrainConfig()
@@ -78,7 +78,7 @@ def make_agent(config: TrainConfig, env: Environment, make: Callable[..., Any] |
 
 
 def _check_outputs(agent: MettaAgent, env: Environment) -> None:
-    """Evaluate an action on observations of zeros; draws no random numbers and leaves the memory unchanged."""
+    """Evaluate an action on zero observations; draws no random numbers and leaves the memory unchanged."""
     space, rows, kind = env.single_observation_space, env.num_envs, type(agent.policy).__name__
     observations = torch.zeros(rows, *space.shape, dtype=space.dtype, device=env.device)
     start = torch.zeros(rows, dtype=torch.bool, device=env.device)
@@ -107,7 +107,7 @@ def one_step_segments(observations: Tensor, memory: tuple[Tensor, Tensor], start
 
 
 def interface(agent: MettaAgent, env: Environment) -> dict[str, Any]:
-    """The actions and features that a checkpoint records."""
+    """The actions and features recorded in a checkpoint."""
     return {
         "action_names": list(env.action_names),
         "max_action_args": list(env.max_action_args),

@@ -1,4 +1,4 @@
-"""Checkpoint files: written atomically, read without executing code from the file."""
+"""Checkpoint files: written atomically, and read without executing code from the file."""
 
 import pickle
 import zipfile
@@ -24,18 +24,18 @@ REQUIRED = (
 
 
 class CheckpointError(ValueError):
-    """A file is missing, damaged or not a checkpoint of this trainer, or it is of a different run."""
+    """A file is missing, damaged or not a checkpoint of this trainer, or belongs to a different run."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values, with all keys of REQUIRED) to `path` atomically, see `replacing`."""
+    """Write `state` (tensors and plain values, with all keys in REQUIRED) to `path` atomically, see `replacing`."""
     if missing := [key for key in REQUIRED if key not in state]:
         raise ValueError(f"state: got no {', '.join(missing)}, expected all keys of REQUIRED")
     with replacing(path) as file:
         try:
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
         except RuntimeError as error:
-            # PyTorch answers a failed write, as on a full disk, with an error about its archive
+            # PyTorch reports a failed write, for example on a full disk, as an error about its archive
             raise _write_error(error) or error from None
 
 
@@ -51,7 +51,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
-        # torch's own message is a page about loading the file anyway
+        # torch's own message is a page on how to load the file anyway
         raise _unusable(path, "a file with other objects than tensors and plain values") from None
     except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise _unusable(path, f"a file that torch cannot load ({first_line(error)})") from None

@@ -1,4 +1,4 @@
-"""The command line, `python -m metta_fastagent.train`, and the same in Python: `train`."""
+"""The command line, `python -m metta_fastagent.train`, and its Python counterpart `train`."""
 
 import argparse
 import signal
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns 0, 1 if training diverged, 2 for an invalid request or a failed write, 130 on Ctrl-C, or 143 on SIGTERM.
 
-    With torchrun, all ranks return the same.
+    With torchrun, all ranks return the same value.
     """
     try:
         with ranks.process_group():
@@ -75,7 +75,7 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def print_evaluation(arguments: list[str]) -> int:
-    """The command `evaluate`: mean and deviation of the returns of a checkpoint's agent. Returns 0."""
+    """The command `evaluate`: mean and standard deviation of a checkpoint agent's returns. Returns 0."""
     parser = Parser(f"{PROGRAM} evaluate", description="Evaluate a checkpoint.", allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="checkpoint file")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest action instead of a random draw")
@@ -99,14 +99,14 @@ def train(
     quiet: bool = False,
     tensorboard: bool = False,
 ) -> Run:
-    """Train as the command does, with the same files, summary and errors.
+    """Train like the command, with the same files, summary and errors.
 
     Args:
-        config: the hyperparameters; `env` and `agent` become the names of the two functions, if given. The command's
-            defaults for an environment are those of `TrainConfig.for_environment`.
-        make_env: `make_env(num_envs, device)` gives a VectorEnvironment or a gymnasium.vector.VectorEnv.
-        make_agent: `make_agent(env)` gives the agent, see `agents.make_agent`.
-        out, resume, quiet, tensorboard: as the command's options.
+        config: the hyperparameters; `env` and `agent` become the names of the two functions, if given.
+            `TrainConfig.for_environment` has the command's defaults for an environment.
+        make_env: `make_env(num_envs, device)` returns a VectorEnvironment or a gymnasium.vector.VectorEnv.
+        make_agent: `make_agent(env)` returns the agent, see `agents.make_agent`.
+        out, resume, quiet, tensorboard: like the command's options.
 
     Example:
         run = train(TrainConfig.for_environment("gym:CartPole-v1", steps=20_000), out="runs/cartpole")
@@ -123,7 +123,7 @@ def train(
 
 
 def _path_of(made: Any) -> str:
-    """The name that `import_object` takes, if `made` can be imported."""
+    """The name that `import_object` would take, if `made` can be imported."""
     named = made if hasattr(made, "__qualname__") else type(made)
     return f"{named.__module__}:{named.__qualname__}"
 
@@ -136,7 +136,7 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Options of the run, and one per field of TrainConfig, which is absent from the result if it is not given."""
+    """Options of the run, and one per field of TrainConfig; options not given are absent from the result."""
     parser = Parser(
         PROGRAM,
         description="Train an agent with recurrent PPO; `evaluate CHECKPOINT` evaluates one.",

@@ -26,20 +26,20 @@ def option(default: Any, help: str, check: Check) -> Any:
     return field(default=default, metadata={"help": help, "check": check})
 
 
-# Defaults of the built-in environments, in which they differ from TrainConfig's.
+# Defaults of the built-in environments that differ from TrainConfig's.
 DEFAULTS: dict[str, dict[str, Any]] = {
     # With larger or noisier Adam steps the entropy collapses before the policy tells all cues apart; four passes make
-    # up for the smaller steps. When almost nothing fails, advantages are small: scaled to a deviation of 1, four passes
-    # of them can undo what was learned, and the KL limit ends an update that goes too far. The learning rate falls in
-    # runs that are not solved by then.
+    # up for the smaller steps. When almost every episode succeeds, advantages are small: scaled to a standard deviation
+    # of 1, four passes over them can undo what was learned, so the KL limit ends an update that goes too far. The
+    # learning rate falls in runs not yet solved.
     "memory": {"steps": 360_000, "epochs": 4, "target_kl": 0.03, "ent_coef": 0.002, "max_grad_norm": 0.15}
     | {"anneal_lr": 1 / 3, "advantage_floor": 0.2, "normalize_returns": False}
     | {"stop_return": 0.98, "evaluation_interval": 10},
     # All rows start and end their 64-step episodes together, so a segment is a whole episode: no update sees only its
-    # beginning or its end. Shorter segments and twice the step size learned more on most seeds and nothing on one.
+    # beginning or its end. Shorter segments with twice the step size learned more on most seeds, but nothing on one.
     "mettagrid": {"num_envs": 64, "segment_length": 64, "minibatches": 8, "normalize_returns": False},
 }
-# Of gymnasium's environments, whose episodes are long: `--env gym:ID`.
+# For gymnasium's environments (`--env gym:ID`), whose episodes are long.
 GYMNASIUM = {"gamma": 0.99, "anneal_lr": 1.0}
 ENVIRONMENT: Check = (
     f"one of {', '.join(DEFAULTS)}, gym:ID, package.module:make_env",
@@ -50,9 +50,9 @@ AGENT: Check = ("auto or package.module:MyAgent", lambda value: value == "auto" 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The hyperparameters of one run; `TrainConfig.for_environment` has the defaults of an environment.
+    """The hyperparameters of one run; `TrainConfig.for_environment` has the defaults for an environment.
 
-    Raises ValueError for a value out of range and TypeError for a wrong type; both name the field.
+    Raises ValueError for a value out of range, TypeError for a wrong type; both name the field.
 
     Example:
         >>> TrainConfig(steps=10_000, lr=1e-3).num_envs
@@ -64,8 +64,8 @@ class TrainConfig:
     device: str = option("cpu", "torch device, such as cpu or cuda", ("the name of a device", bool))
     seed: int = option(1, "seed of the weights, the environment and the actions", SEED)
     steps: int = option(200_000, "environment steps of all rows and ranks, rounded up to whole rollouts", POSITIVE_INT)
-    # Fast's forward and backward are most of the time, so a step's price does not depend on how the steps are batched:
-    # small rollouts give the most optimizer steps for it.
+    # Fast's forward and backward take most of the time, so a step's cost does not depend on how steps are batched:
+    # small rollouts give the most optimizer steps for that cost.
     num_envs: int = option(128, "parallel rows of the environment, per rank", POSITIVE_INT)
     segment_length: int = option(16, "steps per segment, the length of backpropagation through time", POSITIVE_INT)
     epochs: int = option(2, "passes over each rollout", POSITIVE_INT)
@@ -73,7 +73,7 @@ class TrainConfig:
     accumulate: int = option(1, "micro-batches per minibatch, whose gradients are accumulated", POSITIVE_INT)
     lr: float = option(5e-4, "Adam's learning rate", POSITIVE)
     anneal_lr: float = option(0.0, "share of --steps, the last, in which the learning rate falls to 0", FRACTION)
-    # both built-in games pay within a dozen steps
+    # both built-in games give their reward within a dozen steps
     gamma: float = option(0.95, "discount per step", FRACTION)
     gae_lambda: float = option(0.9, "lambda of generalized advantage estimation", FRACTION)
     normalize_returns: bool = option(True, "learn from rewards divided by the running deviation of returns", FLAG)
@@ -94,8 +94,8 @@ class TrainConfig:
     checkpoint_interval: int = option(50, "updates between checkpoints, 0 for one at the end only", NON_NEGATIVE_INT)
     check_ranks: int = option(0, "updates between comparisons of all ranks' parameters, 0 for none", NON_NEGATIVE_INT)
     cuda_graphs: bool = option(False, "replay the steps of agent and optimizer from CUDA graphs", FLAG)
-    # batches are too small for a second thread to gain much, and it waits for a busy core; also, results then do not
-    # depend on the number of cores
+    # batches are too small for a second thread to help much, and it waits if a core is busy; also, with one thread
+    # results do not depend on the number of cores
     threads: int = option(1, "CPU threads of torch, 0 for torch's default", NON_NEGATIVE_INT)
     reset_state_every_step: bool = option(False, "ablation: zero the LSTM state at every step (no memory)", FLAG)
     zero_segment_state: bool = option(False, "ablation: train segments from a zero LSTM state", FLAG)
@@ -117,7 +117,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = _checked(each.name, getattr(self, each.name), each.type, each.metadata["check"])
-            # plain numbers: a checkpoint cannot hold those of NumPy
+            # plain numbers, because a checkpoint cannot hold NumPy's
             object.__setattr__(self, each.name, value)
         if self.num_envs % self.minibatches:
             raise ValueError(f"minibatches: got {self.minibatches}, expected a divisor of num_envs ({self.num_envs})")

@@ -24,10 +24,10 @@ from metta_fastagent.train.environments import Environment, ProtocolError, make_
 # (observations [N, ...], dones bool [N], truncateds bool [N]) -> actions [N, 2]
 Policy = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# Seeds of the worlds of the final score and of the evaluations during training, which choose when to stop and what is
-# the best, start here; training seeds are below 2**31.
+# First seeds of the worlds for the final score, and for evaluations during training, which decide when to stop and
+# which checkpoint is best; training seeds are below 2**31.
 FIRST_SEED, CHOICE_SEED = 2**31, 3 * 2**30
-# many worlds of few rows: rows of a world may share a map, so only worlds are independent samples
+# many worlds with few rows: rows of a world may share a map, so only worlds are independent samples
 WORLDS = 16
 ROWS = 32
 # on a device, checking whether all rows have finished is a host sync
@@ -42,9 +42,9 @@ STUDENT_T = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean episode return over rows, one value per world; the policies played in the same worlds.
+    """Mean episode return over rows, one value per world; all policies played in the same worlds.
 
-    `learned` is the agent as it is at the end, `best` that of best.pt, or None without one.
+    `learned` is the agent at the end, `best` the one in best.pt, or None if there is none.
     """
 
     random: tuple[float, ...]
@@ -54,7 +54,7 @@ class Evaluation:
 
     @property
     def score(self) -> float | None:
-        """(learned - random) / (scripted - random) of the means; None without a scripted policy that beats random."""
+        """(learned - random) / (scripted - random) of the means; None unless a scripted policy beats random."""
         if self.scripted is None:
             return None
         low, high = statistics.fmean(self.random), statistics.fmean(self.scripted)
@@ -88,7 +88,7 @@ def random_policy(env: Environment, generator: torch.Generator) -> Policy:
 
 
 def learned_policy(agent: Any, env: Environment, reset_state_every_step: bool = False, greedy: bool = False) -> Policy:
-    """Samples a legal action of the agent, or with `greedy` takes the likeliest; calls advance its rollout memory."""
+    """Samples a legal action, or with `greedy` takes the most likely one; calls advance the agent's rollout memory."""
 
     def act(observations: Tensor, dones: Tensor, truncateds: Tensor) -> Tensor:
         starts = torch.ones_like(dones) if reset_state_every_step else dones
@@ -103,11 +103,11 @@ def learned_policy(agent: Any, env: Environment, reset_state_every_step: bool = 
 
 @contextmanager
 def _player(policy: Any, num_envs: int) -> Iterator[Any]:
-    """A copy of `policy` in evaluation mode, with a memory and counts of its own but the same modules.
+    """A copy of `policy` in evaluation mode, with its own memory and counts but the same modules.
 
-    What the modules are made to keep in the `with` block, modes and buffers, is put back after it.
+    Modes and buffers of the modules are restored after the `with` block.
     """
-    # what torch.compile returns sets attributes of the agent in it, also in a copy
+    # the object that torch.compile returns sets attributes on the agent inside it, even in a copy
     policy = getattr(policy, "_orig_mod", policy)
     player = copy.copy(policy)
     player.__dict__.pop("_agent_state", None)
@@ -163,10 +163,10 @@ def play_worlds(
     greedy: bool = False,
     limit: int = 10_000,
 ) -> dict[str, list[Tensor]]:
-    """Play one episode per row with each policy of `names`: learned, random, scripted. Returns [N] for each world.
+    """Play one episode per row with each policy in `names`: learned, random, scripted. Returns [N] for each world.
 
-    The agent plays in evaluation mode. Its memory, buffers, modes and counts stay as they are, and so does torch's
-    random state. Without a scripted policy its list is empty.
+    The agent plays in evaluation mode. Its memory, buffers, modes and counts do not change, nor does torch's random
+    state. Without a scripted policy its list is empty.
     """
     returns: dict[str, list[Tensor]] = {name: [] for name in names}
     with random_state_kept(env.device), _player(agent.policy, env.num_envs) as player:
@@ -178,7 +178,7 @@ def play_worlds(
                 "scripted": lambda *observed: env.scripted_actions(),
             }
             for name in names if hasattr(env, "scripted_actions") else set(names) - {"scripted"}:
-                # the same worlds for an environment that draws from torch's generator
+                # gives the same worlds if the environment draws from torch's generator
                 torch.manual_seed(seed)
                 returns[name].append(play(env, policies[name], seed, limit))
     return returns
@@ -194,14 +194,14 @@ def evaluate(agent: Any, env: Environment, config: TrainConfig, worlds: int = WO
 def load_agent(
     path: Path | str, num_envs: int = 1, device: str = "cpu", make_env: Any = None, make_agent: Any = None
 ) -> tuple[Any, Environment, TrainConfig]:
-    """The agent of the checkpoint `path` for acting, on `device`, an environment of `num_envs` rows, its TrainConfig.
+    """The agent of checkpoint `path`, for acting on `device`; an environment of `num_envs` rows; its TrainConfig.
 
     A step is `agent(TensorDict({"env_obs": observations, "dones": starts}, [num_envs]))["actions"]`, (type, parameter)
-    pairs [num_envs, 2]; `starts` is True where an episode starts. An environment with masks has the current one in
-    `env.action_mask`, which the TensorDict takes as `action_mask`. Pass `make_env` and
-    `make_agent` as to `train`; without them, the checkpoint's names are imported.
+    pairs [num_envs, 2]; `starts` is True where an episode starts. An environment with masks has the current mask in
+    `env.action_mask`; put it into the TensorDict as `action_mask`. Pass `make_env` and `make_agent` as to `train`;
+    without them, the names in the checkpoint are imported.
 
-    Raises CheckpointError if the file is unusable or of another network, and the errors of `make_agent`.
+    Raises CheckpointError if the file is unusable or belongs to another network, and the errors of `make_agent`.
 
     Example:
         agent, env, config = load_agent("runs/cartpole/best.pt", num_envs=1)

@@ -9,23 +9,23 @@ from torch import Tensor
 
 
 class Experience:
-    """Preallocated storage of one rollout: one segment of `length` = T steps for each of B rows (environments).
+    """Preallocated storage for one rollout: one segment of `length` = T steps for each of B rows (environments).
 
     Args:
-        observations: a batch of observations [B, ...], which gives dtype, shape and device.
+        observations: a batch of observations [B, ...], which determines dtype, shape and device.
         state: the LSTM state (h, c), each [layers, B, hidden].
         action_mask: a mask of actions, bool [B, A], or None if all are legal at every step.
 
     Attributes:
         observations: [B, T, ...], before step t.
         actions: int32 [B, T, 2], (type, parameter) pairs.
-        action_mask: bool [B, T, A], the actions that were legal at step t; None if all were at every step.
+        action_mask: bool [B, T, A], the actions that were legal at step t; None if all were legal at every step.
         log_probs, values, rewards: float32 [B, T].
         dones, truncateds: bool [B, T], episode starts, an input of the agent: True if observation t starts an episode
             after a termination or a reset of the environment (dones), or after a truncation (truncateds).
         terminals, truncations: bool [B, T], episode ends, an input of the advantages: True if step t ended an episode.
         bootstrap_values: float32 [B, T], value of the final observation if step t truncated an episode, else 0.
-        valid: bool [B, T], False for steps that are not learned from; None if all are.
+        valid: bool [B, T], False for steps excluded from learning; None if there are none.
         lstm_h, lstm_c: float32 [B, layers, hidden], the LSTM state before the first step and before any reset.
     """
 
@@ -42,7 +42,7 @@ class Experience:
         self.dones, self.truncateds = (zeros(length, dtype=torch.bool) for _ in range(2))
         self.terminals, self.truncations = (zeros(length, dtype=torch.bool) for _ in range(2))
         self.valid: Tensor | None = None
-        # Views of each time of a tensor: making them costs as much as copying a step.
+        # Views of each tensor by time step: creating them costs as much as copying a step.
         stored = {name: each for name, each in vars(self).items() if each is not None}
         self._times = SimpleNamespace(**{name: [each[:, t] for t in range(length)] for name, each in stored.items()})
         self.lstm_h, self.lstm_c = (zeros(part.shape[0], part.shape[2]) for part in state)
@@ -68,7 +68,7 @@ class Experience:
             self.valid[:, t] = True if valid is None else valid
 
     def mark_invalid(self) -> None:
-        """Have a `valid`, in which every step so far counts."""
+        """Create `valid`, in which every step so far counts."""
         if self.valid is None:
             self.valid = torch.ones_like(self.terminals)
 

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, files that appear whole, and links that are replaced, not followed."""
+"""A run's folder: one run at a time, files written atomically, and links replaced, not followed."""
 
 import contextlib
 import fcntl
@@ -14,7 +14,7 @@ LOCK = ".lock"
 
 
 class UsageError(ValueError):
-    """An invalid request of the user, shown as one line."""
+    """An invalid user request, shown as one line."""
 
 
 def files_of_a_run(folder: Path) -> list[str]:
@@ -23,7 +23,7 @@ def files_of_a_run(folder: Path) -> list[str]:
 
 
 def lock(folder: Path) -> IO[bytes] | None:
-    """An open file that keeps other runs out of `folder` until it is closed; None if a run is in there."""
+    """An open file that keeps other runs out of `folder` until it is closed; None if a run is using it."""
     file = open(folder / LOCK, "ab", opener=_without_link)  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,7 +37,7 @@ def lock(folder: Path) -> IO[bytes] | None:
 
 
 def claim_folder(folder: Path, resume: Path | None, numbered: bool) -> tuple[Path, IO[bytes]]:
-    """Create and lock `folder`, or the first of FOLDER, FOLDER-2, ... that no run has used if it is `numbered`."""
+    """Create and lock `folder` or, if `numbered`, the first of FOLDER, FOLDER-2, ... that no run has used."""
     own, wanted = is_folder_of(folder, resume), folder
     for number in itertools.count(2):
         try:
@@ -57,7 +57,7 @@ def claim_folder(folder: Path, resume: Path | None, numbered: bool) -> tuple[Pat
 
 
 def refusal(folder: Path, used: list[str]) -> UsageError:
-    """The error for a folder that has these files of a run, or in which a run is writing."""
+    """The error for a folder that contains these run files, or in which a run is writing."""
     if not used:
         return UsageError(f"--out: got {folder}, in which another run is writing, expected a folder of its own")
     found = "a checkpoint" if CHECKPOINT in used else f"{used[0]} of another run"
@@ -72,8 +72,8 @@ def is_folder_of(folder: Path, file: Path | None) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` once it is complete and on the disk; a crash leaves the old one."""
-    # a fixed name, so that the next write removes what a killed process left
+    """A new file that replaces `path` once it is complete and on disk; a crash leaves the old file."""
+    # a fixed name, so that the next write removes what a killed process left behind
     unfinished = path.with_name(f".{path.name}.unfinished")
     with _naming(path):
         try:
@@ -88,7 +88,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
             raise
-    # not all systems can open a folder; the file itself is already on the disk
+    # not all systems can open a folder; the file itself is already on disk
     with contextlib.suppress(OSError):
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
@@ -104,7 +104,7 @@ def append(path: Path, text: str) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename `path` to the first free one of NAME.1, NAME.2, ..., which is returned."""
+    """Rename `path` to the first free name of NAME.1, NAME.2, ..., and return it."""
     candidates = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     return path.rename(next(each for each in candidates if not os.path.lexists(each)))
 
@@ -115,7 +115,7 @@ def _without_link(path: str, flags: int) -> int:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of writing, as on a full disk, name the file."""
+    """Write errors, for example on a full disk, name the file."""
     try:
         yield
     except OSError as error:

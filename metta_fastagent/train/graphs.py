@@ -1,4 +1,4 @@
-"""CUDA graphs: a step that is captured once and replayed, so that it costs the host one launch."""
+"""CUDA graphs: a step is captured once and replayed, so that it costs the host one launch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Calls before the capture: they compile kernels and build the optimizer's state and the tables of lists of tensors.
+# Calls before the capture: they compile kernels and build the optimizer's state and the tables for tensor lists.
 WARM_UPS = 3
 
 
@@ -16,8 +16,8 @@ class Captured:
     Each call does the work of `function` once, on copies of its inputs at fixed addresses, and returns new tensors.
 
     Args:
-        function: takes tensors, of the same shapes in each call, and returns a tensor or a tuple of tensors. A replay
-            keeps the addresses, numbers and branches of the capture; nothing in it may read the device.
+        function: takes tensors, with the same shapes in each call, and returns a tensor or a tuple of tensors. A replay
+            keeps the addresses, Python numbers and branches of the capture; nothing in it may read from the device.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:

@@ -22,10 +22,9 @@ ADVANTAGE_EPSILON = 1e-8
 
 
 def normalized(advantages: Tensor, valid: Tensor | None = None, floor: float = 0.0) -> Tensor:
-    """`advantages`, float [minibatches, b, T], scaled to mean 0 and deviation 1 per minibatch, over all ranks.
+    """`advantages`, float [minibatches, b, T], scaled to mean 0 and standard deviation 1 per minibatch, over all ranks.
 
-    A deviation below `floor` counts as `floor`. Steps for which `valid` (bool, the same shape) is False
-    do not count.
+    A standard deviation below `floor` counts as `floor`. Steps where `valid` (bool, same shape) is False do not count.
     """
     mean, variance = ranks.moments(advantages, (1, 2), valid)
     return (advantages - mean) / (variance.sqrt().clamp_min(floor) + ADVANTAGE_EPSILON)
@@ -49,17 +48,17 @@ def update(
     timer: PhaseTimer,
     step: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, int]:
-    """Up to `config.epochs` passes of PPO over the rollout.
+    """Up to `config.epochs` PPO passes over the rollout.
 
-    A minibatch is a random set of whole segments, each of which starts from the LSTM state that the rollout stored.
-    With `config.target_kl`, all ranks stop after a pass whose approximate KL exceeds it: the mean over minibatches and
-    ranks, each computed before its optimizer step. That comparison is a host sync.
-    A minibatch without a valid step on any rank is left out, which takes another one if `experience` has invalid steps.
-    `step` replaces `optimizer_step` and takes the tensors of a Minibatch.
+    A minibatch is a random set of whole segments, each of which starts from the LSTM state stored by the rollout. With
+    `config.target_kl`, all ranks stop after a pass whose approximate KL exceeds it: the mean over minibatches and
+    ranks, each computed before its optimizer step. That comparison is a host sync. A minibatch without a valid step on
+    any rank is left out; finding out is another host sync if `experience` has invalid steps. `step` replaces
+    `optimizer_step` and takes the tensors of a Minibatch.
 
     Returns:
-        float [len(STATISTICS)] on the device, this rank's means over minibatches, 0 without one; and the number of
-        passes.
+        float [len(STATISTICS)] on the device, this rank's means over minibatches (0 if there are none); and the number
+        of passes.
     """
     step = step or partial(optimizer_step, learner, optimizer, experience, config, timer)
     total, epochs = torch.zeros(len(STATISTICS), device=advantages.device), 0
@@ -80,7 +79,7 @@ def update(
 
 
 class Minibatch(NamedTuple):
-    """Segments of one optimizer step: row indices, int64 [b]; advantages and returns, float [b, T]."""
+    """Segments for one optimizer step: row indices, int64 [b]; advantages and returns, float [b, T]."""
 
     rows: Tensor
     advantages: Tensor
@@ -97,7 +96,7 @@ def optimizer_step(
 ) -> Tensor:
     """One optimizer step; returns float [len(STATISTICS)].
 
-    The gradient is that of the mean over the valid steps of all micro-batches and ranks.
+    The gradient is for the mean over the valid steps of all micro-batches and ranks.
     """
     with timer("learning"):
         optimizer.zero_grad()
@@ -125,7 +124,7 @@ def _backward(
     config: TrainConfig,
     distance: Tensor | None = None,
 ) -> Tensor:
-    """Accumulate the gradients of a micro-batch's loss and of the L2-init loss; returns `ops.ppo_loss`'s statistics."""
+    """Accumulate the gradients of a micro-batch's loss and the L2-init loss; returns `ops.ppo_loss`'s statistics."""
     rows = part.rows
     segments, actions = experience.segments(rows), experience.actions[rows]
     segments.set_non_tensor("return_logits", True)

@@ -1,6 +1,6 @@
 """Ranks: the processes of one run, started by torchrun. With a single process, all of this is a no-op.
 
-The only module that uses torch.distributed: NCCL for tensors on CUDA, gloo for tensors on the CPU and for objects.
+Only this module uses torch.distributed: NCCL for tensors on CUDA, gloo for tensors on the CPU and for objects.
 """
 
 import gc
@@ -22,9 +22,9 @@ Result = TypeVar("Result")
 
 PROGRAM = "python -m metta_fastagent.train"
 TORCHRUN = "torchrun --nproc-per-node=N -m metta_fastagent.train"
-# seeds are below this; torch's CPU generator uses 32 bits only
+# seeds are below this; torch's CPU generator only uses 32 bits
 SEED_LIMIT = 2**31
-# odd, so that ranks of a run never share a seed; large and irregular, so that runs with adjacent seeds do not either
+# odd, so that a run's ranks never share a seed; large and irregular, so that runs with adjacent seeds share none either
 SEED_STRIDE = 0x1E3779B1
 
 
@@ -33,7 +33,7 @@ class LaunchError(ValueError):
 
 
 class RankError(RuntimeError):
-    """An error on another rank; the message has its rank and text."""
+    """An error on another rank; the message gives the rank and the error's text."""
 
 
 class RanksDiffer(RuntimeError):
@@ -87,7 +87,7 @@ def process_group() -> Iterator[None]:
     try:
         yield
     finally:
-        # Cycles hold what DistributedDataParallel has of the group, whose threads abort Python if they outlive it.
+        # Cycles keep DistributedDataParallel's references to the group, whose threads abort Python if they outlive it.
         gc.collect()
         distributed.destroy_process_group()
 
@@ -114,7 +114,7 @@ def say(message: str) -> None:
 
 
 def device(name: str) -> torch.device:
-    """The device called `name`; with several ranks on CUDA, the device whose index is the local rank.
+    """The device `name`; with several ranks on CUDA, the device whose index is the local rank.
 
     Raises ValueError if that device is missing, or if `name` has an index and there are several ranks.
     """
@@ -139,7 +139,7 @@ def seed(first: int) -> int:
 
 
 def mean(values: Tensor) -> Tensor:
-    """Average of `values` (float, same shape on all ranks) over the ranks; all ranks get the same bits."""
+    """Average of `values` (float, same shape on all ranks) over the ranks, bit-identical on all ranks."""
     if world_size() == 1:
         return values
     total = values.detach().clone()
@@ -151,7 +151,7 @@ def moments(values: Tensor, dim: tuple[int, ...], valid: Tensor | None = None) -
     """Mean and biased variance over `dim` (kept as size 1) and over the ranks, whose `values` have the same shape.
 
     Values where `valid` (bool, the same shape) is False do not count; None counts all; both are 0 if none counts.
-    Two passes, so that a large mean does not cancel the variance.
+    Uses two passes, so that the variance is not lost to cancellation when the mean is large.
     """
     if valid is None:
         center = mean(values.mean(dim, keepdim=True))
@@ -172,9 +172,9 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def run_on_all_ranks(action: Callable[[], Result]) -> Result:
-    """`action()` on every rank. If it fails on one rank, all ranks raise, so that none waits forever in a collective.
+    """Run `action()` on every rank. If it fails on one, all ranks raise, so that none waits forever in a collective.
 
-    A rank raises its own error if it has one, else a RankError. `action` must not use collectives itself.
+    A rank raises its own error if it has one, otherwise a RankError. `action` must not use collectives itself.
     """
     if world_size() == 1:
         return action()
@@ -206,9 +206,9 @@ def wrap_ddp(agent: MettaAgent, device: torch.device) -> MettaAgent | Distribute
 
 
 def backward(learner: MettaAgent | DistributedMettaAgent, loss: Tensor) -> None:
-    """`loss.backward()`; with several ranks, parameters that `loss` does not use get a gradient of zeros.
+    """`loss.backward()`; with several ranks, parameters that `loss` does not use get a zero gradient.
 
-    DistributedDataParallel waits for the gradient of every parameter, and what one rank does not use, another may.
+    DistributedDataParallel waits for every parameter's gradient, and ranks may use different parameters.
     """
     if isinstance(learner, DistributedMettaAgent):
         nodes, used = [loss.grad_fn], set()
@@ -225,7 +225,7 @@ def backward(learner: MettaAgent | DistributedMettaAgent, loss: Tensor) -> None:
 def check_parameters_equal(module: nn.Module, when: str) -> None:
     """Compare all parameters bit for bit across ranks. Copies them to the host.
 
-    Raises RanksDiffer, which names the ranks that differ from rank 0.
+    Raises RanksDiffer, naming the ranks that differ from rank 0.
     """
     hashes = all_gather(parameter_hash(module))
     if different := [str(index) for index, found in enumerate(hashes) if found != hashes[0]]:

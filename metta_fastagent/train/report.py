@@ -1,4 +1,4 @@
-"""Output of a run: progress, CSV and JSON Lines logs, the learning curve and the final summary."""
+"""A run's output: progress, CSV and JSON Lines logs, the learning curve and the final summary."""
 
 import csv
 import importlib
@@ -20,21 +20,21 @@ from metta_fastagent.train.timer import PHASES
 
 Row = Mapping[str, float]
 
-# seconds between two lines of progress
+# seconds between progress lines
 LINE_INTERVAL = 10.0
 # window of the smoothed curve, as a share of the updates
 SMOOTHING_SHARE = 0.03
 
 
 class Progress:
-    """A line of up to COLUMNS every LINE_INTERVAL seconds, or on a terminal updated in place. Nothing if `quiet`."""
+    """A line of up to COLUMNS every LINE_INTERVAL seconds, updated in place on a terminal. Nothing if `quiet`."""
 
     def __init__(self, total_steps: int, quiet: bool = False) -> None:
         self._total, self._quiet, self._in_place = total_steps, quiet, sys.stdout.isatty()
         self._next, self._line_is_open = time.monotonic() + LINE_INTERVAL, False
 
     def update(self, row: Row) -> None:
-        """Show that the update of `row` is done."""
+        """Show that `row`'s update is done."""
         last, now = row["steps"] >= self._total, time.monotonic()
         if self._quiet or not (self._in_place or last or now >= self._next):
             return
@@ -47,7 +47,7 @@ class Progress:
         self._next = now + LINE_INTERVAL
 
     def close(self) -> None:
-        """End the line, so that the next message has a line of its own."""
+        """End the line, so that the next message starts a new one."""
         if self._line_is_open:
             show("")
             self._line_is_open = False
@@ -75,7 +75,7 @@ def update_of(row: Row) -> str:
 
 
 def time_split(rows: Sequence[Row]) -> str:
-    """Percentages of the phases, as in "environment 9 %, inference 20 %, learning 70 %, clip 1 %"."""
+    """Percentage of time per phase, such as "environment 9 %, inference 20 %, learning 70 %, clip 1 %"."""
     seconds = {phase: sum(row[f"{phase}_seconds"] for row in rows) for phase in PHASES}
     total = sum(seconds.values()) or 1.0
     return ", ".join(f"{phase} {100 * value / total:.0f} %" for phase, value in seconds.items())
@@ -84,9 +84,9 @@ def time_split(rows: Sequence[Row]) -> str:
 class Log:
     """The run's log.csv, with a row per update, and its weight_metrics.jsonl.
 
-    A resumed run keeps the rows of the files in `source` up to update `after`, which is `steps` steps. A file in
-    `folder` of which it keeps less is set aside, and `notes` says so. With `tensorboard`, the same numbers
-    go to event files in the folder tensorboard.
+    A resumed run keeps the rows of the files in `source` up to update `after`, which is at `steps` steps. A file in
+    `folder` of which it drops rows is set aside, and `notes` says so. With `tensorboard`, the same numbers go to event
+    files in the folder tensorboard.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Log:
     def _kept(
         self, source: Path | None, path: Path, after: int, parsed: Callable[[str], dict], header: str = ""
     ) -> list[dict]:
-        """The rows of the file in `source` up to update `after`, and `path` made to hold just these."""
+        """The rows of the file in `source` up to update `after`; makes `path` hold only these."""
         found = None if source is None else source / path.name
         if found is None or not os.path.lexists(found):
             return []
@@ -143,7 +143,7 @@ class Log:
             for name, value in row.items():
                 if not math.isnan(value):
                     self._writer.add_scalar(name, value, int(row["steps"]))
-            # a reader sees each update, and a killed run loses none
+            # so that a reader sees each update and a killed run loses none
             self._writer.flush()
 
     def add_weight_metrics(self, update: int, metrics: list[dict[str, Any]]) -> None:
@@ -162,9 +162,9 @@ def _parsed_metrics(line: str) -> dict[str, Any]:
 
 
 def read_lines(path: Path, parsed: Callable[[str], dict], header: str = "") -> tuple[dict[str, dict], str]:
-    """Line -> what it holds, of a log's lines after its `header`, and which of them cannot be read, if any.
+    """Line -> its content, for a log's lines after its `header`, and which lines cannot be read, if any.
 
-    An incomplete last line, which a killed run leaves, does not count.
+    An incomplete last line, as left by a killed run, does not count.
     """
     try:
         first, *lines = [header] * (not header) + path.read_bytes().decode(errors="replace").splitlines(keepends=True)
@@ -193,7 +193,7 @@ def new_axes() -> tuple[Any, Any]:
 
 
 def returns_by_step(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    """(steps, mean returns) of the updates in which episodes ended."""
+    """(steps, mean returns) for the updates in which episodes ended."""
     finished = [row for row in rows if not math.isnan(row["mean_return"])]
     return [row["steps"] for row in finished], [row["mean_return"] for row in finished]
 

@@ -1,4 +1,4 @@
-"""Resuming a run: what has to match, which files are kept, and the shell command, or the reason why no command can."""
+"""Resuming a run: what must match, which files are kept, and the shell command, or the reason why none works."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ RESUMABLE = (
     *("steps", "stop_return", "device", "cuda_graphs", "threads"),
     *("evaluation_interval", "checkpoint_interval", "check_ranks"),
 )
-# programs of a new Python: print where a module is, and fail if an environment is not registered
+# programs for a new Python process: print where a module is, and fail if an environment is not registered
 FOUND = "import importlib.util, sys; print(importlib.util.find_spec(sys.argv[1]).origin)"
 REGISTERED = (
     "import sys, gymnasium; name = sys.argv[1]; sys.exit(not any(each == name or each.startswith(name + '-v') "
@@ -32,7 +32,7 @@ REGISTERED = (
 
 
 def resumed_config(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
-    """The checkpoint's config, overridden by the given options. Raises UsageError if others than RESUMABLE differ."""
+    """The checkpoint's config, overridden by the given options. Raises UsageError if any outside RESUMABLE differ."""
     for name, value in given.items():
         if name not in RESUMABLE and value != saved.get(name):
             raise UsageError(f"{name}: got {value!r}, expected {saved.get(name)!r} as in the checkpoint")
@@ -40,10 +40,10 @@ def resumed_config(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
 
 
 def keep_files(folder: Path, resume: Path, state: dict[str, Any]) -> float:
-    """The highest return of the resumed run, whose best.pt is copied if it goes on in another folder.
+    """The resumed run's highest return; copies its best.pt if the run continues in another folder.
 
-    In its own folder it overwrites neither a later checkpoint nor one of another run (UsageError), and sets damaged
-    ones aside.
+    In its own folder it never overwrites a later checkpoint or one of another run (UsageError), and sets damaged ones
+    aside.
     """
     own, found, damaged = is_folder_of(folder, resume), {}, {}
     for path in filter(os.path.lexists, map(resume.with_name, (CHECKPOINT, BEST))):
@@ -76,7 +76,7 @@ def _identity(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def how_to_resume(trainer: Trainer, checkpoint: Path, *options: str) -> str:
-    """The shell command, with these further options, that resumes the run; if it would fail, what does, and why."""
+    """The shell command, with these further options, that resumes the run; if it would fail, what works, and why."""
     config = trainer.config
     reason = not_importable("env", config.env, trainer.make_env)
     reason = reason or not_importable("agent", config.agent, trainer.make_policy)
@@ -90,7 +90,7 @@ def how_to_resume(trainer: Trainer, checkpoint: Path, *options: str) -> str:
 
 
 def not_importable(option: str, path: str, made: Any = None) -> str:
-    """Why a new Python in this folder cannot import `path`, the name of `made` if that is given; empty if it can."""
+    """Why a new Python in this folder cannot import `path` (the name of `made`, if given); empty if it can."""
     module, colon, name = path.partition(":")
     if not colon:
         return ""

@@ -30,9 +30,9 @@ from metta_fastagent.train.report import Log, Progress, draw_learning_curve, req
 from metta_fastagent.train.resume import how_to_resume, keep_files, resumed_config
 from metta_fastagent.train.trainer import COLUMNS, Trainer
 
-# few, as training waits for them
+# few, because training waits for them
 BEST_WORLDS = 4
-# seconds that a signal may reach this process later than others
+# seconds by which a signal may reach this process later than others
 SIGNAL_DELAY = 1.0
 
 
@@ -65,7 +65,7 @@ class Run(NamedTuple):
 
 
 def apply_settings(config: TrainConfig) -> None:
-    """Settings of the process in which a run trains or its agent is evaluated."""
+    """Apply settings to the process in which a run trains or its agent is evaluated."""
     # Subnormal numbers slow the saturated gates of a trained LSTM; torch's threads inherit the mode if it is set first.
     torch.set_flush_denormal(True)
     # The importance ratio before the first update is 1 within 1e-5 only without TF32 convolutions.
@@ -83,7 +83,7 @@ def prepare(
     make_env: Any = None,
     make_agent: Any = None,
 ) -> Run:
-    """Check the request and build the trainer, its folder and its log. `given` has fields of TrainConfig."""
+    """Check the request and build the trainer, its folder and its log. `given` holds fields of TrainConfig."""
     config, folder, state = ranks.run_on_all_ranks(lambda: read_request(given, out, resume, tensorboard))
     apply_settings(config)
     trainer = Trainer(config, make_env, make_agent)
@@ -147,10 +147,10 @@ def _why_solved(trainer: Trainer) -> str:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the first SIGINT or SIGTERM that came, or 0.
+    """Yield a function that returns the first SIGINT or SIGTERM received, or 0.
 
-    In a single process, Ctrl-C after that raises Stopped at once; torchrun repeats the signals that it gets.
-    Does nothing outside the main thread, or with a signal that is ignored or has a handler of the caller.
+    In a single process, another Ctrl-C raises Stopped at once; torchrun repeats the signals that it gets. Does nothing
+    outside the main thread, or for a signal that is ignored or has a handler set by the caller.
     """
     received: list[int] = []
 
@@ -177,7 +177,7 @@ def deferred_interrupt() -> Iterator[Callable[[], int]]:
 
 
 def run_updates(run: Run, evaluate_agent: Callable[[Run], None]) -> None:
-    """Train for the configured steps, with logs and checkpoints; `evaluate_agent` is `keep_best`, or stands in for it.
+    """Train for the configured steps, with logs and checkpoints; `evaluate_agent` is `keep_best` or a replacement.
 
     After Ctrl-C or SIGTERM on any rank, all ranks finish the update, save a checkpoint and raise Stopped.
     """
@@ -191,7 +191,7 @@ def run_updates(run: Run, evaluate_agent: Callable[[Run], None]) -> None:
 
     def after_update(row: dict[str, float]) -> None:
         stop = max(ranks.all_gather(interrupted()))
-        # What decides when the run stops must not depend on interruptions.
+        # Whatever decides when the run stops must not depend on interruptions.
         if due(config.evaluation_interval) and (not stop or config.stop_return < math.inf):
             evaluate_agent(run)
             row["evaluated_return"] = trainer.last_returns[-1]
@@ -222,12 +222,12 @@ def run_updates(run: Run, evaluate_agent: Callable[[Run], None]) -> None:
 
 
 def _stopped_or(failure: BaseException, run: Run, interrupted: Callable[[], int]) -> BaseException:
-    """Stopped if a signal explains `failure`, as it may have ended processes of the environment; else `failure`.
+    """Stopped if a signal explains `failure`, because it may have ended the environment's processes; else `failure`.
 
-    The updates that are done are saved, without the environment: a resumed run starts new episodes.
+    Completed updates are saved, without the environment: a resumed run starts new episodes.
     """
     trainer, limit = run.trainer, time.monotonic() + SIGNAL_DELAY
-    # the processes may get the signal first
+    # the environment's processes may get the signal first
     while not interrupted() and isinstance(failure, (OSError, EOFError)) and time.monotonic() < limit:
         time.sleep(0.01)
     if not interrupted():
@@ -240,14 +240,14 @@ def _stopped_or(failure: BaseException, run: Run, interrupted: Callable[[], int]
             reason = ""
         except OSError as error:
             reason = str(error)
-    # gymnasium warns of the step that its processes do not finish
+    # gymnasium warns about the step that its processes do not finish
     with warnings.catch_warnings(action="ignore"), suppress(Exception):
         trainer.env.close()
     return Stopped(interrupted(), reason).with_traceback(failure.__traceback__)
 
 
 def keep_best(run: Run) -> None:
-    """Evaluate the agent in a few worlds; saves the run as best.pt if no earlier evaluation had a higher return."""
+    """Evaluate the agent in a few worlds; save the run as best.pt if no earlier evaluation had a higher return."""
     trainer, env = run.trainer, run.evaluation_env
     env.load_statistics(trainer.env.state_dict())
     returns = play_worlds(trainer.agent, env, trainer.config, worlds=BEST_WORLDS, first_seed=CHOICE_SEED)["learned"]
@@ -302,7 +302,7 @@ def _summarize(run: Run, log: Log) -> Evaluation:
 
 
 def _evaluate_best(run: Run, evaluation: Evaluation) -> tuple[float, ...]:
-    """The returns of best.pt in the worlds of `evaluation`, which has them if the last update was the best."""
+    """The returns of best.pt in the worlds of `evaluation`, which has them already if the last update was the best."""
     trainer, path = run.trainer, run.folder / BEST
     if load_checkpoint(path)["counters"]["updates"] == trainer.updates:
         return evaluation.learned

@@ -34,7 +34,7 @@ class PhaseTimer:
             self._seconds[phase] += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
-        """Seconds per phase since the last call, and reset them to 0. Synchronizes with the GPU."""
+        """Return the seconds per phase since the last call, and reset them to 0. Synchronizes with the GPU."""
         if self._events:
             self._events[-1][2].synchronize()
         for phase, first, last in self._events:

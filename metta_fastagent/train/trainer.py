@@ -25,7 +25,7 @@ from metta_fastagent.train.timer import PHASES, PhaseTimer
 
 # Fast's LSTM starts almost saturated (biases of 1) and its first gradients are tiny: PPO's usual 1e-5 slows it down.
 ADAM_EPSILON = 1e-8
-# Squares of sums of larger rewards overflow float32.
+# With larger rewards, squares of their sums overflow float32.
 LARGEST_REWARD = 1e18
 COUNTERS = ("updates", "steps", "seconds", "cpu_seconds", "best_return", "last_returns", "lr_share")
 ROLLOUT = ("observations", "action_mask", "dones", "truncateds", "episode_returns", "episode_lengths", "discounted")
@@ -39,7 +39,7 @@ COLUMNS = (
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss or the gradient norm is not finite, an action is out of range, or logits are no distribution."""
+    """A loss or the gradient norm is not finite, an action is out of range, or logits do not form a distribution."""
 
 
 class Trainer:
@@ -50,20 +50,20 @@ class Trainer:
     Attributes:
         make_env: function that makes this run's environments, see `make_environment`.
         make_policy: function that makes the agent; None if `config` names it.
-        device, env, agent: those of this rank; the agent is a MettaAgent.
+        device, env, agent: this rank's; the agent is a MettaAgent.
         learner: the module that computes the loss: `agent`, or with several ranks DistributedDataParallel around it.
-        updates, last_update: updates so far and in the whole run.
+        updates, last_update: number of updates so far and in the whole run.
         steps: environment steps so far, over all rows and ranks.
-        learning: whether an update is changing the weights; the state is that of no update then.
+        learning: whether an update is changing the weights; the state then belongs to no completed update.
         best_return, last_returns: the highest evaluated return and the last two; -inf before an evaluation.
-        lr_share: share of `config.lr` of the last update; it never rises, also in a run that is resumed to be longer.
-        return_moments: number, mean and variance of the discounted rewards so far, see `returns`; zeros without
+        lr_share: fraction of `config.lr` in the last update; it never rises, even in a run extended on resume.
+        return_moments: count, mean and variance of the discounted rewards so far, see `returns`; zeros without
             `config.normalize_returns`.
-        seconds, cpu_seconds: wall and process CPU time of all updates, those before a resume included.
+        seconds, cpu_seconds: wall and process CPU time of all updates, including those before a resume.
 
     Seeds torch's global generators, see `ranks.seed`. Does not apply `config.threads`, which affects the whole process.
-    Raises TypeError or ValueError for an environment or agent that breaks the protocol or a device or launch that does
-    not fit `config`.
+    Raises TypeError or ValueError for an environment or agent that breaks the protocol, or for a device or launch that
+    does not match `config`.
     """
 
     def __init__(self, config: TrainConfig, make_env: Any = None, make_policy: Any = None) -> None:
@@ -78,7 +78,7 @@ class Trainer:
         self.learner = ranks.wrap_ddp(self.agent, self.device)
         if not ranks.is_first():
             torch.manual_seed(seed)
-        # a graph reads the rate of each step from a tensor
+        # a graph reads each step's rate from a tensor
         lr = torch.tensor(config.lr, device=self.device) if config.cuda_graphs else config.lr
         options: dict[str, Any] = {"fused": self.device.type in ("cpu", "cuda"), "capturable": config.cuda_graphs}
         self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=lr, eps=ADAM_EPSILON, **options)
@@ -94,10 +94,10 @@ class Trainer:
             self._warm_up_ddp()
 
     def _warm_up_ddp(self) -> None:
-        """One backward whose gradients are discarded.
+        """Run one backward and discard its gradients.
 
         DistributedDataParallel rebuilds its buckets after the first backward, which changes the order of summation.
-        After this warm-up a resumed run sums in the same order as the run that it continues.
+        After this warm-up a resumed run sums in the same order as the original run.
         """
         segments = one_step_segments(self.observations, self.memory(), self._episode_starts())
         out = self.learner(segments, action=torch.zeros_like(self.experience.actions[:, :1]))
@@ -105,11 +105,11 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def _prepare_steps(self) -> None:
-        """Make the steps of agent and optimizer; with `config.cuda_graphs` their next calls capture them."""
+        """Create the agent's and optimizer's steps; with `config.cuda_graphs` their next calls capture them."""
         self.act, self.value, self.optimizer_steps = self._act, self._value, {}
         if self.config.cuda_graphs:
             self.act, self.value = Captured(self._act), Captured(self._value)
-            # timed from outside, as a graph cannot hold a timer's events; one for each branch on `valid`
+            # timed from outside, because a graph cannot hold a timer's events; one per branch on `valid`
             step = partial(ppo.optimizer_step, self.learner, self.optimizer, self.experience, self.config, nullcontext)
             self.optimizer_steps = {kind: self.timer("learning")(Captured(step)) for kind in (True, False)}
 
@@ -119,17 +119,17 @@ class Trainer:
         return min(self.last_returns) >= self.config.stop_return
 
     def scheduled_share(self) -> float:
-        """The share of `config.lr` that the next update has in a run that started with this number of steps."""
+        """The fraction of `config.lr` for the next update in a run that started with this number of steps."""
         left = 1 - self.updates / self.last_update
         return min(1.0, left / self.config.anneal_lr) if self.config.anneal_lr else 1.0
 
     def run(self, after_update: Callable[[dict[str, float]], None]) -> None:
-        """Train until `last_update` or until `solved`; call `after_update` with each update's row of COLUMNS."""
+        """Train until `last_update` or `solved`; call `after_update` with each update's row of COLUMNS."""
         while self.updates < self.last_update and not self.solved:
             after_update(self.train_update())
 
     def train_update(self) -> dict[str, float]:
-        """One rollout and one PPO update. Returns the row of COLUMNS, equal on all ranks except for the times.
+        """Run one rollout and one PPO update. Returns the row of COLUMNS, equal on all ranks except for the times.
 
         Raises TrainingDiverged, and ranks.RanksDiffer every `config.check_ranks` updates; on all ranks.
         """
@@ -149,7 +149,7 @@ class Trainer:
         episodes = self.collect()
         if self.device.type == "cpu":
             ranks.run_on_all_ranks(self._check_rewards)
-        # Ranks that take the same collective steps need the same kind of rollout.
+        # Ranks take the same collective steps only with the same kind of rollout.
         if any(ranks.all_gather(self.experience.valid is not None)):
             self.experience.mark_invalid()
         if config.normalize_returns:
@@ -161,7 +161,7 @@ class Trainer:
         rollout, step = (self.experience, advantages, targets), self.optimizer_steps.get(self.experience.valid is None)
         statistics, epochs = ppo.update(self.learner, self.optimizer, *rollout, config, self.timer, step)
         explained = ppo.explained_variance(self.experience.values, targets, self.experience.valid)
-        # the only host sync of the update besides that of target_kl, after which all actions have been checked
+        # the update's only host sync besides target_kl's; after it, all actions have been checked
         values = ranks.mean(torch.cat([statistics, explained.view(1), episodes])).tolist()
         ops.raise_if_reported(self.agent.cum_action_max_params)
         self.updates += 1
@@ -200,7 +200,7 @@ class Trainer:
         return row
 
     def _check_rewards(self) -> None:
-        """Raise ProtocolError for a reward of the rollout that no update can learn from; reads the device."""
+        """Raise ProtocolError for a reward that no update can learn from; reads from the device."""
         rewards = self.experience.rewards
         wrong = ~(rewards.abs() <= LARGEST_REWARD)
         if wrong.any():
@@ -209,7 +209,7 @@ class Trainer:
             raise ProtocolError(f"step: rewards: got {came}, expected finite numbers up to {LARGEST_REWARD:g}")
 
     def _check_observations(self) -> None:
-        """Raise ProtocolError for observations that are not finite or allow no action; reads the device."""
+        """Raise ProtocolError for observations that are not finite or allow no action; reads from the device."""
         if self.action_mask is not None and not self.action_mask.any(1).all():
             row = (~self.action_mask.any(1)).nonzero()[0].item()
             raise ProtocolError(f"step: action_mask: got no legal action in row {row}, expected at least one")
@@ -221,7 +221,7 @@ class Trainer:
 
     @torch.no_grad()
     def collect(self) -> Tensor:
-        """Fill `experience` with `segment_length` steps of every row, played in evaluation mode.
+        """Fill `experience` with `segment_length` steps of every row, run in evaluation mode.
 
         Returns float [3] on the device: the number of finished episodes and the sums of their returns and lengths.
         """
@@ -256,7 +256,7 @@ class Trainer:
         return finished.sum(1)
 
     def _measure_returns(self) -> None:
-        """Take the collected rewards into `return_moments`."""
+        """Update `return_moments` with the collected rewards."""
         experience = self.experience
         ends = experience.terminals | experience.truncations
         sums, self.discounted = returns.discounted_sums(experience.rewards, ends, self.discounted, self.config.gamma)
@@ -265,7 +265,7 @@ class Trainer:
     def advantages(self) -> Tensor:
         """Generalized advantages of the collected rollout, float [B, T]; see `ops.advantages`.
 
-        Their unit is `returns.scale(return_moments)`, and so is that of the agent's values.
+        Their unit is `returns.scale(return_moments)`, like that of the agent's values.
         """
         experience = self.experience
         ends = experience.terminals | experience.truncations
@@ -288,7 +288,7 @@ class Trainer:
             return None
         with self.timer("inference"):
             if self.device.type != "cpu":
-                # all rows: selecting the truncated ones would need a host sync
+                # uses all rows: selecting the truncated ones would need a host sync
                 all_values = self.value(step.final_observations, *self._no_episode_starts(len(step.rewards)).values())
                 return torch.where(step.truncations, all_values.to(step.rewards.dtype), 0)
             rows = step.truncations.nonzero().squeeze(1)
@@ -300,15 +300,15 @@ class Trainer:
             return torch.zeros_like(step.rewards).index_copy(0, rows, found.to(step.rewards.dtype))
 
     def _act(self, *seen: Tensor) -> tuple[Tensor, ...]:
-        """Actions [B, 2], log-probabilities [B] and values [B] for observations, dones, truncateds, any mask."""
+        """Actions [B, 2], log-probabilities [B] and values [B], given observations, dones, truncateds and any mask."""
         inputs: dict[str, Any] = dict(zip(("env_obs", "dones", "truncateds", "action_mask"), seen, strict=False))
         td = self.agent(TensorDict(inputs, batch_size=seen[1].shape))
         return td["actions"], td["act_log_prob"], td["values"]
 
     def _value(self, observations: Tensor, dones: Tensor, truncateds: Tensor, state: Any = None) -> Tensor:
-        """Values, float [b], of observations [b, ...] given the LSTM state (h, c); None is the rollout memory.
+        """Values, float [b], of observations [b, ...] given the LSTM state (h, c); None means the rollout memory.
 
-        Uses segments of one step: the training mode neither changes the rollout memory nor draws random numbers.
+        Uses one-step segments: training mode neither changes the rollout memory nor draws random numbers.
         """
         any_action = torch.zeros_like(self.experience.actions[: len(observations), :1])
         starts = {"dones": dones, "truncateds": truncateds}
@@ -316,7 +316,7 @@ class Trainer:
         return out["value"].reshape(-1)
 
     def memory(self) -> tuple[Tensor, Tensor]:
-        """The agent's rollout memory (h, c), each [layers, B, hidden]; views that the next step changes in place."""
+        """The agent's rollout memory (h, c), each [layers, B, hidden]; the next step changes these views in place."""
         return self.agent.policy.lstm_h[0], self.agent.policy.lstm_c[0]
 
     def _episode_starts(self) -> dict[str, Tensor]:
@@ -338,12 +338,12 @@ class Trainer:
         self.agent.reset_memory()
 
     def state_dict(self, with_environment: bool = True) -> dict[str, Any]:
-        """The state that the next update depends on, of all ranks, in the form that `save_checkpoint` expects.
+        """The state of all ranks on which the next update depends, in the form that `save_checkpoint` expects.
 
         Without the environment's state, a resumed run starts new episodes.
 
-        Raises ValueError if a kernel of this rank has reported an action out of range, which makes the weights invalid,
-        or ranks.RankError if one of another rank has.
+        Raises ValueError if a kernel on this rank has reported an action out of range, which makes the weights invalid,
+        or ranks.RankError if one on another rank has.
         """
         own = ranks.run_on_all_ranks(lambda: self._rank_state(with_environment))
         return {
@@ -357,13 +357,13 @@ class Trainer:
             **interface(self.agent, self.env),
             "ranks": ranks.all_gather(own),
             "package_version": metta_fastagent.__version__,
-            # torch.__version__ is of a subclass of str, which weights_only refuses
+            # torch.__version__ is a subclass of str, which weights_only rejects
             "torch_version": str(torch.__version__),
             "backend": metta_fastagent.backend(self.device),
         }
 
     def _rank_state(self, with_environment: bool) -> dict[str, Any]:
-        """The state that only this rank has, on the CPU."""
+        """The state specific to this rank, on the CPU."""
         ops.raise_if_reported(self.agent.cum_action_max_params, synchronize=True)
         state = {
             "memory": self.agent.get_memory(),
@@ -374,14 +374,14 @@ class Trainer:
         return on_cpu(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned; an environment that could not be saved starts new episodes.
+        """Restore a state returned by `state_dict`; an environment that could not be saved starts new episodes.
 
-        Raises CheckpointError if the state is of another network, environment or number of ranks.
+        Raises CheckpointError if the state belongs to another network, environment or number of ranks.
         """
         try:
             self._check_compatible(state)
             self.agent.policy.load_state_dict(state["model"])
-            # the groups of this run: the checkpoint's may be those of another device
+            # this run's groups, because the checkpoint's may be for another device
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
             self.agent.policy.initial_weights = {k: v.to(self.device) for k, v in state["initial_weights"].items()}
@@ -393,7 +393,7 @@ class Trainer:
             try:
                 self._restore_environment(own)
             except NotImplementedError:
-                # a seed other than the initial one, so that episodes are not repeated
+                # a seed other than the initial one, so that episodes do not repeat
                 self._reset_environment(ranks.seed(self.config.seed + self.updates))
             set_random_state(own["random"], self.device)
             self._prepare_steps()

@@ -1,1 +1,1 @@
-"""Categorical distributions of logits: scoring given actions, drawing new ones, masks and temperatures."""
+"""Categorical distributions over logits: score given actions, draw new ones, apply masks and temperatures."""

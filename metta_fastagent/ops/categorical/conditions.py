@@ -1,10 +1,10 @@
-"""Masks and temperatures of the categorical distributions of `evaluate_actions` and `sample_actions`.
+"""Masks and temperatures for the categorical distributions of `evaluate_actions` and `sample_actions`.
 
     z_j = x_j / temperature if the mask allows action j, else -inf
 
-Log-probabilities, entropy and draws are those of the logits z. The kernels and the C++ operators compute z as they load
-the logits x; `reference.condition` does it in plain PyTorch. A temperature is a number or, so that it can be changed
-while a CUDA graph replays, a tensor with one element on the logits' device.
+Log-probabilities, entropy and draws use the logits z. The kernels and the C++ operators compute z while they load the
+logits x; `reference.condition` computes it in plain PyTorch. A temperature is a number or, so that it can change
+between replays of a CUDA graph, a one-element tensor on the logits' device.
 """
 
 import math
@@ -22,14 +22,14 @@ MaskLike = Tensor | tuple[Tensor, Tensor] | None
 
 
 class Conditions(NamedTuple):
-    """A mask and a temperature for logits [N, A]; None in its place changes nothing."""
+    """A mask and a temperature for logits [N, A]; None instead of this tuple changes nothing."""
 
     mask: Tensor | None = None  # bool [N, A], False for a forbidden action
-    temperature_tensor: Tensor | None = None  # [], the temperature in memory; `temperature` is 1 then
+    temperature_tensor: Tensor | None = None  # [], the temperature in memory; then `temperature` is 1
     temperature: float = 1.0
 
     def divisor(self) -> Tensor | float:
-        """The temperature; NaN if it is in memory and not positive, an error on the CPU, where it is read."""
+        """The temperature; one in memory that is not positive gives NaN, or an error on the CPU, where it is read."""
         if self.temperature_tensor is None:
             return self.temperature
         if checks_values(self.temperature_tensor):
@@ -37,11 +37,11 @@ class Conditions(NamedTuple):
         return torch.where(self.temperature_tensor > 0, self.temperature_tensor, torch.nan)
 
     def native(self) -> tuple[Tensor | None, float]:
-        """The mask and the temperature as the C++ operators take them."""
+        """The mask and the temperature in the form that the C++ operators take."""
         return contiguous(self.mask), float(self.divisor())
 
 
-# The fields in an operator's schema.
+# The fields as written in an operator's schema.
 SCHEMA = "Tensor? mask, Tensor? temperature_tensor, float temperature"
 
 
@@ -52,9 +52,9 @@ def checked_conditions(
     cum_action_max_params: Tensor | None = None,
     action_index_tensor: Tensor | None = None,
 ) -> Conditions | None:
-    """The conditions that `mask` and `temperature` say; an error names the argument that is wrong.
+    """The conditions given by `mask` and `temperature`; an error names the wrong argument.
 
-    A pair of masks is combined, which takes one of the tables of the actions.
+    A pair of masks is combined into one, which needs one of the two action tables.
     """
     if mask is None and temperature.__class__ is float and temperature == 1:
         return None
@@ -98,7 +98,7 @@ def _checked_mask(
 
 
 def _allowed(name: str, mask: object, logits: Tensor, column: Tensor, width: int | None = None) -> Tensor:
-    """[N, A]: the mask's entry at `column` of each action."""
+    """[N, A]: for each action, the mask's entry at its `column`."""
     allowed = _require_mask(name, mask, logits, width)
     last = allowed.shape[1] - 1
     if checks_values(column) and not needs_operator(column) and int(column.max()) > last:

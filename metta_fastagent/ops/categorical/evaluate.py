@@ -1,8 +1,8 @@
 """Log-probability and entropy of given actions under categorical logits, with their gradient.
 
 `reference` has the formulas, `kernels` the Triton kernels: one launch forward, one backward. Arithmetic is float32
-(float64 for float64), and results are cast once, at the store. A masked logit (-inf) does not make the entropy or its
-gradient NaN. A row with an index out of range (off the CPU only) has log_prob NaN, gradient 0.
+(float64 for float64), and results are cast once, when stored. A masked logit (-inf) does not make the entropy or its
+gradient NaN. A row with an index out of range (possible only off the CPU) has log_prob NaN and gradient 0.
 """
 
 from typing import Any
@@ -40,16 +40,16 @@ def evaluate_actions(
 
     Args:
         logits: floating-point tensor [N, A].
-        actions: with a table, integer pairs (action type, parameter) [N, 2]; without, integer logit indices [N].
+        actions: with a table, integer pairs (action type, parameter) [N, 2]; without one, integer logit indices [N].
         cum_action_max_params: int64 tensor [action types + 1], or None.
         mask: bool tensor [N, A], False for a forbidden action, whose log-probability is -inf and whose logit gets no
-            gradient; or with a table a pair of masks over types [N, action types] and parameters [N, P], both of which
-            must allow an action: they are combined first, in a few launches.
+            gradient; or, with a table, a pair of masks over types [N, action types] and parameters [N, P]. Both must
+            allow an action; they are combined first, in a few launches.
         temperature: divides the logits; a number > 0, or a tensor with one element on the logits' device that does not
             require a gradient. Off the CPU its value is not read: if it is not positive, results are NaN.
-        strict: on the CPU raise an error for a row that is no distribution: logits that are NaN or +inf, or no allowed
-            logit above -inf; elsewhere report it for `raise_if_reported`. Without, its results are NaN.
-        report: handle of the `Report` that a kernel writes a bad row to; 0 is shared by all calls without one.
+        strict: on the CPU raise an error for a row that is not a distribution (logits that are NaN or +inf, or no
+            allowed logit above -inf); elsewhere report it for `raise_if_reported`. If False, the row's results are NaN.
+        report: handle of the `Report` to which a kernel writes a bad row; 0 is shared by all calls without one.
 
     Returns:
         (log_prob [N], entropy [N] in nats, full_log_probs [N, A]), all of the logits' dtype (float32 under CUDA
@@ -58,7 +58,7 @@ def evaluate_actions(
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device; on the CPU also an action out of range, or with
-            `strict` a row that is no distribution.
+            `strict` a row that is not a distribution.
 
     Example:
         >>> logits, mask = torch.zeros(2, 4), torch.tensor([[True, True, False, False]] * 2)
@@ -89,7 +89,7 @@ def evaluate_actions(
 class _EvaluateActions(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, actions: Tensor, cum_action_max_params: Tensor | None, strict, report, *fields):
-        # Autograd sees no tensors within a tuple.
+        # Autograd does not see tensors inside a tuple.
         conditions = Conditions(*fields) if fields else None
         log_prob, entropy, full_log_probs, index = _evaluate_actions_forward(
             logits, actions, cum_action_max_params, conditions, strict, report
@@ -103,7 +103,7 @@ class _EvaluateActions(torch.autograd.Function):
 
 
 def save_for_gradient(ctx: Any, logits: Tensor, index: Tensor, conditions: Conditions | None) -> None:
-    """Keep in `ctx` what `logits_gradient` needs."""
+    """Save in `ctx` what `logits_gradient` needs."""
     if conditions is None:
         ctx.save_for_backward(logits, index)
     else:
@@ -130,7 +130,7 @@ def _forward_native(
     strict: bool,
     report: int,
 ) -> tuple[Tensor, ...]:
-    # The operator stops before any arithmetic at a bad action, for which the eager twin has the message.
+    # The operator stops at a bad action before any arithmetic; the eager twin raises the error.
     *outputs, index, bad_row, bad_logits = torch.ops.metta_fastagent_native.evaluate_actions_forward.default(
         native_floats(logits),
         native_integers(actions),
@@ -188,11 +188,11 @@ evaluate_actions_backward = Operator(
 
 
 def require_logits(logits: object) -> Tensor:
-    """`logits` if it is a floating-point tensor [N, A] with at least one action."""
+    """Return `logits` if it is a floating-point tensor [N, A] with at least one action."""
     expected = "a floating-point tensor of shape [N, A] with A >= 1"
     return require_tensor("logits", logits, expected, is_floating, lambda t: t.dim() == 2 and t.shape[1] > 0)
 
 
 def float32_under_autocast(logits: Tensor) -> Tensor:
-    """Logits in float32 under CUDA autocast, which runs log_softmax in float32; else unchanged."""
+    """Logits in float32 under CUDA autocast, which runs log_softmax in float32; otherwise unchanged."""
     return logits.float() if logits.is_cuda and under_autocast(logits.device) else logits

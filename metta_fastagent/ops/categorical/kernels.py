@@ -1,4 +1,4 @@
-"""Triton kernels that score and draw actions, and their launchers; `layouts` has what they do to rows of logits.
+"""Triton kernels that score and draw actions, and their launchers; `layouts` handles the rows of logits.
 
 A row with an index out of range has log_prob NaN and gradient 0.
 """
@@ -18,7 +18,7 @@ from metta_fastagent.runtime import reports
 from metta_fastagent.runtime.launch import Constants, launch_with
 from metta_fastagent.runtime.triton import cdiv, compute_type, jit, tl
 
-# Triton reads a global of the module only if it is a constexpr.
+# Triton only reads module globals that are constexpr.
 _EVALUATE_PAIR, _EVALUATE_INDEX = tl.constexpr(reports.EVALUATE_PAIR), tl.constexpr(reports.EVALUATE_INDEX)
 _EVALUATE_LOGITS, _SAMPLE_LOGITS = tl.constexpr(reports.EVALUATE_LOGITS), tl.constexpr(reports.SAMPLE_LOGITS)
 
@@ -28,7 +28,7 @@ def load_index(
     actions, table, words, row, live, num_types, stride_row, stride_pair,
     A: tl.constexpr, PAIRS: tl.constexpr, PAIR_OPERATION: tl.constexpr, INDEX_OPERATION: tl.constexpr,
 ):  # fmt: skip
-    """Logit index [ROWS] of each row's action; -1, and a report, if it is out of range."""
+    """Logit index [ROWS] of each row's action; an index out of range gives -1 and a report."""
     if PAIRS:
         index, kind, param, legal = pair_to_index(actions, table, row, live, num_types, stride_row, stride_pair)
         legal = legal & (index < A)
@@ -185,7 +185,7 @@ def _running_sums(zs, top, s, PIECE: tl.constexpr):
             e = running
             running = tl.cumsum(e, 1) + before[:, None]
             before += tl.sum(e, 1)
-            # A scan by a tree is not monotone: the largest sum at a column that can be drawn is the whole.
+            # A tree scan is not monotone: the largest sum at a column that can be drawn is the total.
             running = tl.where(e > 0, running, 0.0)
             largest = running if k == 0 else tl.maximum(largest, running)
         runnings = runnings + (running,)  # noqa: RUF005
@@ -194,7 +194,7 @@ def _running_sums(zs, top, s, PIECE: tl.constexpr):
 
 @jit
 def _draw(zs, uniform, row, live, top, s, COMPUTE: tl.constexpr, GREEDY: tl.constexpr, PIECE: tl.constexpr):
-    """Index of a draw from each row, with GREEDY of its likeliest action; -1 if there is none."""
+    """Index drawn from each row, or with GREEDY that of its most likely action; -1 if there is none."""
     runnings = zs
     if not GREEDY:
         runnings, total = _running_sums(zs, top, s, PIECE)
@@ -203,13 +203,13 @@ def _draw(zs, uniform, row, live, top, s, COMPUTE: tl.constexpr, GREEDY: tl.cons
     chosen = tl.full(zs[0].shape, none, tl.int32)
     for k in tl.static_range(len(zs)):
         if GREEDY:
-            # NaN in s leaves the row without a choice.
+            # NaN in s leaves the row without a candidate.
             candidate = (zs[k] == top[:, None]) & (s == s)[:, None]
         else:
             candidate = runnings[k] > threshold[:, None]
         chosen = tl.minimum(chosen, tl.where(candidate, layouts.columns_of(k, PIECE), none))
     chosen = tl.min(chosen, 1)
-    # No candidate: the row holds NaN or +inf, or nothing but -inf.
+    # No candidate: the row holds NaN or +inf, or only -inf.
     return tl.where(chosen == none, -1, chosen)
 
 
@@ -264,7 +264,7 @@ def _sample_actions_kernel(
 def constants_of(
     num_actions: int, dtype: torch.dtype, masked: bool, tempered: int, **own: bool
 ) -> tuple[Constants, int]:
-    """(constants, rows of a program); a kernel's own constants follow the number of actions."""
+    """(constants, rows per program); a kernel's own constants follow the number of actions."""
     rows, columns, piece, warps = layouts.block_shape(num_actions)
     values = {
         "A": num_actions,
@@ -280,12 +280,12 @@ def constants_of(
 
 
 def kernel_conditions(logits: Tensor, conditions: Conditions | None) -> tuple[Tensor, Tensor, float, bool, int]:
-    """(mask, temperature in memory, temperature, MASKED, TEMPERATURE); the logits stand in for what there is not."""
+    """(mask, temperature in memory, temperature, MASKED, TEMPERATURE); the logits stand in for absent tensors."""
     if conditions is None:
         return logits, logits, 1.0, False, 0
     mask, in_memory, temperature = conditions
     if temperature != 1 and logits.dtype == torch.float64:
-        # A kernel's own numbers are float32.
+        # Scalar arguments of a kernel are float32.
         in_memory, temperature = torch.full((), temperature, dtype=torch.float64, device=logits.device), 1.0
     tempered = 2 if in_memory is not None else int(temperature != 1)
     masked = mask is not None
@@ -306,7 +306,7 @@ def evaluate_actions_forward_cuda(
     strict: bool,
     report: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `evaluate_actions_forward_eager`, in one launch."""
+    """Same as `evaluate_actions_forward_eager`, in one launch."""
     rows, num_actions = logits.shape
     if num_actions > layouts.MAX_ACTIONS:
         return reference.evaluate_actions_forward_eager(logits, actions, cum_action_max_params, conditions, strict)
@@ -338,7 +338,7 @@ def evaluate_actions_backward_cuda(
     grad_full_log_probs: Tensor | None,
     conditions: Conditions | None,
 ) -> Tensor:
-    """As `evaluate_actions_backward_eager`, in one launch."""
+    """Same as `evaluate_actions_backward_eager`, in one launch."""
     rows, num_actions = logits.shape
     if num_actions > layouts.MAX_ACTIONS:
         upstream = grad_log_prob, grad_entropy, grad_full_log_probs
@@ -379,7 +379,7 @@ def sample_actions_cuda(
     logits: Tensor, action_index_tensor: Tensor | None, conditions: Conditions | None, strict: bool, greedy: bool,
     report: int, generator: torch.Generator | None = None, uniform: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `sample_actions_eager`, in one launch and one for the random numbers; `uniform` [N] replaces these."""
+    """Same as `sample_actions_eager`, in one launch plus one for the random numbers, which `uniform` [N] replaces."""
     rows, num_actions = logits.shape
     if num_actions > layouts.MAX_ACTIONS:
         return reference.sample_actions_eager(

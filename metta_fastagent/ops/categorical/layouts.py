@@ -1,10 +1,10 @@
 """Rows of logits [N, A] in the registers of a Triton program.
 
-A program loads and stores its rows as a tile [ROWS, BLOCK_A] whose lanes touch neighbours. In between, it works on a
-tuple of pieces [ROWS, PIECE] of PIECE columns each, one after the other, over which a thread reduces by itself: with
-PIECE = 1, for few actions, it has a whole row, and no reduction crosses lanes. The tile becomes pieces, and pieces a
-tile, through shared memory. Sums are of the shifted exponentials e_j = exp(z_j - max): s = sum e_j and
-w = sum e_j (z_j - max), a term with e_j = 0 counting 0, so that
+A program loads and stores its rows as a tile [ROWS, BLOCK_A] whose lanes access adjacent elements. In between, it works
+on a tuple of pieces [ROWS, PIECE] of PIECE columns each. A thread reduces over the pieces by itself: with PIECE = 1,
+for few actions, it holds a whole row, and no reduction crosses lanes. Tile and pieces convert into each other through
+shared memory. Sums are over the shifted exponentials e_j = exp(z_j - max): s = sum e_j and w = sum e_j (z_j - max),
+where a term with e_j = 0 counts as 0, so that
 
     log_prob_j = z_j - max - log s          entropy = log s - w / s
 """
@@ -15,23 +15,23 @@ import torch
 
 from metta_fastagent.runtime.triton import jit, next_power_of_2, tl
 
-# Up to this many actions a piece is one column. More take the compiler several seconds, and over 128 registers.
+# Up to this many actions a piece is one column. More would take several seconds to compile and over 128 registers.
 MAX_COLUMNS = 24
-# Rows of a program of four warps whose rows are PIECES pieces of several columns, by columns of the tile.
+# Rows per program of four warps whose rows are PIECES pieces of several columns, by columns of the tile.
 PIECES, ROWS_IN_PIECES = 16, {32: 64, 64: 64, 128: 16}
-# Above this a row no longer fits one program; the eager twin takes over.
+# Above this a row no longer fits in one program; the eager twin takes over.
 MAX_ACTIONS = 4096
-# One row per thread, four warps or two of AMD's: enough programs at small batches, enough rows in flight at large ones.
+# One row per thread, four warps (two on AMD): enough programs for small batches, enough rows in flight for large ones.
 ROWS_PER_PROGRAM = 128
 LANES = 32 if torch.version.hip is None else 64
-# Elements of a tile in each warp, 16 a thread, if it is one piece. No reduction crosses warps in rows up to this long.
+# Tile elements per warp, 16 per thread, if the tile is one piece. In rows up to this length no reduction crosses warps.
 WARP_ELEMENTS = 512
-# Triton reads a global of the module only if it is a constexpr.
+# Triton only reads module globals that are constexpr.
 _LEVELS = tl.constexpr(MAX_ACTIONS.bit_length() - 1)
 
 
 def block_shape(num_actions: int) -> tuple[int, int, int, int]:
-    """(rows, columns, columns of a piece, warps) of a program for this number of actions."""
+    """(rows, columns, columns per piece, warps) of a program for this number of actions."""
     columns = next_power_of_2(num_actions)
     if num_actions <= MAX_COLUMNS:
         return ROWS_PER_PROGRAM, columns, 1, ROWS_PER_PROGRAM // LANES
@@ -49,7 +49,7 @@ def rows_of_program(N, ROWS: tl.constexpr):
 
 @jit
 def columns_of(k: tl.constexpr, PIECE: tl.constexpr):
-    """Columns of the piece k, [1, PIECE]."""
+    """Columns of piece k, [1, PIECE]."""
     return (k * PIECE + tl.arange(0, PIECE))[None, :]
 
 
@@ -64,14 +64,14 @@ def _place(N, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr):
 
 @jit
 def load_tile(source, N, OTHER: tl.constexpr, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr):
-    """The program's rows of source [N, A], OTHER outside."""
+    """The program's rows of source [N, A]; OTHER out of bounds."""
     start, rows, row, column = _place(N, A, ROWS, BLOCK_A)
     place = source + start + (row * A + column)
     if rows == ROWS:
-        # Without a condition for each row.
+        # Needs no condition per row.
         tile = tl.load(place, mask=(row >= 0) & (column < A), other=OTHER)
     else:
-        # The terms of the store's condition would stay in registers from here on.
+        # Otherwise the terms of the store's condition would stay in registers from here on.
         inside = ROWS - 1 - row >= tl.where(column < A, ROWS - rows, ROWS)
         tile = tl.load(place, mask=inside, other=OTHER)
     return tile
@@ -82,7 +82,7 @@ def pieces_of(tile, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr, 
     """The pieces of a tile that hold some of the A columns."""
     pieces = (tile,)
     if PIECE < BLOCK_A:
-        # Rows last: Triton gives these to the lanes, so the pieces split within a thread.
+        # Rows come last: Triton maps them to the lanes, so the pieces split within a thread.
         pieces = (tl.permute(tile.reshape(ROWS, BLOCK_A // PIECE, PIECE), (1, 0, 2)),)
         for level in tl.static_range(_LEVELS):
             if (PIECE << level) < BLOCK_A:
@@ -93,7 +93,7 @@ def pieces_of(tile, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr, 
                 pieces = halves
         rows = ()
         for j in tl.static_range((A + PIECE - 1) // PIECE):
-            # Triton's compiler knows tuple addition, not unpacking.
+            # Triton's compiler supports tuple addition, not unpacking.
             rows = rows + (pieces[j].reshape(ROWS, PIECE),)  # noqa: RUF005
         pieces = rows
     return pieces
@@ -101,7 +101,7 @@ def pieces_of(tile, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr, 
 
 @jit
 def tile_of(pieces, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr, PIECE: tl.constexpr):
-    """The tile of pieces, without a meaning from column A on."""
+    """The tile made of pieces; its values from column A on are undefined."""
     if PIECE < BLOCK_A:
         parts = ()
         for j in tl.static_range(BLOCK_A // PIECE):
@@ -122,7 +122,7 @@ def tile_of(pieces, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr, 
 
 @jit
 def store_tile(out, tile, N, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.constexpr):
-    """Store a tile in the program's rows of out [N, A]."""
+    """Store a tile into the program's rows of out [N, A]."""
     start, rows, row, column = _place(N, A, ROWS, BLOCK_A)
     inside = (row < rows) & (column < A)
     tl.store(out + start + (row * A + column), tile.to(out.dtype.element_ty), mask=inside)
@@ -130,7 +130,7 @@ def store_tile(out, tile, N, A: tl.constexpr, ROWS: tl.constexpr, BLOCK_A: tl.co
 
 @jit
 def load_temperature(temperatures, temperature, COMPUTE: tl.constexpr, TEMPERATURE: tl.constexpr):
-    """The temperature: a number, or with TEMPERATURE = 2 the value in memory, NaN if it is not positive."""
+    """The temperature: a number, or with TEMPERATURE = 2 the value in memory, or NaN if that is not positive."""
     if TEMPERATURE == 2:
         temperature = tl.load(temperatures).to(COMPUTE)
         temperature = tl.where(temperature > 0, temperature, float("nan"))
@@ -139,7 +139,7 @@ def load_temperature(temperatures, temperature, COMPUTE: tl.constexpr, TEMPERATU
 
 @jit
 def quotient(x, divisor):
-    """x / divisor, rounded as on the CPU: the faster division need not leave x / 1 as it is, nor x > y in order."""
+    """x / divisor, rounded as on the CPU: the fast division may change x / 1 and need not preserve x > y."""
     if x.dtype == tl.float32:
         x = tl.div_rn(x, divisor)
     else:
@@ -200,7 +200,7 @@ def log_probs(zs, top, log_s):
 
 @jit
 def pick(values, chosen, PIECE: tl.constexpr):
-    """Value [ROWS] of each row's chosen action; NaN if that is negative."""
+    """Value [ROWS] of each row's chosen action; NaN if `chosen` is negative."""
     picked = tl.zeros_like(values[0])
     for k in tl.static_range(len(values)):
         picked = tl.where(chosen[:, None] == columns_of(k, PIECE), values[k], picked)

@@ -2,9 +2,9 @@
 
     full_log_probs = log_softmax(z)                                   p = exp(full_log_probs)
     log_prob       = full_log_probs[row, index]
-    entropy        = -sum_j p_j full_log_probs_j                      a term with p_j = 0 counts 0
+    entropy        = -sum_j p_j full_log_probs_j                      a term with p_j = 0 counts as 0
 
-of the logits z, which are the logits x under a mask and a temperature (see `conditions`).
+where z are the logits x under a mask and a temperature (see `conditions`).
 """
 
 import torch
@@ -17,12 +17,12 @@ from metta_fastagent.ops.dtypes import compute_dtype
 from metta_fastagent.runtime.checks import BadRowError
 from metta_fastagent.runtime.reports import NO_ACTION, NO_DISTRIBUTION
 
-# exp of this is 0 in every dtype.
+# Its exp is 0 in every dtype.
 LOWEST_LOG_PROB = -1000.0
 
 
 def condition(logits: Tensor, conditions: Conditions | None) -> Tensor:
-    """z [N, A] in the dtype that arithmetic runs in; a temperature that is not positive makes it NaN."""
+    """z [N, A] in the dtype of the arithmetic; a temperature that is not positive makes it NaN."""
     z = logits.to(compute_dtype(logits.dtype))
     if conditions is None:
         return z
@@ -38,14 +38,14 @@ def _divided(x: Tensor, conditions: Conditions) -> Tensor:
 
 
 def gradient_through_conditions(grad: Tensor, conditions: Conditions | None) -> Tensor:
-    """The gradient of the logits x, given that of z."""
+    """The gradient of the logits x, given the gradient of z."""
     if conditions is None:
         return grad
     return _divided(grad if conditions.mask is None else torch.where(conditions.mask, grad, 0.0), conditions)
 
 
 def refuse_rows_without_distribution(entropy: Tensor, logits: Tensor, conditions: Conditions | None) -> None:
-    """Raise a BadRowError for the first row whose entropy is NaN: its logits z are NaN, +inf or -inf throughout."""
+    """Raise a BadRowError for the first row whose entropy is NaN: its logits z hold NaN or +inf, or only -inf."""
     bad = entropy.isnan()
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
@@ -56,7 +56,7 @@ def refuse_rows_without_distribution(entropy: Tensor, logits: Tensor, conditions
 
 
 def select_log_prob(full_log_probs: Tensor, index: Tensor) -> Tensor:
-    """Entry `index` of each row; NaN for an index out of range, which the CPU refuses earlier."""
+    """Entry `index` of each row; NaN for an index out of range, which the CPU rejects earlier."""
     if checks_values(index):
         return full_log_probs.gather(1, index.unsqueeze(1)).squeeze(1)
     known = index.clamp(0, full_log_probs.shape[1] - 1)
@@ -64,12 +64,12 @@ def select_log_prob(full_log_probs: Tensor, index: Tensor) -> Tensor:
 
 
 def entropy_of(full_log_probs: Tensor) -> Tensor:
-    """-sum p log p over the last dimension, a term with p = 0 counting 0."""
+    """-sum p log p over the last dimension; a term with p = 0 counts as 0."""
     return -(full_log_probs.exp() * _without_infinity(full_log_probs)).sum(-1)
 
 
 def _without_infinity(full_log_probs: Tensor) -> Tensor:
-    """A finite number in place of -inf: p = 0 times it is 0, in derivatives too. NaN stays NaN."""
+    """Replace -inf by a finite number: its product with p = 0 is 0, in derivatives too. NaN stays NaN."""
     return full_log_probs.clamp(min=LOWEST_LOG_PROB)
 
 
@@ -81,7 +81,7 @@ def evaluate_actions_forward_eager(
     strict: bool = True,
     report: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log_prob [N], entropy [N], full_log_probs [N, A], index int64 [N]) of pairs or, without a table, of indices."""
+    """(log_prob [N], entropy [N], full_log_probs [N, A], index int64 [N]) for pairs or, without a table, indices."""
     if cum_action_max_params is not None:
         actions = action_to_logit_index_eager(actions, cum_action_max_params)
     index = _checked_index(actions, logits.shape[1])
@@ -94,7 +94,7 @@ def evaluate_actions_forward_eager(
 def evaluate_index(
     logits: Tensor, index: Tensor, conditions: Conditions | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log_prob, entropy, full_log_probs) of logit indices, differentiable any number of times."""
+    """(log_prob, entropy, full_log_probs) for logit indices, differentiable any number of times."""
     full_log_probs = torch.log_softmax(condition(logits, conditions), dim=-1)
     outputs = select_log_prob(full_log_probs, index), entropy_of(full_log_probs), full_log_probs
     log_prob, entropy, full_log_probs = (output.to(logits.dtype) for output in outputs)
@@ -102,7 +102,7 @@ def evaluate_index(
 
 
 def _checked_index(index: Tensor, num_actions: int) -> Tensor:
-    # A copy: an operator's output may not be its input.
+    # A copy, because an operator must not return its input.
     index = index.to(torch.int64, copy=True)
     legal = (index >= 0) & (index < num_actions)
     if checks_values(index) and not bool(legal.all()):
@@ -119,7 +119,7 @@ def evaluate_actions_backward_eager(
     grad_full_log_probs: Tensor | None,
     conditions: Conditions | None = None,
 ) -> Tensor:
-    """Gradient [N, A] of the logits; an upstream gradient that is None counts 0.
+    """Gradient [N, A] of the logits; an upstream gradient of None counts as 0.
 
     For upstream gradients g (log_prob), h (entropy) and f (full_log_probs),
 
@@ -160,7 +160,7 @@ def sample_actions_eager(
     report: int = 0,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(index [N], log_prob [N], entropy [N], full_log_probs [N, A], pair int32 [N, 2]) of a draw from each row.
+    """(index [N], log_prob [N], entropy [N], full_log_probs [N, A], pair int32 [N, 2]) of one draw per row.
 
     Without a table the pair is an empty tensor [0, 2].
     """
@@ -174,7 +174,7 @@ def sample_actions_eager(
         index = z.argmax(-1)
     else:
         probs = full_log_probs.exp()
-        # multinomial stops the whole device on a NaN; such a row's log-probability is NaN already.
+        # multinomial stops the whole device on a NaN; the log-probability of such a row is NaN already.
         probs = probs if checked else torch.where(full_log_probs.isnan(), 1.0, probs)
         index = torch.multinomial(probs, num_samples=1, generator=generator).view(-1)
     if not checked:

@@ -2,11 +2,11 @@
 
     full_log_probs = log_softmax(logits)         index ~ Categorical(exp(full_log_probs))
 
-The kernel and the C++ operator draw by the inverse of the cumulative distribution from one uniform u of each row: the
-first column with e_j > 0 whose running sum of shifted exponentials exceeds u times their sum, so neither rounding nor a
-u close to 1 can choose a masked action. The eager twin draws by `log_softmax -> exp -> torch.multinomial`, with equal
-results. Each backend draws from PyTorch's generators, so `torch.manual_seed` reproduces it; for one seed the draws
-differ between backends. The gradient is that of `evaluate_actions` at the drawn index.
+The kernel and the C++ operator invert the cumulative distribution at one uniform random number u per row: they take the
+first column with e_j > 0 whose running sum of shifted exponentials exceeds u times their total, so neither rounding nor
+a u close to 1 can choose a masked action. The eager twin draws by `log_softmax -> exp -> torch.multinomial`, from the
+same distribution. Each backend uses PyTorch's generators, so `torch.manual_seed` reproduces its draws; for one seed the
+draws differ between backends. The gradient is that of `evaluate_actions` at the drawn index.
 """
 
 from collections.abc import Callable
@@ -36,21 +36,21 @@ def sample_actions(
     strict: bool = True,
     report: int = 0,
 ) -> tuple[Tensor, ...]:
-    """Draw an action per row.
+    """Draw one action per row.
 
     Args:
         logits: floating-point tensor [N, A]; -inf masks an action, which is then never drawn.
         action_index_tensor: int32 tensor [A, 2], row i the (type, parameter) pair of logit i, or None.
         generator: the generator to draw from; None means the device's default one.
-        mask, temperature: as of `evaluate_actions`; a pair of masks needs `action_index_tensor`.
-        greedy: take the likeliest action, the first of several, instead of a draw; no random number is used.
-        strict: on the CPU raise an error for a row that is no distribution, elsewhere report it for
+        mask, temperature: as in `evaluate_actions`; a pair of masks needs `action_index_tensor`.
+        greedy: take the most likely action (the first on a tie) instead of drawing; no random number is used.
+        strict: on the CPU raise an error for a row that is not a distribution, elsewhere report it for
             `raise_if_reported`. Such a row has action 0 and log-probability NaN.
-        report: handle of the `Report` that a kernel writes a bad row to; 0 is shared by all calls without one.
+        report: handle of the `Report` to which a kernel writes a bad row; 0 is shared by all calls without one.
 
     Returns:
         (index int64 [N], log_prob [N], entropy [N] in nats, full_log_probs [N, A]) and, with a table, pair int32
-        [N, 2]. The floating-point ones have the logits' dtype, are those of the masked distribution
+        [N, 2]. The floating-point results have the logits' dtype, belong to the masked distribution
         softmax(logits / temperature), and are differentiable with respect to the logits, any number of times.
 
     Raises:
@@ -86,7 +86,7 @@ def sample_actions(
 
 
 def _drawing(logits: Tensor, generator: torch.Generator | None) -> Callable[..., tuple[Tensor, ...]]:
-    """The operator; with a generator, which a traced graph cannot hold, the implementation itself."""
+    """The operator, or with a generator, which a traced graph cannot hold, the implementation itself."""
     if generator is None:
         return _sample_actions
     return partial(_sample_actions.implementation(logits.device), generator=generator)
@@ -95,7 +95,7 @@ def _drawing(logits: Tensor, generator: torch.Generator | None) -> Callable[...,
 class _SampleActions(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, action_index_tensor: Tensor | None, generator, strict, greedy, report, *fields):
-        # Autograd sees no tensors within a tuple.
+        # Autograd does not see tensors inside a tuple.
         conditions = Conditions(*fields) if fields else None
         outputs = _drawing(logits, generator)(logits, action_index_tensor, conditions, strict, greedy, report)
         index, _, _, _, pair = outputs
@@ -113,7 +113,7 @@ def _sample_actions_native(
     logits: Tensor, action_index_tensor: Tensor | None, conditions: Conditions | None, strict: bool, greedy: bool,
     report: int, generator: torch.Generator | None = None, uniform: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """As `sample_actions_eager`; `uniform` [N] replaces the random numbers."""
+    """Same as `sample_actions_eager`; `uniform` [N] replaces the random numbers."""
     table = None if action_index_tensor is None else native_integers(action_index_tensor)
     generator = torch.default_generator if generator is None else generator
     state = generator.get_state() if strict and not greedy else None
@@ -126,7 +126,7 @@ def _sample_actions_native(
         if strict and bad_row >= 0:
             reference.refuse_rows_without_distribution(outputs[1], logits, conditions)
     except ValueError:
-        # Refused logits change nothing.
+        # Rejected logits leave the generator unchanged.
         if state is not None:
             generator.set_state(state)
         raise

@@ -24,20 +24,20 @@ from metta_fastagent.ops.lstm.reference import (
 from metta_fastagent.runtime.launch import Constants, launch_with
 from metta_fastagent.runtime.triton import INTERPRETED, cdiv, jit, tl, triton
 
-# Rows of a program, the fewest that the matrix units of every target take, so that small batches have many programs.
-# All steps of a row run in one program, which reads weight_hh from L2 at each step and waits for no other program.
+# Rows per program, the fewest that the matrix units of every target take, so that small batches have many programs. All
+# steps of a row run in one program, which reads weight_hh from L2 at each step and waits for no other program.
 BLOCK_B = 16
-# If that makes more programs than multiprocessors, twice the rows read weight_hh half as often; 64 spill registers, and
-# so do 32 in the float32 backward kernel.
+# If that gives more programs than multiprocessors, twice the rows read weight_hh half as often; 64 rows would spill
+# registers, and so would 32 in the float32 backward kernel.
 MANY_ROWS_BLOCK_B = 32
-# Hidden columns at a time, of all four gates in the forward kernel.
+# Hidden columns at a time; the forward kernel takes all four gates of each.
 BLOCK_N = 64
-# Triton keeps one block of weights fewer in shared memory than there are stages, but 3.8 as many for a product in
-# tf32x3; the smaller GPUs have room for 99 KB.
+# Triton keeps one block of weights fewer in shared memory than there are stages; Triton 3.8 keeps as many as stages for
+# a tf32x3 product. The smaller GPUs have room for 99 KB.
 _TF32_STAGES = 2 if triton is not None and triton.__version__.startswith("3.8.") else 3
-# Depth of a product, warps and stages, by bytes of an element, or for float32 in parts. With these no kernel spills
+# Depth of a product, warps and stages, by bytes per element, or for float32 in parts. With these no kernel spills
 # registers on any target of benchmarks/kernel_report.py if H is a multiple of 32; AMD's shared memory holds two stages.
-# In float32, twice the warps or half the depth would take fewer registers, but more instructions. For 32 rows a program
+# In float32, twice the warps or half the depth would take fewer registers but more instructions. For 32 rows a program
 # has twice the warps.
 FORWARD_SHAPES = {
     "cuda": {"parts": (32, 8, 3), 4: (32, 8, _TF32_STAGES), 2: (64, 8, 3)},
@@ -48,13 +48,13 @@ BACKWARD_SHAPES = {
     "hip": {4: (32, 4, 2), 2: (128, 4, 2)},
 }
 # Three products of tf32 parts: over 64 steps of 128 columns, emulated on a CPU, the hidden state is off by 2e-7, or by
-# 1.2e-6 if the matrix units truncate their sums; with plain tf32 by 8e-5, and importance ratios are not 1 within 1e-5.
-# "ieee" would leave NVIDIA's matrix units idle; AMD's multiply float32 as it is.
+# 1.2e-6 if the tensor cores truncate their sums; with plain tf32 by 8e-5, so that importance ratios are not 1 within
+# 1e-5. "ieee" would leave NVIDIA's tensor cores idle; AMD's matrix units multiply float32 directly.
 PRECISIONS = {"cuda": "tf32x3", "hip": "ieee"}
 PLATFORM = "cuda" if torch.version.hip is None else "hip"
-# From this many steps on, the weights are split once, for products of 16-bit parts: three of two float16 parts
-# forward; six of three bfloat16 parts backward, as gradients exceed float16's range. By count, three steps save as much
-# as splitting takes forward; backward one does.
+# From this many steps on, the weights are split once, for products of 16-bit parts: forward three products of two
+# float16 parts; backward six of three bfloat16 parts, because gradients exceed float16's range. By instruction count,
+# the split pays for itself after three steps forward, and after one backward.
 PARTS_STEPS = 3
 # Offsets into the parts of weight_hh are 32-bit.
 MAX_HIDDEN = 13377
@@ -76,7 +76,7 @@ def _lstm_layer_fwd_kernel(
     parts,  # float16, to work in: of weight_hh [4H, 2, H], of two steps' state [2, B, 2, H]; unused without IN_PARTS
     T,
     B,
-    width,  # H once more, as the bound of loops: unrolled, they would spill registers
+    width,  # H again, as a loop bound: unrolled loops would spill registers
     H: tl.constexpr,
     HAS_RESETS: tl.constexpr,
     HAS_MORE_RESETS: tl.constexpr,
@@ -92,12 +92,12 @@ def _lstm_layer_fwd_kernel(
     top = tl.program_id(0).to(tl.int64) * BLOCK_B
     local = tl.arange(0, BLOCK_B)
     live = local < B - top
-    # The program's first row of the step, counted through all steps.
+    # The program's first row in this step, numbered across all steps.
     row = top
     before = parts + 8 * H * H + top * (2 * H)
     after = before + tl.cast(B, tl.int64) * (2 * H)
     if IN_PARTS:
-        # All programs write the same parts of weight_hh, so that none waits for another.
+        # All programs write the same parts of weight_hh, so none waits for another.
         weight_scale, of_weight = products.scale_into_float16(weight_hh, 4 * width * width, 4096)
         products.split_into_parts(weight_hh, weight_scale, parts, 4 * width * width, H, 2, 64 * BLOCK_B, 4)
         size = tl.minimum(B - top, BLOCK_B).to(tl.int32) * H
@@ -107,8 +107,8 @@ def _lstm_layer_fwd_kernel(
     kept = products.kept_rows(resets + row, live, HAS_RESETS, BLOCK_B)
     kept = products.kept_rows(more_resets + row, kept, HAS_MORE_RESETS, BLOCK_B)
     for t in range(T):
-        # A step ahead: Triton lays out a product's factors by the narrowest load that their masks depend on within an
-        # iteration, and for one of bytes it would leave out ldmatrix. No row follows the last step.
+        # Loaded one step ahead: Triton lays out a product's factors by the narrowest load that their masks depend on
+        # within an iteration, and for a byte load it would not use ldmatrix. No row follows the last step.
         following = products.kept_rows(resets + row + B, live & (t + local < T - 1 + local), HAS_RESETS, BLOCK_B)
         following = products.kept_rows(more_resets + row + B, following, HAS_MORE_RESETS, BLOCK_B)
         last_h = tl.where(row == top, h + top * H, output + (row - B) * H)
@@ -118,7 +118,7 @@ def _lstm_layer_fwd_kernel(
             inside = live[:, None] & (column < H)[None, :]
             state = local[:, None] * H + column[None, :]
             place = local[:, None] * (4 * H) + column[None, :]
-            # These loads are under way together during the product.
+            # These loads are in flight together during the product.
             cell = tl.load(last_c + state, mask=inside & kept[:, None], other=0.0).to(tl.float32)
             gate_i, gate_f, gate_g, gate_o = products.load_gates(projected + row * (4 * H) + place, inside, H)
             if HAS_BIAS:
@@ -133,7 +133,7 @@ def _lstm_layer_fwd_kernel(
                 factors[0], factors[1], kept, first, width, H, IN_PARTS, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K
             )
             if IN_PARTS:
-                # One after the other: the product of both may be out of range.
+                # Applied one after the other: the product of both may be out of range.
                 product *= tl.where(row == top, of_first_state, 1.0 / products.STATE_SCALE)
                 product *= of_weight
             even, odd = product.reshape(BLOCK_B, BLOCK_N, 2, 2).split()
@@ -189,7 +189,7 @@ def _lstm_layer_bwd_kernel(
     parts,  # bfloat16, to work in: of weight_hh [4H, 3, H], of two steps' gates [2, B, 3, 4H]; unused without IN_PARTS
     T,
     B,
-    width,  # H once more, as the bound of loops: unrolled, they would spill registers
+    width,  # H again, as a loop bound: unrolled loops would spill registers
     H: tl.constexpr,
     HAS_RESETS: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
@@ -204,29 +204,29 @@ def _lstm_layer_bwd_kernel(
     local = tl.arange(0, BLOCK_B)
     top = tl.program_id(0).to(tl.int64) * BLOCK_B
     live = local < B - top
-    # The program's first row of the step, counted through all steps.
+    # The program's first row in this step, numbered across all steps.
     bottom = top + (tl.cast(T, tl.int64) - 1) * B
     row = bottom
     here = parts + 12 * H * H + top * (12 * H)
     there = here + tl.cast(B, tl.int64) * (12 * H)
     if IN_PARTS:
-        # All programs write the same parts of weight_hh, so that none waits for another.
+        # All programs write the same parts of weight_hh, so none waits for another.
         products.split_into_parts(weight_hh, 1.0, parts, 4 * width * width, H, 3, 64 * BLOCK_B, 4)
         tl.debug_barrier()
-    # Rows whose state the next step continued from; none after the last step.
+    # Rows from whose state the next step continued; none after the last step.
     followed = local < 0
     for _ in range(T):
         kept = products.kept_rows(resets + row, live, HAS_RESETS, BLOCK_B)
         last_c = tl.where(row == top, c + top * H, cells + (row - B) * H)
         after = grad_projected + (row + B) * (4 * H)
-        # A block: Triton 3.9's interpreter refuses a scalar comparison in a mask.
+        # A block, because Triton 3.9's interpreter rejects a scalar comparison in a mask.
         is_last = (row + local == bottom + local)[:, None]
         for first in range(0, width, BLOCK_N):
             column = first + tl.arange(0, BLOCK_N)
             inside = live[:, None] & (column < H)[None, :]
             state = local[:, None] * H + column[None, :]
             place = local[:, None] * (4 * H) + column[None, :]
-            # These loads are under way together during the product.
+            # These loads are in flight together during the product.
             d_h = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
             if HAS_OUTPUT:
                 d_h = tl.load(grad_output + row * H + state, mask=inside, other=0.0).to(tl.float32)
@@ -243,8 +243,8 @@ def _lstm_layer_bwd_kernel(
             d_c = tl.load(grad_c + top * H + state, mask=inside & (is_last == 0), other=0.0)
             if HAS_LAST_C:
                 d_c += tl.load(grad_last_c + top * H + state, mask=inside & is_last, other=0.0).to(tl.float32)
-            # Joined with a load, the product takes the layout of the loads; otherwise they would take the product's,
-            # one after the other between barriers.
+            # Joined with a load, the product takes the layout of the loads; otherwise the loads would be converted to
+            # the product's layout, one after the other between barriers.
             through, d_c = tl.join(through, d_c).split()
             d_h += through
             squashed = products.tanh(cell)
@@ -279,7 +279,7 @@ def _lstm_layer_bwd_kernel(
 
 
 def _fits_kernel(weight_hh: Tensor) -> bool:
-    # Triton 3.7 does not compile a transposed float64 operand; that dtype is for checks, not for speed.
+    # Triton 3.7 cannot compile a transposed float64 operand; float64 is for checks, not for speed.
     return weight_hh.dtype != torch.float64 and weight_hh.shape[1] <= MAX_HIDDEN
 
 
@@ -289,12 +289,12 @@ def _multiprocessors(device: int) -> int:
 
 
 def _has_many_rows(rows: int, device: int) -> bool:
-    """Whether blocks of `BLOCK_B` rows would be more than multiprocessors."""
+    """Whether there would be more blocks of `BLOCK_B` rows than multiprocessors."""
     return rows > BLOCK_B * _multiprocessors(device)
 
 
 def _in_parts(dtype: torch.dtype, steps: int, many_rows: bool = False) -> bool:
-    """Whether products are of 16-bit parts."""
+    """Whether products use 16-bit parts."""
     return PLATFORM == "cuda" and dtype == torch.float32 and (steps >= PARTS_STEPS or many_rows)
 
 
@@ -315,7 +315,7 @@ def _constants(
 
 
 def lstm_layer_forward_cuda(inputs: LayerInputs, keep_gates: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `lstm_layer_forward_eager`, in one launch."""
+    """Same as `lstm_layer_forward_eager`, in one launch."""
     if not _fits_kernel(inputs.weight_hh):
         return lstm_layer_forward_eager(inputs, keep_gates)
     projected, h = inputs.projected, inputs.h
@@ -327,7 +327,7 @@ def lstm_layer_forward_cuda(inputs: LayerInputs, keep_gates: bool) -> tuple[Tens
 def lstm_step_cuda_(
     inputs: LayerInputs, more_resets: Tensor | None, bias: Tensor | None, next_h: Tensor, next_c: Tensor
 ) -> Tensor:
-    """As `lstm_step_eager_`, in one launch."""
+    """Same as `lstm_step_eager_`, in one launch."""
     if not _fits_kernel(inputs.weight_hh):
         return lstm_step_eager_(inputs, more_resets, bias, next_h, next_c)
     return _launch_forward(inputs, next_c, inputs.projected.new_empty(0), more_resets, bias, next_h)
@@ -367,7 +367,7 @@ def _launch_forward(
 
 
 def lstm_layer_backward_cuda(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """As `lstm_layer_backward_eager`, in one launch."""
+    """Same as `lstm_layer_backward_eager`, in one launch."""
     if not _fits_kernel(inputs.weight_hh):
         return lstm_layer_backward_eager(inputs)
     weight_hh, c, resets, cells, gates, *upstream = map(contiguous, inputs)
@@ -387,7 +387,7 @@ def lstm_layer_backward_cuda(inputs: BackwardInputs) -> tuple[Tensor, Tensor, Te
             _constants(*layout, H=size, HAS_RESETS=resets is not None, **given),
             _lstm_layer_bwd_kernel,
             cdiv(rows, block_b),
-            # The gates stand in for what there is not.
+            # The gates stand in for absent tensors.
             [gates if tensor is None else tensor for tensor in tensors],
             (steps, rows, size),
         )

@@ -1,8 +1,7 @@
 """One LSTM layer over a segment whose rows may be reset at any step.
 
-`reference` has the formulas, forward and backward, and `kernels` the Triton kernels: one launch each way. The product
-of the inputs with W_ih is the caller's, who makes it for all steps at once; the gradient of W_hh is one product over
-all steps.
+`reference` has the formulas, forward and backward, and `kernels` the Triton kernels: one launch each way. The caller
+multiplies the inputs by W_ih, for all steps at once; the gradient of W_hh is one product over all steps.
 
 Source: Hochreiter and Schmidhuber, "Long Short-Term Memory" (1997), with the forget gate of Gers, Schmidhuber and
 Cummins, "Learning to Forget" (2000); gates in nn.LSTM's order.
@@ -34,7 +33,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def lstm_layer(
     projected: Tensor, weight_hh: Tensor, h: Tensor, c: Tensor, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One LSTM layer over T steps, rows zeroed before the steps at which they are reset.
+    """One LSTM layer over T steps; a row's state is zeroed before each step at which the row is reset.
 
     Args:
         projected: floating-point tensor [T, B, 4H], T and H at least 1: each step's input times W_ih^T, plus both
@@ -47,8 +46,8 @@ def lstm_layer(
 
     Returns:
         (output [T, B, H], last_h [B, H], last_c [B, H]): the hidden state after each step, and the state after the last
-        one. Dtype as `projected`, under autocast too. Differentiable once with respect to the four floating-point
-        tensors, and under torch.func any number of times.
+        one. Their dtype is that of `projected`, under autocast too. Differentiable once with respect to the four
+        floating-point tensors, and under torch.func any number of times.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape or device.
@@ -64,7 +63,7 @@ def lstm_layer(
 
 
 def run_layer(inputs: LayerInputs, with_state: bool) -> tuple[Tensor, Any, Any]:
-    """`lstm_layer`; without `with_state`, the state after the last step may be None: saves two copies."""
+    """`lstm_layer`; without `with_state`, the state after the last step may be None, which saves two copies."""
     _check(*inputs)
     if autograd.in_plain_pytorch():
         return lstm_layer_formula(inputs)
@@ -73,16 +72,16 @@ def run_layer(inputs: LayerInputs, with_state: bool) -> tuple[Tensor, Any, Any]:
     output, cells, _ = _lstm_layer_forward(inputs, False)
     if not with_state:
         return output, None, None
-    # A single step's cells are unaliased.
+    # The cells of a single step share no memory.
     return output, output[-1].clone(), cells.squeeze(0) if len(cells) == 1 else cells[-1].clone()
 
 
 def lstm_step_into(
     inputs: LayerInputs, more_resets: Tensor | None, bias: Tensor | None, next_h: Tensor, next_c: Tensor
 ) -> Tensor:
-    """The output [1, B, H] of one step without gradients, its state written into `next_h` and `next_c`.
+    """`lstm_layer` for one step without gradients; writes the state into `next_h` and `next_c`, contiguous [B, H].
 
-    These are contiguous [B, H], and may be `h` and `c`; for the rest see `lstm_step_eager_`.
+    They may be `h` and `c`. Returns the output [1, B, H]; `lstm_step_eager_` explains the other arguments.
     """
     _check(*inputs)
     return _lstm_step_(inputs, more_resets, bias, next_h, next_c)
@@ -91,14 +90,14 @@ def lstm_step_into(
 def lstm_step_native(
     input: Tensor, weights: list[Tensor], h: Tensor, c: Tensor, resets: Tensor, in_place: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """One step of all layers without gradients, in one call of the C++ operator; None if it does not serve.
+    """One step of all layers without gradients, in one call of the C++ operator; None if that is not applicable.
 
     Args:
         input: [B, input_size].
         weights: each layer's weight_ih, weight_hh and, with biases, bias_ih and bias_hh.
         h, c: state before the step, [num_layers, B, hidden_size].
-        resets: bool [1, B], rows whose state is zeroed before it.
-        in_place: overwrite `h` and `c`, which are contiguous.
+        resets: bool [1, B], rows whose state is zeroed before the step.
+        in_place: overwrite `h` and `c`, which must be contiguous.
 
     Returns:
         The state after the step: `h` and `c`, or new tensors.
@@ -124,7 +123,7 @@ class _LSTMLayer(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:], output, cells, gates)
         ctx.set_materialize_grads(False)
         ctx.backend = autograd.chosen_backend()
-        # Copies: views of the output could not be written in place.
+        # Copies, because views of the output could not be written in place.
         return (output, output[-1].clone(), cells[-1].clone()) if with_state else (output, None, None)
 
     @staticmethod
@@ -146,7 +145,7 @@ class _LSTMLayer(torch.autograd.Function):
 
 
 def _weight_gradient(grad_projected: Tensor, h: Tensor, output: Tensor, resets: Tensor | None) -> Tensor:
-    """d W_hh [4H, H]: every step's gradient with the state before that step, all in one product."""
+    """d W_hh [4H, H]: every step's gradient times the state before that step, all in one product."""
     previous = torch.cat((h.unsqueeze(0), output[:-1]))
     if resets is not None:
         previous.masked_fill_(resets.unsqueeze(-1), 0)
@@ -216,7 +215,7 @@ def _check(projected: Tensor, weight_hh: object, h: object, c: object, resets: o
 
 
 def _checked_sizes(projected: object) -> tuple[int, int, int]:
-    """(T, B, H) of a `projected` that is one."""
+    """(T, B, H) of `projected`, after checking it."""
     expected = "a float32, float64, bfloat16 or float16 tensor of shape [T, B, 4H] with T >= 1 and H >= 1"
     shaped = lambda t: t.dim() == 3 and t.shape[0] > 0 and t.shape[2] > 0 and t.shape[2] % 4 == 0  # noqa: E731
     steps, rows, width = require_tensor("projected", projected, expected, DTYPES.__contains__, shaped).shape

@@ -1,18 +1,18 @@
-"""Products of the LSTM's recurrence in a Triton program, and what loads and stores its gates.
+"""Products of the LSTM's recurrence in a Triton program, and loads and stores of its gates.
 
-NVIDIA's matrix units have no float32, but 16-bit parts add up to the float32 number: three products of two float16
-parts forward, six of three bfloat16 parts backward, as gradients exceed float16's range. With sums rounded once they
-are as exact as a product in float32. PTX leaves the sums open, and published measurements of NVIDIA's units report that
-they truncate: emulated so, 64 steps of 128 columns are off by up to 1.2e-6 in the hidden state, against 2e-7, and
-gradients by up to 6e-6 of the largest, against 5e-7.
+NVIDIA's tensor cores have no float32, but 16-bit parts add up to the float32 number: forward three products of two
+float16 parts, backward six of three bfloat16 parts, because gradients exceed float16's range. With sums rounded once
+they are as accurate as a product in float32. PTX does not specify the rounding of sums, and published measurements
+report that NVIDIA's tensor cores truncate: with truncation emulated, 64 steps of 128 columns are off by up to 1.2e-6 in
+the hidden state, against 2e-7, and gradients by up to 6e-6 of the largest, against 5e-7.
 """
 
 # pyright: reportInvalidTypeForm=false
 
 from metta_fastagent.runtime.triton import jit, tl
 
-# A state after a step is below 1; scaled by this, its float16 parts are exact to 2^-22 of it or to 2^-39. Triton reads
-# globals of this type only.
+# A state after a step is below 1; scaled by this, its float16 parts are exact to 2^-22 of it or to 2^-39. Triton only
+# reads globals of this type.
 STATE_SCALE = tl.constexpr(16384.0)
 
 
@@ -23,13 +23,13 @@ def sigmoid(x):
 
 @jit
 def tanh(x):
-    # Its error is some 2^-22 of 1, not of a small result. Triton's interpreter lacks libdevice's tanh.
+    # Its absolute error is about 2^-22, for small results too. Triton's interpreter lacks libdevice's tanh.
     return 2.0 / (1.0 + tl.exp2(-2.8853900817779268 * x)) - 1.0
 
 
 @jit
 def kept_rows(resets, live, HAS_RESETS: tl.constexpr, BLOCK_B: tl.constexpr):
-    """Live rows [BLOCK_B] that keep their state before a step; `resets` points at the step's first one of them."""
+    """Live rows [BLOCK_B] that keep their state before a step; `resets` points at the first of these rows' flags."""
     if HAS_RESETS:
         live = live & (tl.load(resets + tl.arange(0, BLOCK_B), mask=live, other=1) == 0)
     return live
@@ -37,7 +37,7 @@ def kept_rows(resets, live, HAS_RESETS: tl.constexpr, BLOCK_B: tl.constexpr):
 
 @jit
 def load_gates(gates, mask, H: tl.constexpr):
-    """The four gates [BLOCK_B, BLOCK_N] in float32; `gates` points at the input gate's."""
+    """The four gates [BLOCK_B, BLOCK_N] in float32; `gates` points at the input gate."""
     gate_i = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
     gate_f = tl.load(gates + H, mask=mask, other=0.0).to(tl.float32)
     gate_g = tl.load(gates + 2 * H, mask=mask, other=0.0).to(tl.float32)
@@ -81,13 +81,13 @@ def gate_product(
         used = (depth < H)[:, None] & (column < H)[None, :]
         weights = weight_hh + ((part % 4) * H + column)[None, :] * stride + depth[:, None]
         state = tl.load(states, mask=known, other=0.0)
-        # In this order, in which the loads of an operand follow each other, sm_80 needs the fewest registers.
+        # In this order, with the loads of each operand adjacent, sm_80 needs the fewest registers.
         if IN_PARTS:
             state_low = tl.load(states + H, mask=known, other=0.0)
         weight = tl.load(weights, mask=used, other=0.0)
         if IN_PARTS:
             weight_low = tl.load(weights + H, mask=used, other=0.0)
-            # The product of both low parts would be below rounding.
+            # The product of both low parts would vanish in rounding.
             product = tl.dot(state_low, weight, product)
             product = tl.dot(state, weight_low, product)
         product = tl.dot(state, weight, product, input_precision=PRECISION)
@@ -96,7 +96,7 @@ def gate_product(
 
 @jit
 def store_parts(parts, x, mask, distance: tl.constexpr):
-    """Write float32 x as two float16 parts or three of bfloat16, by the type of `parts`, `distance` apart."""
+    """Write float32 x as two float16 or three bfloat16 parts, depending on the type of `parts`, `distance` apart."""
     dtype = parts.dtype.element_ty
     high = x.to(dtype)
     rest = x - high.to(tl.float32)
@@ -109,7 +109,7 @@ def store_parts(parts, x, mask, distance: tl.constexpr):
 
 @jit
 def scale_into_float16(source, size, BLOCK: tl.constexpr):
-    """A power of two, which takes the largest of `size` float32 elements to 2^14 to 2^15, and its inverse.
+    """The power of two that scales the largest of `size` float32 elements into 2^14 to 2^15, and its inverse.
 
     The largest counts as 2^-40 if it is smaller, as 2^100 if it is larger.
     """
@@ -127,10 +127,10 @@ def scale_into_float16(source, size, BLOCK: tl.constexpr):
 def split_into_parts(
     source, scale, parts, size, H: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, LOADS: tl.constexpr
 ):
-    """Write the parts of `size` scaled elements: of each row of H, the COUNT parts one after the other.
+    """Write the parts of `size` scaled elements: for each row of H, the COUNT parts one after the other.
 
-    BLOCK is four elements for each thread: of more, a thread would take eight float32 for the sake of 128 bits of its
-    parts, and each load touch twice as many sectors. LOADS of them are under way together.
+    BLOCK is four elements per thread: with more, a thread would take eight float32 to fill 128 bits of its parts, and
+    each load would touch twice as many sectors. LOADS of these loads are in flight together.
     """
     lane = tl.arange(0, BLOCK)
     for start in range(0, size, LOADS * BLOCK):
@@ -157,7 +157,7 @@ def state_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gradient of h [BLOCK_B, BLOCK_N] through the gates of the next step; 0 outside of `rows`."""
+    """Gradient of h [BLOCK_B, BLOCK_N] through the gates of the next step; 0 outside `rows`."""
     count: tl.constexpr = 3 if IN_PARTS else 1
     grad = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     for k in range(0, 4 * width, BLOCK_K):
@@ -167,7 +167,7 @@ def state_gradient(
         used = (depth < 4 * H)[:, None] & (column < H)[None, :]
         weights = weight_hh + depth[:, None] * (count * H) + column[None, :]
         high = tl.load(upstream, mask=known, other=0.0)
-        # The order is that of `gate_product`.
+        # Same order as in `gate_product`.
         if IN_PARTS:
             middle = tl.load(upstream + 4 * H, mask=known, other=0.0)
             low = tl.load(upstream + 8 * H, mask=known, other=0.0)
@@ -175,7 +175,7 @@ def state_gradient(
         if IN_PARTS:
             weight_middle = tl.load(weights + H, mask=used, other=0.0)
             weight_low = tl.load(weights + 2 * H, mask=used, other=0.0)
-            # The products left out would be below rounding.
+            # The products left out would vanish in rounding.
             grad = tl.dot(low, weight, grad)
             grad = tl.dot(middle, weight_middle, grad)
             grad = tl.dot(high, weight_low, grad)

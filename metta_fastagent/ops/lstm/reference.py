@@ -5,8 +5,8 @@
     c_t        = f c' + i g
     h_t        = o tanh(c_t)
 
-with projected_t = x_t W_ih^T + b_ih + b_hh, which the caller makes for all steps in one product. Backwards in time, for
-upstream gradients of every h_t and of the last h and c, dh and dc being the total gradients of h_t and c_t:
+with projected_t = x_t W_ih^T + b_ih + b_hh, which the caller computes for all steps in one product. Backwards in time,
+for upstream gradients of every h_t and of the last h and c, where dh and dc are the total gradients of h_t and c_t:
 
     dc        += dh o (1 - tanh(c_t)^2)
     d gates    = dc g i (1 - i), dc c' f (1 - f), dc i (1 - g^2), dh tanh(c_t) o (1 - o)         d projected_t too
@@ -14,7 +14,7 @@ upstream gradients of every h_t and of the last h and c, dh and dc being the tot
     d W_hh     = sum_t d gates_t^T h'_t           one product over all steps
 
 Arithmetic is float32 (float64 for float64). The state is rounded to the tensors' dtype after each step, as between the
-calls of a rollout, so a segment reproduces it.
+calls of a rollout, so that a segment reproduces its rollout.
 """
 
 from typing import NamedTuple
@@ -24,12 +24,12 @@ from torch import Tensor
 
 from metta_fastagent.ops.dtypes import compute_dtype, without_autocast
 
-# Gradient of x from that of y and y itself: autograd's own, each one pass over memory.
+# Gradient of x from y and the gradient of y: autograd's own functions, each one pass over memory.
 _SIGMOID_BACKWARD, _TANH_BACKWARD = torch.ops.aten.sigmoid_backward.default, torch.ops.aten.tanh_backward.default
 
 
 class LayerInputs(NamedTuple):
-    """The tensors that a layer is computed from."""
+    """The tensors from which a layer is computed."""
 
     projected: Tensor  # [T, B, 4H], each step's input times W_ih^T plus both biases
     weight_hh: Tensor  # [4H, H]
@@ -39,7 +39,7 @@ class LayerInputs(NamedTuple):
 
 
 class BackwardInputs(NamedTuple):
-    """The tensors that a layer's gradient is computed from; an upstream gradient that is None counts 0."""
+    """The tensors from which a layer's gradient is computed; an upstream gradient of None counts as 0."""
 
     weight_hh: Tensor  # [4H, H]
     c: Tensor  # [B, H], before step 0
@@ -99,9 +99,9 @@ def lstm_layer_forward_eager(inputs: LayerInputs, keep_gates: bool = True) -> tu
 def lstm_step_eager_(
     inputs: LayerInputs, more_resets: Tensor | None, bias: Tensor | None, next_h: Tensor, next_c: Tensor
 ) -> Tensor:
-    """The output [1, B, H] of one step, whose state is written into `next_h` and `next_c`, which may be `h` and `c`.
+    """One step: returns the output [1, B, H] and writes the state into `next_h` and `next_c`, which may be `h` and `c`.
 
-    `more_resets`, bool [1, B], reset rows too, and `bias` [4H] is added to `projected`.
+    `more_resets`, bool [1, B], resets further rows, and `bias` [4H] is added to `projected`.
     """
     projected, weight_hh, h, c, resets = inputs
     if bias is not None:
@@ -141,7 +141,7 @@ def lstm_layer_backward_eager(inputs: BackwardInputs) -> tuple[Tensor, Tensor, T
 def _step_backward(
     gates: Tensor, cell: Tensor, previous: Tensor, grad_h: Tensor, grad_c: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of one step's gates before their activation [B, 4H], and of the cell before the step [B, H]."""
+    """Gradients of one step's gates before activation [B, 4H], and of the cell before the step [B, H]."""
     gate_i, gate_f, gate_g, gate_o = gates.chunk(4, dim=1)
     squashed = cell.tanh()
     grad_c = grad_c + _TANH_BACKWARD(grad_h * gate_o, squashed)

@@ -1,4 +1,4 @@
-"""All layers of an `nn.LSTM`, or of a module that stands in for one, over a segment with resets."""
+"""All layers of an `nn.LSTM`, or of a module that replaces one, over a segment with resets."""
 
 import functools
 from collections.abc import Sequence
@@ -28,25 +28,25 @@ def lstm(
     in_place: bool = False,
     with_state: bool = True,
 ) -> tuple[Tensor, State]:
-    """`module(inputs, state)` with the state of row b zeroed before step t where `resets` is set for them.
+    """`module(inputs, state)`, but with the state of row b zeroed before step t where `resets` is set for them.
 
     A plain `nn.LSTM` runs layer by layer: one product projects a layer's whole input, and `ops.lstm_layer` computes the
     recurrence. A module that computes something else (hooks, a replaced forward, a subclass, any class with nn.LSTM's
-    arguments and results) is called once for each step, which takes the time of a loop. Without `resets` the module is
-    called once. Autocast and dropout are the module's.
+    arguments and results) is called once per step, as slow as a loop. Without `resets` the module is called once.
+    Autocast and dropout work as in the module.
 
     Args:
-        module: `nn.LSTM` in one direction and without projection, or a module that stands in for it.
+        module: unidirectional `nn.LSTM` without projection, or a module that replaces it.
         inputs: [T, B, input_size]; [B, T, input_size] if the module is `batch_first`; T at least 1.
         state: (h, c) before the first step, [num_layers, B, hidden_size] each; None for zeros.
-        resets: bool tensor laid out as the inputs are, [T, B] or [B, T]; several such tensors (`dones`, `truncateds`)
-            reset the rows of any; None resets no row.
+        resets: bool tensor with the layout of the inputs, [T, B] or [B, T], or a list of them, such as `dones` and
+            `truncateds`, any of which resets a row; None resets no row.
         in_place: the caller keeps its state in the tensors of `state`. A single step may then write the new state there
-            and return them, or return tensors with which its output shares memory.
-        with_state: False if the caller drops the new state, which may then be (None, None): saves copies.
+            and return these tensors, or return tensors that share memory with its output.
+        with_state: False if the caller drops the new state, which may then be (None, None); this saves copies.
 
     Returns:
-        (output, (h, c)) laid out as the module returns them. Differentiable once with respect to inputs, state and
+        (output, (h, c)) in the module's own layout. Differentiable once with respect to inputs, state and
         weights, and under torch.func any number of times.
 
     Raises:
@@ -65,8 +65,8 @@ def lstm(
         return module(inputs, state)
     time = 1 if getattr(module, "batch_first", False) else 0
     _check(inputs, state, flags, time)
-    # A step takes the segments' path, as a segment has to reproduce its rollout, and on CUDA cuDNN rounds nn.LSTM's
-    # products to TF32 by default. In plain PyTorch on the CPU nn.LSTM is faster.
+    # A single step takes the same path as segments, because a segment must reproduce its rollout, and on CUDA cuDNN
+    # rounds nn.LSTM's products to TF32 by default. In plain PyTorch on the CPU nn.LSTM is faster.
     device = inputs.device
     as_segment = inputs.shape[time] > 1 or device.type == "cuda" or uses_triton(device) or uses_native(device)
     if not as_segment or own_computation(module, nn.LSTM):
@@ -100,7 +100,7 @@ def _require_supported(module: object, inputs: object) -> None:
 
 
 def _check(inputs: Any, state: object, flags: Sequence[Any], time: int) -> None:
-    """The inputs and the resets must have one layout, and the state must be a pair of tensors or None."""
+    """The inputs and the resets must have the same layout, and the state must be a pair of tensors or None."""
     if not isinstance(inputs, Tensor) or inputs.dim() != 3 or inputs.shape[time] == 0:
         layout = "[B, T, input_size]" if time else "[T, B, input_size]"
         require_tensor("inputs", inputs, f"a tensor {layout} with T >= 1", None, lambda _: False)
@@ -117,7 +117,7 @@ def _check(inputs: Any, state: object, flags: Sequence[Any], time: int) -> None:
 
 
 def _fitting_state(module: Any, inputs: Tensor, state: State | None, rows: int) -> State:
-    """The state of a plain `nn.LSTM` before the first step, if the tensors have the module's sizes and dtype."""
+    """The state of a plain `nn.LSTM` before the first step, after checking sizes and dtypes against the module."""
     weight = module.weight_hh_l0
     if inputs.shape[2] != module.input_size:
         raise ValueError(f"inputs: got {describe(inputs)}, expected {module.input_size} features as input_size")
@@ -154,7 +154,7 @@ def _layer_by_layer(
     if any(tensor.dtype != dtype for tensor in (sequence, h, c, weights[0][0])):
         sequence, h, c = sequence.to(dtype), h.to(dtype), c.to(dtype)
         weights = [[weight.to(dtype) for weight in layer] for layer in weights]
-    # It may be a transposed view, to which F.linear would add a bias apart.
+    # On a transposed view F.linear adds the bias separately.
     sequence = sequence.contiguous()
     if len(sequence) == 1 and not torch.is_grad_enabled() and not in_plain_pytorch():
         return _one_step(module, weights, sequence, h, c, flags, in_place)
@@ -174,7 +174,7 @@ def _one_step(
     module: Any, weights: list[list[Tensor]], sequence: Tensor, h: Tensor, c: Tensor, flags: Sequence[Tensor],
     in_place: bool,
 ) -> tuple[Tensor, State]:  # fmt: skip
-    """A single step without gradients, whose new state is written where it belongs."""
+    """A single step without gradients, which writes the new state to its place."""
     in_place = in_place and h.is_contiguous() and c.is_contiguous()
     if uses_native(sequence.device) and not (module.dropout and module.training):
         given = [each for own in weights for each in own]
@@ -202,13 +202,13 @@ def _bias_sums(weights: list[list[Tensor]]) -> Sequence[Tensor | None]:
 
 
 def _projected(module: Any, layer: int, weight_ih: Tensor, bias: Tensor | None, sequence: Tensor) -> Tensor:
-    """The input of a layer times W_ih^T, plus the sum of its biases."""
+    """A layer's input times W_ih^T, plus the sum of its biases."""
     if layer > 0:
         sequence = nn.functional.dropout(sequence, module.dropout, module.training)
     return linear(sequence, weight_ih, bias)
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype nn.LSTM computes in: autocast's where that is on, except for float64 tensors."""
+    """The dtype that nn.LSTM computes in: autocast's where it is on, except for float64 tensors."""
     cast = under_autocast(tensor.device) and tensor.dtype != torch.float64
     return torch.get_autocast_dtype(tensor.device.type) if cast else tensor.dtype

@@ -4,8 +4,9 @@
     advantage[t] = delta[t] + gamma lam min(ratio[t], c_clip) advantage[t + 1]
 
 with v[t + 1] = value[t + 1]; where step t ended an episode, v[t + 1] is its bootstrap value, and advantage[t + 1]
-counts 0. Without ratios the factors are 1. Schulman et al. 2016 (https://arxiv.org/abs/1506.02438), section 3; Espeholt
-et al. 2018 (https://arxiv.org/abs/1802.01561), section 4.1, whose targets are these advantages plus the values.
+counts as 0. Without ratios the factors are 1. Schulman et al. 2016 (https://arxiv.org/abs/1506.02438), section 3;
+Espeholt et al. 2018 (https://arxiv.org/abs/1802.01561), section 4.1, whose targets are these advantages plus the
+values.
 """
 
 import torch
@@ -32,24 +33,24 @@ def advantages(
     rho_clip: float = 1.0,
     c_clip: float = 1.0,
 ) -> Tensor:
-    """Generalized advantages; the targets of the value function are these plus `values`.
+    """Generalized advantages; advantages plus `values` are the targets of the value function.
 
     Args:
-        rewards: floating-point tensor [B, T] of the dtype of `values`, as all numbers here.
-        values: [B, T], T >= 1, of the observation before each step.
+        rewards: floating-point tensor [B, T] of the same dtype as `values` and all other floating-point arguments.
+        values: [B, T], T >= 1, value of the observation before each step.
         ends: bool [B, T], True if the step ended an episode, by termination or truncation.
-        next_value: [B], of the observation after the last step.
+        next_value: [B], value of the observation after the last step.
         bootstrap_values: [B, T], read where `ends` is True: 0 for a termination, the value of the final observation
             for a truncation.
         gamma: discount of a step, 0 to 1.
         lam: lambda, 0 to 1.
-        valid: bool [B, T], False for a step whose advantage is 0, also in the sums of the steps before it; None counts
-            all steps.
-        ratios: [B, T], probability of each action now over that in the rollout; None is 1 throughout, unclipped.
-        rho_clip, c_clip: the largest ratios that count, numbers >= 0; inf does not clip.
+        valid: bool [B, T], False for a step whose advantage is 0, also in the sums of earlier steps; None counts all
+            steps.
+        ratios: [B, T], probability of each action now over that in the rollout; None means 1 throughout, unclipped.
+        rho_clip, c_clip: upper clips of the ratios, numbers >= 0; inf does not clip.
 
     Returns:
-        Tensor [B, T] of the dtype of `values`; arithmetic is float32 (float64 for float64). Where a gradient is wanted,
+        Tensor [B, T] of the dtype of `values`; arithmetic is float32 (float64 for float64). If a gradient is needed,
         plain PyTorch runs, which is differentiable any number of times.
 
     Raises:

@@ -24,24 +24,24 @@ from metta_fastagent.runtime.launch import Constants, launch_with
 from metta_fastagent.runtime.scratch import scratch_for
 from metta_fastagent.runtime.triton import cdiv, compute_type, jit, next_power_of_2, tl
 
-# Rows times steps of a program, 4 for each thread of four warps, as more take over 128 registers; most steps of a pass.
+# Rows times steps per program, 4 per thread of four warps, because more take over 128 registers; most steps per pass.
 ADVANTAGES_ELEMENTS, ADVANTAGES_STEPS = 512, 128
-# Programs whose sums the last one of the loss adds at a time: 16 numbers for each lane of a single warp.
+# Programs whose sums the loss's last program adds at a time: 16 numbers for each lane of a single warp.
 SUMS_AT_A_TIME = 64
-# Triton reads a global of the module only if it is a constexpr.
+# Triton only reads module globals that are constexpr.
 _SUMS_AT_A_TIME = tl.constexpr(SUMS_AT_A_TIME)
 _PAIR, _INDEX, _LOGITS = (tl.constexpr(code) for code in (reports.PPO_PAIR, reports.PPO_INDEX, reports.PPO_LOGITS))
 
 
 @jit
 def _number(high, rest, COMPUTE: tl.constexpr):
-    """The sum of two numbers of the launch, see `_parts`."""
+    """The sum of two scalar arguments, see `_parts`."""
     return tl.full((), 0.0, COMPUTE) + high + rest
 
 
 @jit
 def _then(decay, delta, earlier_decay, earlier_delta):
-    """Step x -> delta + decay x, then an earlier one, as one step."""
+    """The step x -> delta + decay x followed by an earlier step, as one step."""
     return decay * earlier_decay, earlier_delta + earlier_decay * delta
 
 
@@ -78,7 +78,7 @@ def _advantages_kernel(
     gamma = _number(gamma, gamma_rest, COMPUTE)
     decay = _number(decay, decay_rest, COMPUTE)
     running = tl.zeros([ROWS], COMPUTE)
-    # Later steps come first, so that the scan runs forwards.
+    # Later steps come first, so that the scan runs forward.
     for done in range(0, T, STEPS):
         t = T - 1 - done - column
         inside = live[:, None] & (t >= 0)[None, :]
@@ -94,7 +94,7 @@ def _advantages_kernel(
         if RATIOS:
             ratio = tl.load(ratios + place, mask=inside, other=0.0).to(COMPUTE)
             limit = _number(rho_clip, rho_rest, COMPUTE)
-            # A NaN stays.
+            # NaN stays NaN.
             delta = delta * tl.where(ratio > limit, limit, ratio)
             limit = _number(c_clip, c_rest, COMPUTE)
             factor = factor * tl.where(ratio > limit, limit, ratio)
@@ -110,7 +110,7 @@ def _advantages_kernel(
 
 @jit
 def _kl(log_ratio, ratio):
-    """r - 1 - log r, by its series near 0, where the difference would lose its digits."""
+    """r - 1 - log r, by its series near 0, where the difference would lose precision."""
     series = log_ratio * 0 + 1
     for k in tl.static_range(13):
         series = 1 + series * log_ratio * (1.0 / (15 - k))
@@ -119,7 +119,7 @@ def _kl(log_ratio, ratio):
 
 @jit
 def _value_error(value, old_value, returns, row, live, limit, COMPUTE: tl.constexpr, CLIPS_VALUE: tl.constexpr):
-    """(squared error, half its derivative by the value) of each row, both [ROWS]."""
+    """(squared error, half its derivative with respect to the value) of each row, both [ROWS]."""
     v = tl.load(value + row, mask=live, other=0.0).to(COMPUTE)
     target = tl.load(returns + row, mask=live, other=0.0).to(COMPUTE)
     difference = v - target
@@ -229,7 +229,7 @@ def _ppo_loss_fwd_kernel(
     advantage = tl.load(advantages + row, mask=live, other=0.0).to(COMPUTE)
     low = _number(low, low_rest, COMPUTE)
     high = _number(high, high_rest, COMPUTE)
-    # min(r A, clip(r) A), but 0 for A = 0 and r = inf. NaN stays.
+    # min(r A, clip(r) A), but 0 for A = 0 and r = inf. NaN stays NaN.
     bounded = tl.where(advantage >= 0, tl.where(ratio > high, high, ratio), tl.where(ratio < low, low, ratio))
     surrogate = bounded * advantage
     limit = _number(vf_clip, vf_clip_rest, COMPUTE)
@@ -250,7 +250,7 @@ def _ppo_loss_fwd_kernel(
     tl.store(place + 3 * programs, tl.sum(tl.where(counts, _kl(log_ratio, ratio), 0.0), 0).to(tl.float64))
     tl.store(place + 4 * programs, tl.sum((counts & clips).to(tl.float64), 0))
     tl.store(place + 5 * programs, tl.sum(counts.to(tl.float64), 0))
-    # The last program to arrive adds the sums in their order, so the result does not depend on which one it is.
+    # The last program to arrive adds the sums in order, so the result does not depend on which program that is.
     tl.debug_barrier()
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == programs - 1:
         _add_up(
@@ -301,7 +301,7 @@ def _ppo_loss_bwd_kernel(
 
 @functools.cache
 def _advantages_constants(steps: int, dtype: torch.dtype, masked: bool, clipped: bool) -> tuple[Constants, int]:
-    """(constants, rows of a program) for segments of up to `steps` steps, a power of two."""
+    """(constants, rows per program) for segments of up to `steps` steps, a power of two."""
     steps = min(steps, ADVANTAGES_STEPS)
     rows = ADVANTAGES_ELEMENTS // steps
     values = {"VALID": masked, "RATIOS": clipped, "COMPUTE": compute_type(dtype), "ROWS": rows, "STEPS": steps}
@@ -311,7 +311,7 @@ def _advantages_constants(steps: int, dtype: torch.dtype, masked: bool, clipped:
 # A run has a few sets of coefficients; some change at each update.
 @functools.lru_cache(maxsize=64)
 def _parts(*numbers: float) -> tuple[float, ...]:
-    """Each number as two whose sum it is, within float64's rounding: a kernel's own numbers are float32."""
+    """Each number as a sum of two, within float64's rounding: scalar arguments of a kernel are float32."""
     parts = []
     for number in numbers:
         high = float(np.float32(number))
@@ -320,7 +320,7 @@ def _parts(*numbers: float) -> tuple[float, ...]:
 
 
 def advantages_cuda(rollout: Rollout) -> Tensor:
-    """As `advantages_eager`, in one launch."""
+    """Same as `advantages_eager`, in one launch."""
     values, valid, ratios = rollout.values, rollout.valid, rollout.ratios
     out = values.new_empty(values.shape)
     rows, steps = values.shape
@@ -328,7 +328,7 @@ def advantages_cuda(rollout: Rollout) -> Tensor:
         constants, block = _advantages_constants(
             next_power_of_2(steps), values.dtype, valid is not None, ratios is not None
         )
-        # The values stand in for what there is not.
+        # The values stand in for absent tensors.
         tensors = [(values if each is None else each).contiguous() for each in rollout[:7]]
         numbers = _parts(rollout.gamma, rollout.gamma * rollout.lam, rollout.rho_clip, rollout.c_clip)
         launch_with(constants, _advantages_kernel, cdiv(rows, block), (*tensors, out), (rows, steps, *numbers))
@@ -338,7 +338,7 @@ def advantages_cuda(rollout: Rollout) -> Tensor:
 def ppo_loss_forward_cuda(
     logits: Tensor, samples: Samples, strict: bool, report: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `ppo_loss_forward_eager`, in one launch."""
+    """Same as `ppo_loss_forward_eager`, in one launch."""
     rows, num_actions = logits.shape
     if num_actions > layouts.MAX_ACTIONS or rows == 0:
         return reference.ppo_loss_forward_eager(logits, samples, strict)
@@ -391,7 +391,7 @@ def ppo_loss_forward_cuda(
 
 
 def ppo_loss_backward_cuda(given: LossGradient) -> tuple[Tensor, Tensor]:
-    """As `ppo_loss_backward_eager`, in one launch."""
+    """Same as `ppo_loss_backward_eager`, in one launch."""
     logits, value, grad, index, slopes, divisor = given[:6]
     rows, num_actions = logits.shape
     if num_actions > layouts.MAX_ACTIONS or rows == 0:

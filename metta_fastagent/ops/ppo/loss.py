@@ -1,12 +1,12 @@
-"""The loss of proximal policy optimization, straight from logits and values, with its gradients.
+"""The loss of proximal policy optimization, directly from logits and values, with its gradients.
 
 `ppo_loss` has the formula, `evaluate_actions` defines log-probability and entropy. Schulman et al. 2017
 (https://arxiv.org/abs/1707.06347) for the loss, PPO2
 (https://github.com/openai/baselines/blob/master/baselines/ppo2/model.py) for the value clip,
 http://joschu.net/blog/kl-approx.html for the estimate r - 1 - log r of the KL divergence, which is never negative.
 
-One launch forward and one backward. A row with an action out of range (off the CPU only) makes the loss NaN and gets no
-gradient.
+One launch forward and one backward. A row with an action out of range (possible only off the CPU) makes the loss NaN
+and gets no gradient.
 """
 
 from collections.abc import Sequence
@@ -48,43 +48,43 @@ def ppo_loss(
     strict: bool = True,
     report: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate, the value error and the entropy bonus, each a mean over rows.
+    """The PPO loss: clipped surrogate, value error and entropy bonus, each a mean over rows.
 
         loss = -mean(min(r A, clip(r, 1 - c, 1 + c) A)) + vf_coef mean(E) / 2 - ent_coef mean(H)
         r    = exp(log_prob - old_log_prob)      A the advantages      H the entropy      E = (value - returns)^2
 
     With vf_clip_coef = v > 0, E is the larger of that and (old_value + clip(value - old_value, -v, v) - returns)^2.
-    What is "of each row" has N elements in the order of the rows, in any shape: [N], [N, 1], [B, T].
+    Arguments with a value per row have N elements in row order, in any shape: [N], [N, 1], [B, T].
 
     Args:
         logits: floating-point tensor [N, A].
-        actions: with a table, integer pairs (action type, parameter) of each row, [N, 2]; without, an integer logit
-            index of each row.
-        value: floating-point number of each row, as the next four.
+        actions: with a table, integer pairs (action type, parameter), [N, 2]; without one, an integer logit index per
+            row.
+        value: floating-point number per row, like the next four.
         old_log_prob, old_value: of the rollout.
-        advantages: used as they are: normalize them before.
-        returns: targets of the value.
+        advantages: used as they are, so normalize them first.
+        returns: targets of the value function.
         cum_action_max_params: int64 tensor [action types + 1], or None.
-        valid: bool of each row, False for one that is left out of the means and gets no gradient. Its action and logits
-            are checked all the same.
-        count: floating-point tensor with one element, on the logits' device, that replaces the number of rows in the
-            means, so that the losses of parts add up to that of the whole.
-        mask, temperature: as `evaluate_actions` takes them. An action that the mask forbids has log-probability -inf, a
-            ratio of 0, and makes the estimate of the KL divergence infinite.
+        valid: bool per row, False for a row that is left out of the means and gets no gradient. Its action and logits
+            are still checked.
+        count: one-element floating-point tensor on the logits' device that replaces the number of rows in the means, so
+            that the losses of micro-batches add up to the loss of the whole batch.
+        mask, temperature: as in `evaluate_actions`. An action that the mask forbids has log-probability -inf and ratio
+            0, and makes the estimate of the KL divergence infinite.
         clip_coef: c, a number >= 0.
         vf_clip_coef: v, a number >= 0; 0 does not clip.
         vf_coef, ent_coef: weights, numbers.
-        strict, report: as `evaluate_actions` takes them.
+        strict, report: as in `evaluate_actions`.
 
     Returns:
         (loss [], statistics [5]) in float32 (float64 for float64 logits). The loss is differentiable with respect to
-        logits and value, once by a kernel and any number of times in plain PyTorch; all else counts as constant. The
-        statistics are the means policy_loss, value_loss (E / 2), entropy, approx_kl and clip_fraction (the share of
-        |r - 1| > c), without a gradient. Without a row that counts all are 0.
+        logits and value, once by a kernel and any number of times in plain PyTorch; everything else is treated as
+        constant. The statistics are the means policy_loss, value_loss (E / 2), entropy, approx_kl and clip_fraction
+        (the share of |r - 1| > c), without a gradient. If no row counts, all are 0.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, shape, device or number; on the CPU also an action out of range, or
-            with `strict` logits that are no distribution.
+            with `strict` logits that do not form a distribution.
 
     Example:
         >>> logits, actions, value = torch.randn(8, 3), torch.randint(3, (8,)), torch.randn(8)
@@ -126,15 +126,15 @@ def ppo_loss_of_log_prob(
     vf_coef: float,
     ent_coef: float,
 ) -> tuple[Tensor, Tensor]:
-    """`ppo_loss` of an agent that evaluates its actions itself, in plain PyTorch.
+    """`ppo_loss` for an agent that evaluates its actions itself, in plain PyTorch.
 
     Args:
         log_prob, entropy: floating-point tensors with N elements.
-        value, old_log_prob, old_value, advantages, returns, valid, count: as `ppo_loss` takes them.
-        clip_coef, vf_clip_coef, vf_coef, ent_coef: as `ppo_loss` takes them.
+        value, old_log_prob, old_value, advantages, returns, valid, count: as in `ppo_loss`.
+        clip_coef, vf_clip_coef, vf_coef, ent_coef: as in `ppo_loss`.
 
     Returns:
-        (loss [], statistics [5]) as `ppo_loss`; the loss is differentiable with respect to the first three.
+        (loss [], statistics [5]) as in `ppo_loss`; the loss is differentiable with respect to the first three.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, number of elements, device or number.
@@ -157,7 +157,7 @@ def ppo_loss_of_log_prob(
 
 
 def _check_numbers(names: Sequence[str], tensors: Sequence[Any], rows: int, like_name: str, like: Tensor) -> None:
-    """Each has to be a floating-point tensor with an element for each row, on the device of `like`."""
+    """Each must be a floating-point tensor with one element per row, on the device of `like`."""
     for name, tensor in zip(names, tensors, strict=True):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.numel() != rows:
             _refuse_rows(name, tensor, "floating-point", is_floating, rows, like_name)
@@ -208,14 +208,14 @@ def _checked_actions(actions: object, table: Tensor | None, logits: Tensor) -> t
     return actions, table
 
 
-# Fields of Samples: the numbers of each row, and the first that is not a tensor.
+# Fields of Samples: the numbers per row, and the position of the first field that is not a tensor.
 NUMBERS, TENSORS = Samples._fields[1:6], Samples._fields.index("temperature")
 
 
 class _PpoLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, value, samples, strict, report):
-        # Autograd sees no tensors within a tuple: those of `samples` are constants.
+        # Autograd does not see tensors inside a tuple, so the tensors in `samples` are constants.
         loss, statistics, divisor, index, slopes = _ppo_loss_forward(logits, samples, strict, report)
         conditions = samples.mask, samples.temperature_tensor
         ctx.save_for_backward(logits, divisor, index, slopes, *conditions, value, *samples[2:6])
@@ -244,7 +244,7 @@ class _PpoLoss(torch.autograd.Function):
 def _gradients_with_graph(
     ctx: Any, logits: Tensor, samples: Samples, divisor: Tensor, grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of logits and value, of those that are wanted; the actions of `samples` are the forward's indices."""
+    """Gradients of logits and value, as far as they are needed; `samples.actions` are the forward's indices."""
     wanted = ctx.needs_input_grad[:2]
     inputs = [each for each, needed in zip((logits, samples.value), wanted, strict=True) if needed]
     function = lambda *_: (reference.ppo_loss_of_index(logits, samples, divisor),)  # noqa: E731
@@ -265,7 +265,7 @@ def _forward_native(logits: Tensor, samples: Samples, strict: bool, report: int)
         *samples[-4:],
     )
     if bad_row >= 0 or (strict and bad_logits >= 0):
-        # The eager twin has the message.
+        # The eager twin raises the error.
         return reference.ppo_loss_forward_eager(logits, samples, strict)
     return tuple(outputs)
 

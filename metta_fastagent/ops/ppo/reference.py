@@ -17,14 +17,14 @@ from metta_fastagent.ops.dtypes import compute_dtype
 
 
 def conditions_of(mask: Tensor | None, temperature_tensor: Tensor | None, temperature: float) -> Conditions | None:
-    """Mask and temperature as one value; None if they change nothing."""
+    """Mask and temperature as one tuple; None if they change nothing."""
     if mask is None and temperature_tensor is None and temperature == 1:
         return None
     return Conditions(mask, temperature_tensor, temperature)
 
 
 class Samples(NamedTuple):
-    """What `ppo_loss` takes beside the logits [N, A]; a number for each row may have any shape of N elements."""
+    """The arguments of `ppo_loss` besides the logits [N, A]; numbers per row may have any shape with N elements."""
 
     actions: Tensor  # [N, 2] pairs or, without a table, [N] indices
     value: Tensor
@@ -48,7 +48,7 @@ class Samples(NamedTuple):
         return conditions_of(self.mask, self.temperature_tensor, self.temperature)
 
 
-# The fields in an operator's schema.
+# The fields as written in an operator's schema.
 SCHEMA = (
     "Tensor actions, Tensor value, Tensor old_log_prob, Tensor old_value, Tensor advantages, Tensor returns,"
     f" Tensor? cum_action_max_params, Tensor? valid, Tensor? count, {CONDITIONS_SCHEMA}, float clip_coef,"
@@ -57,7 +57,7 @@ SCHEMA = (
 
 
 class Rollout(NamedTuple):
-    """What `advantages` takes."""
+    """The arguments of `advantages`."""
 
     rewards: Tensor
     values: Tensor
@@ -72,7 +72,7 @@ class Rollout(NamedTuple):
     c_clip: float
 
     def tensors(self, dtype: torch.dtype) -> Sequence[Any]:
-        """The first seven, those of numbers in this dtype."""
+        """The first seven fields, floating-point ones in this dtype."""
         return [each if each is None or each.dtype == torch.bool else each.to(dtype) for each in self[:7]]
 
 
@@ -99,7 +99,7 @@ def ppo_loss_forward_eager(
     """(loss [], statistics [5], divisor [], index int64 [N], slopes [2, N]).
 
     `divisor` is the number of rows in the means, at least 1. `index` is -1 for a row without a gradient. `slopes` are
-    the derivatives of divisor times loss by log-probability and value, 0 there.
+    the derivatives of divisor times loss with respect to log-probability and value, 0 in such rows.
     """
     x = logits.to(compute_dtype(logits.dtype))
     log_prob, entropy, _, index = evaluate_actions_forward_eager(
@@ -115,7 +115,7 @@ def ppo_loss_forward_eager(
 
 
 def ppo_loss_of_log_prob_eager(log_prob: Tensor, entropy: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
-    """(loss [], statistics [5]) of log-probabilities and entropies [N], differentiable any number of times."""
+    """(loss [], statistics [5]) from log-probabilities and entropies [N], differentiable any number of times."""
     dtype = compute_dtype(log_prob.dtype)
     log_prob, entropy = log_prob.reshape(-1).to(dtype), entropy.reshape(-1).to(dtype)
     loss, statistics, _ = _loss(log_prob, entropy, samples, *_counted(samples, log_prob))
@@ -150,7 +150,7 @@ def _loss(
     if samples.vf_clip_coef > 0:
         change = value - old_value
         clipped = old_value + change.clamp(-samples.vf_clip_coef, samples.vf_clip_coef) - returns
-        # Within the range both errors are the same but for rounding.
+        # Within the range both errors are equal up to rounding.
         worse = (change.abs() > samples.vf_clip_coef) & (clipped.square() > error)
         error = torch.where(worse, clipped.square(), error)
         difference = torch.where(worse, 0.0, difference)
@@ -173,7 +173,7 @@ def ppo_loss_of_index(logits: Tensor, samples: Samples, divisor: Tensor) -> Tens
 
 
 class LossGradient(NamedTuple):
-    """What the backward of `ppo_loss` takes: the gradient of the loss, and what `ppo_loss_forward_eager` returned."""
+    """The arguments of `ppo_loss`'s backward: the gradient of the loss, and results of `ppo_loss_forward_eager`."""
 
     logits: Tensor
     value: Tensor

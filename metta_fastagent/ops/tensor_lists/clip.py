@@ -1,7 +1,7 @@
 """Clip many tensors in place, each to its own symmetric range.
 
-`reference` has the formula. The autograd version of the tensors does not change in eager mode, so clipping between
-forward and backward is legal, as it is with `tensor.data.clamp_`.
+`reference` has the formula. The tensors' autograd versions do not change in eager mode, so clipping between forward and
+backward is legal, as with `tensor.data.clamp_`.
 """
 
 from collections.abc import Sequence
@@ -27,16 +27,16 @@ def clip_weights_(tensors: Sequence[Tensor], bounds: Sequence[float], *, plan: P
     """Clamp each tensor in place to [-bound, bound].
 
     Args:
-        tensors: floating-point tensors of any shapes, dtypes and devices, leaf parameters included. Of a DTensor the
+        tensors: floating-point tensors of any shapes, dtypes and devices, leaf parameters included. For a DTensor the
             local shard is clipped.
         bounds: one float >= 0 for each tensor.
-        plan: the caller's plan of these tensors, which must be the ones of the call before, at the same addresses;
-            None finds one by the tensors.
+        plan: the caller's plan for these tensors, which must be those of the previous call, at the same addresses; None
+            looks one up by the tensors.
 
     Raises:
         TypeError: an argument is not a list, a tensor does not hold floating-point numbers, or a bound is not a number;
-            nothing was clipped then.
-        ValueError: the lists differ in length, or a bound is negative or NaN; nothing was clipped then.
+            then nothing is clipped.
+        ValueError: the lists differ in length, or a bound is negative or NaN; then nothing is clipped.
 
     Example:
         >>> weight, bias = torch.tensor([-3.0, 0.5]), torch.tensor([2.0])
@@ -67,7 +67,7 @@ def clip_weights_(tensors: Sequence[Tensor], bounds: Sequence[float], *, plan: P
 
 
 def _can_run(planned: _Planned, tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
-    """Whether the plan is for these bounds and dtypes, and kernels run now."""
+    """Whether the plan is for these bounds and dtypes, and kernels are in use."""
     return (
         planned.bounds == bounds
         and uses_triton(tensors[0].device)
@@ -77,7 +77,7 @@ def _can_run(planned: _Planned, tensors: Sequence[Tensor], bounds: Sequence[floa
 
 
 def _are_plain(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
-    """Whether all tensors are of PyTorch's own two classes and all bounds are floats."""
+    """Whether all tensors are a plain Tensor or Parameter and all bounds are floats."""
     return (
         len(tensors) > 0
         and {Tensor, torch.nn.Parameter}.issuperset(map(type, tensors))
@@ -87,8 +87,9 @@ def _are_plain(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
 
 
 def _clip_plain_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> bool:
-    """Check and clip in the C++ operator; False, and nothing changed, if it refuses an argument."""
-    # The operator writes through pointers, unseen by autograd; `.data` of each tensor would cost more than the clip.
+    """Check and clip in the C++ operator; returns False and changes nothing if it rejects an argument."""
+    # The operator writes through pointers, unseen by autograd; taking `.data` of each tensor would cost more than the
+    # clip.
     with torch.no_grad():
         return torch.ops.metta_fastagent_native.clip_weights_.default(tensors, bounds)
 
@@ -108,7 +109,7 @@ def _local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _clip_weights_native_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
-    # It changes nothing if it does not support one of the tensors.
+    # The operator changes nothing if it does not support one of the tensors.
     if not torch.ops.metta_fastagent_native.clip_weights_.default(tensors, bounds):
         clip_weights_eager_(tensors, bounds)
 

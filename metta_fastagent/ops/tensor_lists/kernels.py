@@ -1,9 +1,9 @@
-"""Triton kernels that reach many tensors in one launch, their tables, and their launchers.
+"""Triton kernels that process many tensors in one launch, their tables, and their launchers.
 
-A tensor is cut into chunks of CHUNK elements; program i of a launch handles chunk i, whose row of a table on the device
-holds addresses and length. A table is built once for a set of tensors, uploaded asynchronously from pinned memory, and
-rebuilt only if an address, a length or a constant changes. It cannot be built while a CUDA graph is captured, and one
-that a captured graph uses is never freed, because the graph reads it at every replay.
+A tensor is cut into chunks of CHUNK elements; program i of a launch handles chunk i, whose row in a device table holds
+addresses and length. A table is built once per set of tensors, uploaded asynchronously from pinned memory, and rebuilt
+only if an address, a length or a constant changes. It cannot be built while a CUDA graph is captured, and a table that
+a captured graph uses is never freed, because the graph reads it at every replay.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -21,13 +21,13 @@ from metta_fastagent.runtime.launch import Constants, launch_with
 from metta_fastagent.runtime.scratch import capturing, scratch_for
 from metta_fastagent.runtime.triton import cdiv, compute_type, jit, next_power_of_2, tl
 
-# 16 elements for each thread of eight warps: 16 KiB of float32, loaded before the first use. Small tensors get programs
-# of their own, and 100 million parameters make 25 thousand programs, enough for any GPU.
+# 16 elements for each thread of eight warps: 16 KiB of float32, loaded before the first use. Each small tensor gets its
+# own program, and 100 million parameters make 25 thousand programs, enough for any GPU.
 CHUNK = 4096
 CHUNK_WARPS = 8
-# Sets of tensors that are kept: agents, targets and optimizers of one process, with room to spare.
+# Number of cached tensor sets: enough for the agents, targets and optimizers of one process, with room to spare.
 CAPACITY = 64
-# Partial sums that the last program of the L2 loss adds at a time.
+# Partial sums that the L2 loss's last program adds at a time.
 PARTIALS_BLOCK = 1024
 # Every tensor's part of the flat gradient starts on a 16-byte address.
 FLAT_ALIGNMENT = 16
@@ -39,7 +39,7 @@ _captured: list[Any] = []
 class ClipTable(NamedTuple):
     """One launch of the clip kernel: the tensors of one device and dtype."""
 
-    example: int  # position in the list of one of them
+    example: int  # position of one of these tensors in the list
     dtype: torch.dtype
     chunks: Tensor  # [chunks, 2] int64: address, length
     bounds: Tensor  # [chunks] float64
@@ -65,9 +65,9 @@ def _clip_weights_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     address = tl.load(chunks + chunk * 2)
     length = tl.load(chunks + chunk * 2 + 1).to(tl.int32)
-    # The bound as the tensor's dtype rounds it, as `clamp_` does.
+    # The bound rounded to the tensor's dtype, as in `clamp_`.
     bound = tl.load(bounds + chunk).to(example.dtype.element_ty).to(COMPUTE)
-    # Loads and stores of 128 bits from the chunk's first such address on; Triton sees that `whole` is a multiple.
+    # 128-bit loads and stores from the chunk's first aligned address on; Triton sees that `whole` is a multiple.
     bits: tl.constexpr = example.dtype.element_ty.primitive_bitwidth
     vector: tl.constexpr = 128 // bits
     head = ((-address & 15) // (bits // 8)).to(tl.int32)
@@ -75,7 +75,7 @@ def _clip_weights_kernel(
     offset = tl.arange(0, CHUNK)
     start = tl.multiple_of(address.to(example.dtype) + head, 16)
     x = tl.load(start + offset, mask=offset < whole, other=0.0).to(COMPUTE)
-    # The few elements before and behind, in one block.
+    # The few elements before and after, in one block.
     edge = tl.arange(0, 2 * vector)
     ends = address.to(example.dtype) + tl.where(edge < head, edge, edge + whole)
     at_end = edge < length - whole
@@ -90,12 +90,12 @@ def _clip_weights_kernel(
 
 @jit
 def _differences(example, chunks, chunk, length, COMPUTE: tl.constexpr, CHUNK: tl.constexpr):
-    """Weights minus initial values of a chunk: [CHUNK] up to element `whole`, and one vector from there on; `whole`."""
+    """Weights minus initial values of a chunk: [CHUNK] up to element `whole`, one vector from there on; and `whole`."""
     param = tl.load(chunks + chunk * 4)
     initial = tl.load(chunks + chunk * 4 + 1)
     vector: tl.constexpr = 128 // example.dtype.element_ty.primitive_bitwidth
     aligned = (param | initial) % 16 == 0
-    # Elements that are loaded by vectors, or all of them singly. Triton sees that `whole` is a multiple.
+    # Elements loaded as vectors if aligned; otherwise all, loaded singly. Triton sees that `whole` is a multiple.
     whole = tl.where(aligned, length // vector, tl.cdiv(length, vector)) * vector
     offset = tl.arange(0, CHUNK)
     if aligned:
@@ -130,7 +130,7 @@ def _l2_init_loss_fwd_kernel(
     length = tl.load(chunks + chunk * 4 + 2).to(tl.int32)
     difference, behind, _ = _differences(example, chunks, chunk, length, COMPUTE, CHUNK)
     tl.store(partials + chunk, (tl.sum(difference * difference, 0) + tl.sum(behind * behind, 0)).to(tl.float64))
-    # The last program to arrive adds the partial sums in their order, so the result does not depend on which one it is.
+    # The last program to arrive adds the partial sums in order, so the result does not depend on which program that is.
     tl.debug_barrier()
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_chunks - 1:
         total = tl.zeros([PARTIALS_BLOCK], tl.float64)
@@ -174,7 +174,7 @@ def _keep_while_captured(table: Any, device: torch.device) -> None:
 
 
 def _cached(key: tuple, make: Callable[[], Any], device: torch.device) -> Any:
-    """The result of `make` for `key`, kept until CAPACITY other keys have been used since."""
+    """The result of `make` for `key`, cached until CAPACITY other keys have been used since."""
     entry = _tables.pop(key, None)
     if entry is None:
         if capturing(device):
@@ -200,13 +200,13 @@ def _chunk_rows(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
 
 def _upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The values as a tensor on the device, copied asynchronously from pinned memory."""
-    # A table made in inference mode could not be used outside of it.
+    # A table made in inference mode could not be used outside it.
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def can_clip(tensor: Tensor) -> bool:
-    """Whether the clip kernel takes the tensor."""
+    """Whether the clip kernel supports the tensor."""
     return _is_dense(tensor) and uses_triton(tensor.device)
 
 
@@ -240,7 +240,7 @@ def _constants(dtype: torch.dtype, chunk: int, warps: int, **own: int) -> Consta
 
 
 def launch_clip(tables: Sequence[ClipTable], tensors: Sequence[Tensor]) -> None:
-    """Clip the tensors in one launch for each table."""
+    """Clip the tensors in one launch per table."""
     for table in tables:
         _keep_while_captured(table.chunks, table.chunks.device)
         _keep_while_captured(table.bounds, table.bounds.device)
@@ -254,7 +254,7 @@ def launch_clip(tables: Sequence[ClipTable], tensors: Sequence[Tensor]) -> None:
 
 
 def clip_weights_cuda_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
-    """As `clip_weights_eager_`, in one launch for each device and dtype."""
+    """Same as `clip_weights_eager_`, in one launch per device and dtype."""
     fitting = [can_clip(tensor) for tensor in tensors]
     for tensor, bound, fits in zip(tensors, bounds, fitting, strict=True):
         if not fits:
@@ -264,7 +264,7 @@ def clip_weights_cuda_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> No
 
 
 def laid_out_alike(params: Sequence[Tensor], initial: Sequence[Tensor]) -> bool:
-    """Whether all have one dtype, and each pair the same layout without gaps."""
+    """Whether all tensors have one dtype, and each pair the same layout without gaps."""
     return all(
         param.dtype == start.dtype == params[0].dtype and param.stride() == start.stride() and _is_dense(param)
         for param, start in zip(params, initial, strict=True)
@@ -272,7 +272,7 @@ def laid_out_alike(params: Sequence[Tensor], initial: Sequence[Tensor]) -> bool:
 
 
 def l2_table(params: Sequence[Tensor], initial: Sequence[Tensor]) -> L2Table | None:
-    """The table of the weights; None if the kernel does not take them."""
+    """The table of the weights; None if the kernel does not support them."""
     if not laid_out_alike(params, initial) or not any(param.numel() for param in params):
         return None
     device, dtype = params[0].device, params[0].dtype
@@ -296,7 +296,7 @@ def _make_l2_table(params: Sequence[Tensor], initial: Sequence[Tensor]) -> L2Tab
 
 
 def launch_l2_forward(table: L2Table, example: Tensor, scale: float) -> Tensor:
-    """The loss; `example` is any tensor on the device and of the dtype of the weights."""
+    """The loss; `example` is any tensor with the device and dtype of the weights."""
     device, num_chunks = example.device, len(table.chunks)
     _keep_while_captured(table.chunks, device)
     loss = torch.empty((), dtype=torch.float32, device=device)
@@ -326,7 +326,7 @@ def launch_l2_backward(table: L2Table, scale: float, grad: Tensor) -> list[Tenso
 
 
 def l2_init_loss_forward_cuda(params: Sequence[Tensor], initial: Sequence[Tensor], scale: float) -> Tensor:
-    """As `l2_init_loss_forward_eager`, in one launch."""
+    """Same as `l2_init_loss_forward_eager`, in one launch."""
     table = l2_table(params, initial)
     if table is None:
         return reference.l2_init_loss_forward_eager(params, initial, scale)
@@ -336,11 +336,11 @@ def l2_init_loss_forward_cuda(params: Sequence[Tensor], initial: Sequence[Tensor
 def l2_init_loss_backward_cuda(
     params: Sequence[Tensor], initial: Sequence[Tensor], scale: float, grad: Tensor
 ) -> list[Tensor]:
-    """As `l2_init_loss_backward_eager`, in one launch and one copy."""
+    """Same as `l2_init_loss_backward_eager`, in one launch and one copy."""
     table = l2_table(params, initial)
     if table is None:
         return reference.l2_init_loss_backward_eager(params, initial, scale, grad)
-    # The outputs of an operator may not share memory.
+    # An operator's outputs must not share memory.
     grads = [torch.empty_like(param) for param in params]
     copies = launch_l2_backward(table, scale, grad)
     torch._foreach_copy_(grads, copies)  # pyright: ignore[reportPrivateImportUsage]

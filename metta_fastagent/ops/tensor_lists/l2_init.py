@@ -1,4 +1,4 @@
-"""L2 distance of the weights to their initial values: L2-init regularisation; `reference` has the formula.
+"""Squared L2 distance of the weights from their initial values: L2-init regularisation; `reference` has the formula.
 
 Source: Kumar, Marklund and Van Roy, "Maintaining Plasticity in Continual Learning via Regenerative Regularization"
 (2023).
@@ -25,19 +25,19 @@ def l2_init_loss(
     """Scaled sum of squared differences between weights and their initial values.
 
     Args:
-        params: floating-point tensors of any shapes, all on one device; with DTensors among them, every rank of their
-            mesh has to take part in the call.
+        params: floating-point tensors of any shapes, all on one device; if some are DTensors, every rank of their mesh
+            must take part in the call.
         initial: tensors of the same shapes on the same device, one for each of `params`; no gradient flows to them.
         scale: factor of the sum.
-        plan: the caller's plan of these tensors, which must be the ones of the call before, at the same addresses;
-            None finds one by the tensors.
+        plan: the caller's plan for these tensors, which must be those of the previous call, at the same addresses; None
+            looks one up by the tensors.
 
     Returns:
         0-dim float32 tensor, differentiable any number of times with respect to `params`. Without tensors: 0.
 
     Raises:
         TypeError: an argument is not a list, a tensor does not hold floating-point numbers, or `scale` is not a number.
-        ValueError: the two lists differ in length, or a pair of tensors in shape or device.
+        ValueError: the two lists differ in length, or a pair of tensors differs in shape or device.
 
     Example:
         >>> weight = torch.tensor([1.0, 3.0], requires_grad=True)
@@ -105,7 +105,7 @@ class _L2InitLoss(torch.autograd.Function):
 
 
 class _PlannedL2InitLoss(torch.autograd.Function):
-    """`_L2InitLoss` by a plan. It compares versions itself: 400 saved tensors take longer than the rest."""
+    """`_L2InitLoss` with a plan. It compares versions itself: saving 400 tensors takes longer than the rest."""
 
     @staticmethod
     def forward(ctx, table: kernels.L2Table, initial: Sequence[Tensor], scale: float, *params: Tensor):

@@ -1,8 +1,8 @@
-"""Plans: what an operation on a list of tensors has worked out about it, kept for the next call.
+"""Plans: what an operation has worked out about a list of tensors, kept for the next call.
 
-A plan is valid while the same tensors lie at the same addresses. An owner that checks this itself, such as an agent's
-layer index, passes its plan to the operation; for other calls the plan is found by the tensors, and goes with the first
-of them that dies.
+A plan is valid while the same tensors stay at the same addresses. An owner that checks this itself, such as an agent's
+layer index, passes its plan to the operation. For other calls the plan is looked up by the tensors, and dropped as soon
+as one of them is garbage-collected.
 """
 
 import weakref
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Plan:
-    """A slot for one operation's checks and tables of a list; whoever passes it vouches that the list is unchanged.
+    """A slot for one operation's checks and tables for a list; the caller guarantees that the list is unchanged.
 
     Example:
         >>> from metta_fastagent import ops
@@ -31,7 +31,7 @@ class _Known(NamedTuple):
     plan: Plan
     identities: list[int]
     addresses: list[int]
-    # Each drops the plan when its tensor dies, so the identity of a dead tensor is never compared.
+    # Each drops the plan when its tensor is freed, so the identity of a freed tensor is never compared.
     references: list[weakref.ref]
 
 
@@ -52,7 +52,7 @@ def find_plan(operation: str, tensors: Sequence[Tensor]) -> Plan | None:
 
 
 def keep_plan(operation: str, tensors: Sequence[Tensor]) -> Plan:
-    """A new plan, which `find_plan` finds by these tensors."""
+    """A new plan, which `find_plan` looks up by these tensors."""
     key = (operation, id(tensors[0]), len(tensors))
     references = [weakref.ref(tensor, lambda _: _known.pop(key, None)) for tensor in tensors]
     _known[key] = _Known(Plan(), list(map(id, tensors)), list(map(Tensor.data_ptr, tensors)), references)

@@ -16,14 +16,14 @@ from metta_fastagent.ops.dtypes import compute_dtype
 
 
 def clip_weights_eager_(tensors: Sequence[Tensor], bounds: Sequence[float]) -> None:
-    """Clamp each tensor in place; NaN stays NaN, infinities clip."""
+    """Clamp each tensor in place; NaN stays NaN, infinities are clipped."""
     for tensor, bound in zip(tensors, bounds, strict=True):
         bound = within_range(bound, tensor.dtype)
         tensor.clamp_(-bound, bound)
 
 
 def within_range(bound: float, dtype: torch.dtype) -> float:
-    """The bound, at most the dtype's largest number, to which infinities then clip."""
+    """The bound, at most the dtype's largest number, so that infinities are clipped to a finite number."""
     return min(bound, torch.finfo(dtype).max) if math.isfinite(bound) else bound
 
 

@@ -1,1 +1,1 @@
-"""Observation tokens: their grid of features, and a convolution of it straight from the tokens."""
+"""Observation tokens: their feature grid, and its convolution directly from the tokens."""

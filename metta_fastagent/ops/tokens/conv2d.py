@@ -1,9 +1,9 @@
-"""Convolution of the grid of observation tokens, straight from the tokens.
+"""Convolution of the grid of observation tokens, directly from the tokens.
 
-It equals `conv2d` of the grid, of which a row of 200 tokens fills a fifteenth at most with 25 features in a window of
-11 x 11; `reference` has the formulas. Weights that are infinite or NaN reach only the outputs that read a token with
-them; in a dense product, every output. On CUDA the grid is made, by its Triton kernel, and convolved by cuDNN:
-docs/internals.md has the estimate.
+The result equals `conv2d` of the grid, which is sparse: with 25 features and an 11 x 11 window, a row of 200 tokens
+fills at most a fifteenth of it. `reference` has the formulas. Infinite or NaN weights reach only the outputs that read
+a token with them; in a dense product they reach every output. On CUDA a Triton kernel builds the grid and cuDNN
+convolves it: docs/internals.md has the estimate.
 """
 
 import torch
@@ -40,16 +40,16 @@ def tokens_conv2d(
     relu: bool = False,
     coordinates: str = "xy",
 ) -> Tensor:
-    """`conv2d` of `tokens_to_grid(tokens, L, width, height, scale)` without padding, and ReLU if asked for.
+    """`conv2d` of `tokens_to_grid(tokens, L, width, height, scale)` without padding, optionally with ReLU.
 
     Args:
         tokens: uint8 tensor [N, M, 3] of (coordinate byte, feature id, value).
         weight: floating-point tensor [O, L, kernel_x, kernel_y], L 1 to 256, on the tokens' device.
         bias: tensor [O] of the weight's dtype, or None.
-        scale: floating-point tensor [L] that divides the values of each feature.
+        scale: floating-point tensor [L] by which each feature's values are divided.
         width, height: size of the window, from the kernel's size to 16.
-        stride: step between two outputs along both axes, at least 1.
-        relu: whether negative outputs become 0.
+        stride: step between outputs along both axes, at least 1.
+        relu: whether to set negative outputs to 0.
         coordinates: "xy" or "yx", see `tokens_to_grid`.
 
     Returns:

@@ -5,8 +5,8 @@ value. It sets
 
     grid[n, feature, x, y] = value / scale[feature]
 
-Empty tokens (coordinate 255), tokens outside the window and tokens of an unknown feature are dropped without touching
-any cell; of two tokens for one cell the later wins, on every device. Cells without a token are 0.
+Empty tokens (coordinate 255), tokens outside the window and tokens with an unknown feature are dropped without touching
+any cell. If two tokens set the same cell, the later one wins, on every device. Cells without a token are 0.
 """
 
 import torch
@@ -33,10 +33,10 @@ def tokens_to_grid(
     Args:
         tokens: uint8 tensor [N, M, 3] of (coordinate byte, feature id, value).
         num_features: L, the number of feature planes, 1 to 256.
-        width, height: size of the window, 1 to 16, as a coordinate has four bits.
-        scale: floating-point tensor [L] that divides the values of each feature, on the tokens' device.
+        width, height: size of the window, 1 to 16, because a coordinate has four bits.
+        scale: floating-point tensor [L] on the tokens' device, by which each feature's values are divided.
         dtype: floating-point dtype of the result.
-        coordinates: "xy" for x in a coordinate's high four bits, "yx" for x in the low ones.
+        coordinates: "xy" for x in a coordinate's high four bits, "yx" for x in the low four bits.
 
     Returns:
         Tensor [N, L, width, height], indexed by x, then y.
@@ -70,7 +70,7 @@ def is_x_low(coordinates: object) -> bool:
 
 
 def require_tokens(tokens: object) -> Tensor:
-    """`tokens` if it is a uint8 tensor [N, M, 3]."""
+    """Return `tokens` if it is a uint8 tensor [N, M, 3]."""
     expected = "a uint8 tensor of shape [N, M, 3]"
     return require_tensor(
         "tokens", tokens, expected, (torch.uint8,).__contains__, lambda t: t.dim() == 3 and t.shape[2] == 3
@@ -78,7 +78,7 @@ def require_tokens(tokens: object) -> Tensor:
 
 
 def require_size(name: str, size: object, smallest: int, largest: int) -> None:
-    """`size` must be an integer from `smallest` to `largest`; a symbolic one is."""
+    """`size` must be an integer from `smallest` to `largest`; a symbolic one is accepted."""
     if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
         raise TypeError(f"{name}: got {describe(size)}, expected an integer {smallest} to {largest}")
     if not smallest <= size <= largest:

@@ -15,7 +15,7 @@ from metta_fastagent.runtime.triton import jit, tl
 ZERO_BLOCK = 512
 # Tokens that are compared with each other and written between two barriers.
 TOKEN_BLOCK = 32
-# With more, each warp would repeat the work on the tokens.
+# With more warps, each would repeat the work on the tokens.
 WARPS = 1
 
 
@@ -35,7 +35,7 @@ def _tokens_to_grid_kernel(
     row = tl.program_id(0).to(tl.int64)
     CELLS: tl.constexpr = L * W * H
     base = grid + row * CELLS
-    # Zeros: from the row's first 128-bit address to its last one in vectors, the few cells before and behind singly.
+    # Zeros: vectors from the row's first 128-bit address to its last one; the few cells before and after singly.
     VECTOR: tl.constexpr = 128 // grid.dtype.element_ty.primitive_bitwidth
     few = tl.arange(0, VECTOR)
     # -row * CELLS modulo VECTOR; the remainder of a negative number would be negative.
@@ -62,9 +62,9 @@ def _tokens_to_grid_kernel(
             x, y = y, x
         valid = (coordinate != 255) & (x < W) & (y < H) & (feature < L)
         cell = tl.where(valid, (feature * W + x) * H + y, -1)
-        # By cell, then by place: a later token of the same cell has one of the next keys.
+        # Ordered by cell, then by place: a later token in the same cell has one of the next keys.
         key = (cell * TOKEN_BLOCK + lane).to(tl.uint32)
-        # Unsigned: from smaller keys on, the distance wraps around. Along axis 0 each lane takes a column's least.
+        # Unsigned: the distance to a smaller key wraps around. Along axis 0 each lane takes a column's minimum.
         distance = tl.min(key[:, None] - (key + 1)[None, :], 0)
         latest = distance >= (TOKEN_BLOCK - 1 - lane).to(tl.uint32)
         divisor = tl.load(scale + feature, mask=valid, other=1.0).to(tl.float32)
@@ -80,7 +80,7 @@ def _constants(num_features: int, width: int, height: int, x_low: bool, zero_blo
 def tokens_to_grid_cuda(
     tokens: Tensor, num_features: int, width: int, height: int, scale: Tensor, dtype: torch.dtype, x_low: bool
 ) -> Tensor:
-    """As `tokens_to_grid_eager`, in one launch."""
+    """Same as `tokens_to_grid_eager`, in one launch."""
     rows, num_tokens = tokens.shape[0], tokens.shape[1]
     if dtype == torch.float64:
         return tokens_to_grid_eager(tokens, num_features, width, height, scale, dtype, x_low)

@@ -3,13 +3,14 @@
     grid[n, feature, x, y] = value / scale[feature]
 
 for the tokens (coordinate x, y; feature; value) of row n. Empty tokens (coordinate 255), tokens outside the window and
-tokens of an unknown feature are dropped; of two tokens for one cell the later wins. With (c, f, v) the tokens that are
-left, c being (x, y), and s the stride:
+tokens with an unknown feature are dropped; of two tokens in one cell the later wins. With (c, f, v) the remaining
+tokens, c being (x, y), and s the stride:
 
     sums[n, o, i, j] = bias[o] + sum over tokens of row n: v / scale[f] weight[o, f, x - s i, y - s j]
 
-where a token whose cell lies outside of the window of (i, j) adds nothing. It equals `conv2d` of the grid, of which a
-row of 200 tokens fills a fifteenth at most with 25 features in a window of 11 x 11. For an upstream gradient g of sums:
+where a token whose cell lies outside the window of (i, j) adds nothing. The result equals `conv2d` of the grid, of
+which a row of 200 tokens fills at most a fifteenth, with 25 features and an 11 x 11 window. For an upstream gradient g
+of sums:
 
     d weight[o, f, a, b] = sum over n, i, j and tokens at (s i + a, s j + b): v / scale[f] g[n, o, i, j]
     d bias[o]            = sum over n, i, j: g[n, o, i, j]
@@ -41,7 +42,7 @@ class Convolution(NamedTuple):
 
 
 class ConvolutionGradient(NamedTuple):
-    """The arguments of its gradient."""
+    """The arguments of the gradient of `tokens_conv2d`."""
 
     tokens: Tensor
     weight: Tensor
@@ -68,7 +69,7 @@ def tokens_to_grid_eager(
     cell = torch.where(valid, (feature * width + x) * height + y, cells).long()
     if tokens.device.type == "cpu":
         return _scatter_in_order(cell, feature, value, scale, rows, cells).view(grid_shape).to(dtype)
-    # Position in the high bits, value in the low ones: the maximum of a cell is its latest token, in any order.
+    # Position in the high bits, value in the low bits: a cell's maximum is its latest token, in any order.
     # One extra cell takes the dropped tokens.
     position = torch.arange(1, tokens.shape[1] + 1, dtype=torch.int32, device=tokens.device)
     latest = torch.zeros(rows, cells + 1, dtype=torch.int32, device=tokens.device)
@@ -77,7 +78,7 @@ def tokens_to_grid_eager(
 
 
 def _scatter_in_order(cell: Tensor, feature: Tensor, value: Tensor, scale: Tensor, rows: int, cells: int) -> Tensor:
-    """Grid [rows * cells]; the CPU's one-dimensional scatter goes in order, so the later token wins."""
+    """Grid [rows * cells]; the CPU's one-dimensional scatter runs in order, so the later token wins."""
     scaled = value.float() / scale[feature.clamp(max=scale.numel() - 1)]
     first = torch.arange(rows).unsqueeze(1) * cells
     # One extra element takes the dropped tokens.
@@ -87,12 +88,12 @@ def _scatter_in_order(cell: Tensor, feature: Tensor, value: Tensor, scale: Tenso
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """The images [N, O, X, Y] in channels-last memory."""
+    """The images [N, O, X, Y] in channels-last memory format."""
     return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def convolve(make_grid: Callable[..., Tensor], given: Convolution) -> Tensor:
-    """Convolution of the grid, in channels-last memory on the CPU, where it takes a third less time."""
+    """Convolution of the grid; on the CPU in channels-last memory, where it takes a third less time."""
     weight = given.weight
     grid = make_grid(given.tokens, weight.shape[1], given.width, given.height, given.scale, weight.dtype, given.x_low)
     on_cpu = grid.device.type == "cpu"
@@ -107,7 +108,7 @@ def tokens_conv2d_forward_eager(given: Convolution) -> Tensor:
 
 
 def tokens_conv2d_backward_eager(given: ConvolutionGradient) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight, bias and, if asked for, scale."""
+    """Gradients of weight, bias and, if requested, scale."""
     tokens, weight, scale, output, grad_output, width, height, stride, with_scale, x_low = given
     grid = tokens_to_grid_eager(tokens, weight.shape[1], width, height, scale, weight.dtype, x_low)
     if output is not None:

@@ -1,4 +1,4 @@
-"""The environments of the trainer: how a name or a function becomes an Environment, and checks that they share."""
+"""The trainer's environments: how a name or a function becomes an Environment, and shared checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BUILT_IN = {"memory": "memory:MemoryEnvironment", "mettagrid": "mettagrid:Mettag
 
 
 def import_object(option: str, path: str) -> Any:
-    """The object at `path`, as in package.module:name. Raises ValueError, which names `option`."""
+    """The object at `path`, such as package.module:name. Raises ValueError, which names `option`."""
     module, _, name = path.partition(":")
     try:
         found = importlib.import_module(module)
@@ -43,7 +43,7 @@ def import_object(option: str, path: str) -> Any:
 
 
 def environment_maker(name: str) -> Callable[..., Any]:
-    """The function `make_env(num_envs, device)` that `TrainConfig.env` names. Raises ValueError or ImportError."""
+    """The function `make_env(num_envs, device)` named by `TrainConfig.env`. Raises ValueError or ImportError."""
     # Imported here because these modules import this one.
     if name in BUILT_IN:
         return pkgutil.resolve_name(f"{__name__}.{BUILT_IN[name]}")
@@ -55,9 +55,9 @@ def environment_maker(name: str) -> Callable[..., Any]:
 def make_environment(
     make_env: str | Callable[..., Any], num_envs: int, device: torch.device, seed: int = 0
 ) -> Environment:
-    """`make_env(num_envs, device)`, reset to `seed` and checked; a name is looked up by `environment_maker`.
+    """`make_env(num_envs, device)`, reset to `seed` and checked; `environment_maker` looks up a name.
 
-    A gymnasium.vector.VectorEnv gets its adapter.
+    A gymnasium.vector.VectorEnv is wrapped in its adapter.
     """
     if isinstance(make_env, str):
         make_env = environment_maker(make_env)
@@ -77,7 +77,7 @@ def make_environment(
 
 @contextmanager
 def _workers_without_ctrl_c() -> Iterator[None]:
-    """Processes started here never get Ctrl-C, which reaches the whole group: the trainer stops them itself."""
+    """Processes started here never receive Ctrl-C, which goes to the whole group: the trainer stops them itself."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -86,7 +86,7 @@ def _workers_without_ctrl_c() -> Iterator[None]:
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """`value` if it is an int in `[low, high]`, else a TypeError or a ValueError."""
+    """Return `value` if it is an int in `[low, high]`; otherwise raise a TypeError or a ValueError."""
     expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     checked = require_integer(name, value, expected, low)
     if high is not None and checked > high:
@@ -95,5 +95,5 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> in
 
 
 def check_seed(seed: object) -> int:
-    """`seed` if every torch.Generator accepts it, else a TypeError or a ValueError."""
+    """Return `seed` if every torch.Generator accepts it; otherwise raise a TypeError or a ValueError."""
     return check_int("seed", seed, 0, MAX_SEED)

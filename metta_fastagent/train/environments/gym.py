@@ -1,4 +1,4 @@
-"""Gymnasium's vector environments as environments of the trainer. Needs the package `gymnasium`, an extra."""
+"""Gymnasium's vector environments as trainer environments. Needs the package `gymnasium`, an extra."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ try:
 except ImportError as error:
     raise missing("gymnasium", error) from None
 
-# Where infos have the last observations of the episodes that ended, in the new and the old version of SAME_STEP.
+# Keys under which infos hold the last observations of ended episodes, in the new and the old version of SAME_STEP.
 FINAL_OBSERVATIONS = ("final_obs", "final_observation")
-# Running means of gymnasium's wrappers for a single environment.
+# Running means in gymnasium's wrappers for a single environment.
 RUNNING_MEANS = ("obs_rms", "return_rms")
 
 
@@ -41,14 +41,14 @@ class GymnasiumEnvironment:
     Actions: `Discrete(n)` is one type with n parameters; `MultiDiscrete([types, parameters])` takes (type, parameter)
     pairs as they are. Observations: `Box`; float64 becomes float32.
 
-    All autoreset modes give the trainer's steps. SAME_STEP has both observations of a row that ends; DISABLED rows are
-    reset with a mask; in NEXT_STEP, the step after an end only restarts the row and is marked as not valid.
+    All autoreset modes are converted to the trainer's steps. SAME_STEP has both observations of a row that ends;
+    DISABLED rows are reset with a mask; in NEXT_STEP, the step after an end only restarts the row and is not `valid`.
 
-    The running means of normalising wrappers belong to the state, whether or not `vector` has a `state_dict`;
-    `load_statistics` takes them over and keeps them fixed. Other attributes are those of `vector`.
+    The running means of normalising wrappers are part of the state, whether or not `vector` has a `state_dict`;
+    `load_statistics` copies them and keeps them fixed. Other attributes are those of `vector`.
 
-    Masks of legal actions are read from `infos["action_mask"]`, else from a method `action_masks` of `vector` or of its
-    environments. For MultiDiscrete a row's mask is one of the types and one of the parameters, in a tuple or joined.
+    Masks of legal actions are read from `infos["action_mask"]`, or else from a method `action_masks` of `vector` or of
+    its environments. For MultiDiscrete a row has one mask of types and one of parameters, in a tuple or concatenated.
     """
 
     def __init__(self, vector: VectorEnv, device: torch.device | str = "cpu") -> None:
@@ -82,14 +82,14 @@ class GymnasiumEnvironment:
     def reset(self, seed: int) -> Tensor:
         """Reset all rows; each gets its own seed, derived from `seed`."""
         self._restarting[:] = False
-        # Gymnasium seeds row i with seed + i: rows of neighbouring seeds would be the same.
+        # Gymnasium seeds row i with seed + i: neighbouring seeds would share rows.
         first = np.random.SeedSequence(seed).generate_state(1).item()
         observations, infos = self._vector.reset(seed=first)
         self._take_masks(infos, np.ones_like(self._restarting))
         return self._tensor(observations)
 
     def action_masks(self) -> Any:
-        """The masks of the current observations, see Step; None without."""
+        """The masks for the current observations, see Step; None if there are none."""
         if self._masks is None:
             return None
         types, masks = len(self.max_action_args), self._tensor(self._masks)
@@ -97,7 +97,7 @@ class GymnasiumEnvironment:
         return (masks[:, :types], masks[:, types:]) if joined else masks
 
     def _take_masks(self, infos: dict[str, Any], rows: Any) -> None:
-        """Keep the masks that `infos` or a method gives for these rows, bool [N]."""
+        """Keep the masks from `infos` or a method for these rows, bool [N]."""
         given = infos["action_mask"] if "action_mask" in infos else self._ask_masks and self._ask_masks()
         if given is None:
             self._masks = None
@@ -125,7 +125,7 @@ class GymnasiumEnvironment:
             self._take_masks(infos, ended)
         elif self._mode == AutoresetMode.NEXT_STEP:
             valid = torch.from_numpy(~self._restarting).to(self._device)
-            # The step that restarts a row ends what came after the end of its episode.
+            # The step that restarts a row ends whatever came after the end of its episode.
             terminals = terminals | self._restarting
             self._restarting = ended
         arrays = (observations, np.asarray(rewards, dtype=np.float32), terminals, truncations)
@@ -133,7 +133,7 @@ class GymnasiumEnvironment:
         return Step(*results, final_observations=None if final is None else self._tensor(final), valid=valid)
 
     def _take_final_observations(self, final: Any, observations: Any, ended: Any, infos: dict[str, Any]) -> None:
-        """Write the last observations of ended rows into `final`; check that infos fit the autoreset mode."""
+        """Write the last observations of ended rows into `final`; check that infos match the autoreset mode."""
         key = next((key for key in FINAL_OBSERVATIONS if infos.get(key) is not None), None)
         last = [infos[key][row] for row in ended.nonzero()[0]] if key else []
         last = [each for each in last if each is not None]
@@ -157,7 +157,7 @@ class GymnasiumEnvironment:
         return {"episodes": episodes, "restarting": torch.tensor(self._restarting), "running_means": moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state`. Raises NotImplementedError if it has running means only, which are restored then."""
+        """Restore `state`. If it only has running means, restores them and raises NotImplementedError."""
         self._load_running_means(state["running_means"])
         if state["episodes"] is None:
             raise NotImplementedError("the vector environment has no state_dict")
@@ -165,7 +165,7 @@ class GymnasiumEnvironment:
         self._restarting = state["restarting"].numpy().copy()
 
     def load_statistics(self, state: dict[str, Any]) -> None:
-        """Take over the running means of `state`, from any number of rows, and stop updating them."""
+        """Copy the running means from `state`, which may have any number of rows, and stop updating them."""
         load_statistics(self._vector, state["episodes"])
         self._load_running_means(state["running_means"])
         for layer in self._wrappers:
@@ -175,12 +175,12 @@ class GymnasiumEnvironment:
             self._rows.set_attr("update_running_mean", False)
 
     def _in_rows(self, name: str) -> bool:
-        """Whether the environments of single rows have this attribute."""
+        """Whether the single rows' environments have this attribute."""
         kinds = SyncVectorEnv, AsyncVectorEnv
         return isinstance(self._rows, kinds) and all(self._rows.call("has_wrapper_attr", name))
 
     def _running_means(self) -> dict[str, list[RunningMeanStd]]:
-        """The running means of the vector's wrappers by layer and name, one each, and of those of its rows by name."""
+        """The running means of the vector's wrappers by layer and name, one each, and of the rows' wrappers by name."""
         layers = enumerate([*self._wrappers, self._rows])
         found = {f"{depth}.{name}": [value] for depth, layer in layers for name, value in vars(layer).items()}
         found = {name: value for name, value in found.items() if isinstance(value[0], RunningMeanStd)}
@@ -193,16 +193,16 @@ class GymnasiumEnvironment:
         for name, means in own.items():
             saved = [(mean.numpy().copy(), var.numpy().copy(), count) for mean, var, count in state[name]]
             for row, each in enumerate(means):
-                # each row of another number gets the samples of all of them
+                # if the number of rows differs, each row gets the samples of all
                 (each.mean, each.var, each.count), *others = saved[row : row + 1] if len(saved) == len(means) else saved
                 for moments in others:
                     each.update_from_moments(*moments)
             if name in RUNNING_MEANS:
-                # rows in other processes gave copies
+                # rows in other processes returned copies
                 self._rows.set_attr(name, means)
 
     def close(self) -> None:
-        """Close the vector environment, or give it up if its processes are gone."""
+        """Close the vector environment, or abandon it if its processes are gone."""
         try:
             self._vector.close()
         except (OSError, EOFError):
@@ -210,13 +210,13 @@ class GymnasiumEnvironment:
             self._rows.closed = True
 
     def _tensor(self, array: Any) -> Tensor:
-        # a copy: the vector environment may reuse its arrays
+        # a copy, because the vector environment may reuse its arrays
         tensor = torch.tensor(array)
         return tensor.to(self._device, torch.float32 if tensor.dtype == torch.float64 else tensor.dtype)
 
 
 def autoreset_mode(vector: VectorEnv) -> AutoresetMode:
-    """The mode that `vector.metadata` has as a member of the enum, its value or its name. Raises ProtocolError."""
+    """The mode in `vector.metadata`, given as a member of the enum, its value or its name. Raises ProtocolError."""
     given = vector.metadata.get("autoreset_mode")
     for mode in AutoresetMode:
         if given in (mode, mode.value, mode.name):
@@ -226,5 +226,5 @@ def autoreset_mode(vector: VectorEnv) -> AutoresetMode:
 
 
 def layers_of(vector: VectorEnv) -> list[Any]:
-    """`vector` and what it wraps, from the outside to the inside."""
+    """`vector` and what it wraps, from outside to inside."""
     return [vector, *layers_of(vector.env)] if isinstance(vector, VectorWrapper) else [vector]

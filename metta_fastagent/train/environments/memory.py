@@ -3,15 +3,15 @@
 The agent is in a walled square room with a switchboard of four switches. Only the first observation of an episode shows
 one of four cues, on the agent's cell and the eight around it. Actions have no effect in the first `delay` steps. After
 that the agent can walk, and press a switch when it is on the switchboard's cell or one of the eight around it. The
-switch of the cue gives reward 1 and ends the episode; another switch ends it with reward 0. A press out of reach does
+cue's switch gives reward 1 and ends the episode; any other switch ends it with reward 0. A press out of reach does
 nothing. After `time_limit` steps the episode is truncated.
 
 No action has an effect while the cue is visible, and later observations depend only on the cells of the agent and the
 board. The switch that a policy without memory presses is therefore independent of the cue, and its mean return is at
-most 1/4. That of the scripted policy is 1.
+most 1/4. The scripted policy's is 1.
 
 Observations are rows of a precomputed table (agent's cell x board's cell x cue), so a step takes a few small tensor
-operations. On CUDA none of them is a host sync.
+operations. On CUDA none of them causes a host sync.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from metta_fastagent.train.environments import Step, check_int, check_seed
 
 WINDOW = 11
 CENTRE = WINDOW // 2
-# In a room of at most five cells a side, all walls are within five cells of the agent: always in the window.
+# In a room of at most five cells per side, all walls are within five cells of the agent: always in the window.
 MAX_ROOM_SIZE = CENTRE
 NUM_CUES = 4
 
@@ -36,30 +36,30 @@ DIRECTIONS = ((0, -1), (0, 1), (-1, 0), (1, 0))
 NORTH, SOUTH, WEST, EAST = 0, 1, 2, 3
 
 WALL, BOARD, FIRST_CUE = 0, 1, 2
-# Cues are separate features, not values of one: all four are equally far apart for a network.
+# Cues are separate features, not values of one feature, so all four are equally far apart for a network.
 FEATURE_NAMES = ("wall", "switchboard", "cue_0", "cue_1", "cue_2", "cue_3")
-# Board and cue are few among about twenty wall tokens; large values make them stand out.
+# Board and cue are a few tokens among about twenty wall tokens; large values make them stand out.
 WALL_VALUE, SIGNAL_VALUE = 2, 255
 EMPTY_TOKEN = (255, 255, 255)
-# Nine cells: Fast's first convolution has only nine positions, one of which would see a cue on the middle cell alone.
+# Nine cells: of the nine positions of Fast's first convolution, only one would see a cue on the middle cell alone.
 CUE_PLACES = tuple(((CENTRE + x) << 4) + CENTRE + y for y in (-1, 0, 1) for x in (-1, 0, 1))
 
-# the state of a row
+# the per-row state
 ROW_STATE = ("agent", "board", "cue", "time")
 # A press works from this many cells away, diagonals included.
 REACH = 1
 
 
 class MemoryEnvironment:
-    """`num_envs` independent rooms stepped at once on `device`, with one random generator.
+    """`num_envs` independent rooms, stepped together on `device`, with one random generator.
 
     Args:
         num_envs: rows, at least 1.
         device: device of all tensors and of the generator.
-        seed: 0 to 2**63 - 1; runs with the same seed and actions are equal on the same kind of device.
+        seed: 0 to 2**63 - 1; runs with the same seed and actions are identical on the same kind of device.
         room_size: free cells along a side, 2 to 5.
         delay: steps at the start of an episode in which actions have no effect; at least 1.
-        time_limit: steps after which an episode is truncated; long enough to cross the room and press.
+        time_limit: steps after which an episode is truncated; must allow crossing the room and pressing.
 
     Actions: `noop` (parameter 0), `move` (0 north, 1 south, 2 west, 3 east; walls stop it), `press` (switch 0 to 3).
     """
@@ -80,7 +80,7 @@ class MemoryEnvironment:
         self.num_envs = check_int("num_envs", num_envs, 1)
         self.room_size = check_int("room_size", room_size, 2, MAX_ROOM_SIZE)
         self.delay = check_int("delay", delay, 1)
-        # The longest walk crosses the room along both axes to within reach of the board; one more step presses.
+        # The longest walk crosses the room along both axes until the board is in reach; one more step presses.
         self.time_limit = check_int("time_limit", time_limit, delay + 2 * (room_size - 1 - REACH) + 1)
         self.device = require_device("device", device)
 
@@ -130,7 +130,7 @@ class MemoryEnvironment:
         return Step(self._observe(), rewards, pressed, truncations, final_observations)
 
     def scripted_actions(self) -> Tensor:
-        """Wait for the delay, walk into reach, press the right switch: int32 `[num_envs, 2]`.
+        """Wait out the delay, walk into reach, press the right switch: int32 `[num_envs, 2]`.
 
         Reads the hidden cue; its return is 1 in every episode.
         """
@@ -166,20 +166,20 @@ class MemoryEnvironment:
         draws = torch.randint(states, (self.num_envs,), generator=self._generator, device=self.device)
         cue = draws % NUM_CUES
         board = draws // NUM_CUES % self._num_cells
-        # An offset of 1 to cells - 1 from the board: every other cell is equally likely.
+        # Offset from the board of 1 to cells - 1: every other cell is equally likely.
         distance = draws // (NUM_CUES * self._num_cells) + 1
         agent = (board + distance) % self._num_cells
         return agent, board, cue, torch.zeros_like(cue)
 
     def _observe(self) -> Tensor:
-        """The observations of the current states, uint8 `[num_envs, M, 3]`."""
+        """Observations of the current states, uint8 `[num_envs, M, 3]`."""
         shown = torch.where(self._time == 0, self._cue, NUM_CUES)
         rows = (self._agent * self._num_cells + self._board) * (NUM_CUES + 1) + shown
         return self._observations.index_select(0, rows)
 
 
 def _reach_table(room_size: int) -> Tensor:
-    """bool `[cells, cells]`: whether an agent on the first cell can reach a board on the second."""
+    """bool `[cells, cells]`: whether an agent on the first cell can reach a board on the second cell."""
     cells = torch.arange(room_size * room_size)
     x, y = cells % room_size, cells // room_size
     return ((x[:, None] - x).abs() <= REACH) & ((y[:, None] - y).abs() <= REACH)
@@ -193,9 +193,9 @@ def _next_cell_table(room_size: int) -> Tensor:
 
 
 def _observation_table(room_size: int) -> Tensor:
-    """uint8 `[cells * cells * (cues + 1), M, 3]`: tokens by agent's cell, board's cell and cue (last: no cue).
+    """uint8 `[cells * cells * (cues + 1), M, 3]`: tokens by agent cell, board cell and cue (last: no cue).
 
-    Cell (x, y) has index `y * room_size + x`. Tokens are the walls row by row, the board, the cue.
+    Cell (x, y) has index `y * room_size + x`. Tokens are the walls row by row, then the board, then the cue.
     """
     cells = [(x, y) for y in range(room_size) for x in range(room_size)]
     around = range(-1, room_size + 1)

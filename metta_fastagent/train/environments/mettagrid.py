@@ -1,15 +1,15 @@
 # pyright: reportPrivateImportUsage=false
-"""The MettaGrid simulator (the package `mettagrid`, an extra) as an environment of the trainer.
+"""The MettaGrid simulator (the package `mettagrid`, an extra) as a trainer environment.
 
 Each simulator has `num_agents` agents in a walled square map with `num_mines` mines. An agent that walks into a mine
 takes its ore, and the mine disappears. **Reward: 1 for each mine that the agent itself collects, else 0**; an episode's
-return is the number of mines that one agent collects in `max_steps` steps. In the simulator's configuration this is an
-inventory reward: a mine holds 255 ore, so that its token has the maximum value, and each ore is worth 1/255. Agents
-compete for the same mines. The time limit truncates every episode: there are no terminals.
+return is the number of mines that one agent collects in `max_steps` steps. The simulator's configuration expresses this
+as an inventory reward: a mine holds 255 ore, so that its token has the maximum value, and each ore is worth 1/255.
+Agents compete for the same mines. The time limit truncates every episode: there are no terminals.
 
-Observations are the simulator's bytes, unchanged. The coordinate byte has the row in the high four bits and the column
-in the low four, so the protocol's x is the row; 254 marks tokens without a position. The view is a disc: the corners of
-the window are always empty. Features, their ids and normalizations are the simulator's.
+Observations are the simulator's unchanged bytes. The coordinate byte has the row in the high four bits and the column
+in the low four, so the protocol's x is the row; 254 marks tokens without a position. The view is a disc: the window's
+corners are always empty. Features, their ids and normalizations are the simulator's.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ try:
 except ImportError as error:
     raise missing("mettagrid", error) from None
 finally:
-    # mettagrid's import makes the root logger print all that is of level INFO.
+    # Importing mettagrid makes the root logger print everything at level INFO.
     logging.root.setLevel(_level)
     logging.root.handlers[:] = _handlers
 
-# Well above two tokens per mine and wall in view; beyond the limit the simulator drops the farthest tokens.
+# Well above two tokens for each mine and wall in view; beyond the limit the simulator drops the farthest tokens.
 DEFAULT_NUM_TOKENS = 128
 # The maximum value of an inventory token.
 ORE_PER_MINE = 255
 NO_PLACE = 254
 
 ACTION_NAMES: tuple[str, ...] = ("noop", "move")
-# the simulator's names, by type and parameter
+# the simulator's action names, by type and parameter
 SIMULATOR_ACTIONS = (("noop",), ("move_north", "move_south", "move_west", "move_east"))
 
-# Simulators take seeds as C++ ints, maps as numpy ints; 31 bits fit both.
+# Simulators take seeds as C++ ints, maps as numpy ints; 31 bits fit in both.
 SEED_BITS = 31
 
 
@@ -60,9 +60,9 @@ class MettagridEnvironment:
     Args:
         num_envs: rows, a multiple of `num_agents`.
         device: device of the returned tensors; the simulator runs on the CPU.
-        seed: 0 to 2**63 - 1; determines all maps and simulators: runs with the same seed and actions are equal.
+        seed: 0 to 2**63 - 1; determines all maps and simulators: runs with the same seed and actions are identical.
         num_agents: agents per simulator.
-        map_size: cells along a side, walls included, at least 5.
+        map_size: cells per side, walls included, at least 5.
         num_mines: mines per map at the start of an episode.
         max_steps: steps per episode.
         num_tokens: M, tokens per observation.
@@ -103,7 +103,7 @@ class MettagridEnvironment:
         self.max_action_args = [len(names) - 1 for names in SIMULATOR_ACTIONS]
         self._ore_feature = self.features["inv:ore"]["id"]
 
-        # The simulators read and write slices of these tensors through numpy views.
+        # The simulators read and write slices of these tensors through NumPy views.
         self._observations = torch.zeros(num_envs, num_tokens, 3, dtype=torch.uint8)
         self._rewards = torch.zeros(num_envs)
         self._terminals = torch.zeros(num_envs, dtype=torch.bool)
@@ -135,7 +135,7 @@ class MettagridEnvironment:
             simulation.step()
         truncations = self._truncations & ~self._terminals
         rewards, terminals, truncated = map(self._copy, (self._rewards, self._terminals, truncations))
-        # Without them the trainer skips a forward pass.
+        # Without final observations the trainer skips a forward pass.
         final_observations = self._copy(self._observations) if truncations.any() else None
         for index, simulation in enumerate(self._simulations):
             if simulation.is_done():
@@ -164,7 +164,7 @@ class MettagridEnvironment:
         return torch.stack((action_types, torch.where(seen, action_params, 0)), dim=1).int().to(self.device)
 
     def close(self) -> None:
-        """Close all simulators. Later calls of `step` and `reset` raise RuntimeError."""
+        """Close all simulators. Later calls to `step` and `reset` raise RuntimeError."""
         for simulation in self._simulations:
             simulation.close()
         self._simulations = []
@@ -194,7 +194,7 @@ class MettagridEnvironment:
 
 
 def _game_config(num_agents: int, map_size: int, num_mines: int, max_steps: int, num_tokens: int) -> Any:
-    """The simulator's MettaGridConfig of the game described at the top."""
+    """The simulator's MettaGridConfig for the game described at the top."""
     take_all = handler_config.Handler(
         mutations=[handler_config.withdraw({"ore": ORE_PER_MINE}, remove_when_empty=True)]
     )
@@ -221,7 +221,7 @@ def _game_config(num_agents: int, map_size: int, num_mines: int, max_steps: int,
 
 
 def _action_table(action_ids: dict[str, int]) -> Tensor:
-    """int64 `[types, largest parameter + 1]`: the simulator's action id of each legal pair, that of noop for others."""
+    """int64 `[types, largest parameter + 1]`: the simulator's action id for each legal pair, noop's for others."""
     table = torch.full((len(SIMULATOR_ACTIONS), max(map(len, SIMULATOR_ACTIONS))), action_ids["noop"])
     for action_type, names in enumerate(SIMULATOR_ACTIONS):
         table[action_type, : len(names)] = torch.tensor([action_ids[name] for name in names])
