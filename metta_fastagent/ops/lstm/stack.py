@@ -60,7 +60,7 @@ def lstm(
         (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
     _require_supported(module, inputs)
-    flags = resets if isinstance(resets, (list, tuple)) else [resets]
+    flags: Any = resets if isinstance(resets, (list, tuple)) else [resets]
     if resets is None or not flags:
         return module(inputs, state)
     time = 1 if getattr(module, "batch_first", False) else 0
