@@ -207,7 +207,7 @@ def main() -> None:
     rates = loops()
     ours, theirs = rates.pop("metta_fastagent.ops"), rates.pop("CleanRL's style")
     others = "".join(f"; {name} {rate / 1000:.1f}" for name, rate in rates.items())
-    print("| CPU, one thread | plain PyTorch | metta_fastagent | times as fast |\n| --- | ---: | ---: | ---: |")
+    print("| CPU, one thread | plain PyTorch | metta_fastagent | speedup |\n| --- | ---: | ---: | ---: |")
     print(f"| PPO loop, thousand steps/s{others} | {theirs / 1000:.1f} | {ours / 1000:.1f} | {ours / theirs:.1f} |")
     for name, each in (("masked head, ms", masked_heads()), ("LSTM with resets, ms", lstms())):
         print(f"| {name} | {each['plain']:.3g} | {each['ops']:.3g} | {each['plain'] / each['ops']:.1f} |")

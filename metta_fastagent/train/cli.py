@@ -78,7 +78,7 @@ def print_evaluation(arguments: list[str]) -> int:
     """The command `evaluate`: mean and standard deviation of a checkpoint agent's returns. Returns 0."""
     parser = Parser(f"{PROGRAM} evaluate", description="Evaluate a checkpoint.", allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="checkpoint file")
-    parser.add_argument("--greedy", action="store_true", help="take the likeliest action instead of a random draw")
+    parser.add_argument("--greedy", action="store_true", help="take the most likely action instead of a random draw")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     options = parser.parse_args(arguments)
     agent, env, config = load_agent(options.checkpoint, ROWS, options.device)

@@ -24,8 +24,7 @@ from metta_fastagent.ops.lstm.reference import (
 from metta_fastagent.runtime.launch import Constants, launch_with
 from metta_fastagent.runtime.triton import INTERPRETED, cdiv, jit, tl, triton
 
-# Rows per program, the fewest that the matrix units of every target take, so that small batches have many programs. All
-# steps of a row run in one program, which reads weight_hh from L2 at each step and waits for no other program.
+# Rows per program, the fewest that the matrix units of every target take, so that small batches have many programs.
 BLOCK_B = 16
 # If that gives more programs than multiprocessors, twice the rows read weight_hh half as often; 64 rows would spill
 # registers, and so would 32 in the float32 backward kernel.
