@@ -320,7 +320,7 @@ def lstm_layer_forward_cuda(inputs: LayerInputs, keep_gates: bool) -> tuple[Tens
     projected, h = inputs.projected, inputs.h
     cells = projected.new_empty(len(projected), *h.shape)
     gates = projected.new_empty(projected.shape if keep_gates else 0)
-    return _launch_forward(inputs, cells, gates), cells, gates
+    return _launch_forward(inputs, cells, gates if keep_gates else None), cells, gates
 
 
 def lstm_step_cuda_(
@@ -329,13 +329,13 @@ def lstm_step_cuda_(
     """Same as `lstm_step_eager_`, in one launch."""
     if not _fits_kernel(inputs.weight_hh):
         return lstm_step_eager_(inputs, more_resets, bias, next_h, next_c)
-    return _launch_forward(inputs, next_c, inputs.projected.new_empty(0), more_resets, bias, next_h)
+    return _launch_forward(inputs, next_c, None, more_resets, bias, next_h)
 
 
 def _launch_forward(
     inputs: LayerInputs,
     cells: Tensor,
-    gates: Tensor,
+    gates: Tensor | None,
     more_resets: Tensor | None = None,
     bias: Tensor | None = None,
     next_h: Tensor | None = None,
@@ -348,14 +348,21 @@ def _launch_forward(
         return output
     many_rows = _has_many_rows(rows, projected.get_device())
     in_parts = _in_parts(projected.dtype, steps, many_rows)
-    parts = projected.new_empty(8 * size * size + 4 * rows * size if in_parts else 0, dtype=torch.float16)
+    parts = projected.new_empty(8 * size * size + 4 * rows * size, dtype=torch.float16) if in_parts else None
     block_b = MANY_ROWS_BLOCK_B if many_rows else BLOCK_B
     layout = _layout(FORWARD_SHAPES[PLATFORM], projected.dtype, in_parts, block_b)
-    optional = {"HAS_RESETS": resets, "HAS_MORE_RESETS": more_resets, "HAS_BIAS": bias, "KEEP_STATE": next_h}
-    given = {name: tensor is not None for name, tensor in optional.items()}
+    constants = _constants(
+        *layout,
+        H=size,
+        HAS_RESETS=resets is not None,
+        HAS_MORE_RESETS=more_resets is not None,
+        HAS_BIAS=bias is not None,
+        KEEP_STATE=next_h is not None,
+        KEEP_GATES=gates is not None,
+    )
     tensors = (projected, weight_hh, h, c, resets, more_resets, bias, output, cells, next_h, gates, parts)
     launch_with(
-        _constants(*layout, H=size, **given, KEEP_GATES=gates.numel() > 0),
+        constants,
         _lstm_layer_fwd_kernel,
         cdiv(rows, block_b),
         # The input stands in for what there is not.
