@@ -217,8 +217,9 @@ class _PpoLoss(torch.autograd.Function):
     def forward(ctx, logits, value, samples, strict, report):
         # Autograd does not see tensors inside a tuple, so the tensors in `samples` are constants.
         loss, statistics, divisor, index, slopes = _ppo_loss_forward(logits, samples, strict, report)
-        conditions = samples.mask, samples.temperature_tensor
-        ctx.save_for_backward(logits, divisor, index, slopes, *conditions, value, *samples[2:6])
+        ctx.save_for_backward(
+            logits, divisor, index, slopes, value, *samples[2:6], samples.mask, samples.temperature_tensor
+        )
         ctx.numbers = samples[TENSORS:]
         ctx.backend = autograd.chosen_backend()
         ctx.mark_non_differentiable(statistics)
@@ -227,16 +228,17 @@ class _PpoLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        logits, divisor, index, slopes, mask, temperature_tensor, value, *others = ctx.saved_tensors
+        logits, divisor, index, slopes, value, *others = ctx.saved_tensors
         temperature, *coefficients = ctx.numbers
-        conditions = mask, temperature_tensor, temperature
+        conditions, others = (*others[4:], temperature), others[:4]
         if grads[0] is None:
             grad_logits = grad_value = None
         elif autograd.needs_graph():
             samples = Samples._make([index, value, *others, None, None, None, *conditions, *coefficients])
             grad_logits, grad_value = _gradients_with_graph(ctx, logits, samples, divisor, grads[:1])
         else:
-            given = LossGradient(logits, value, grads[0], index, slopes, divisor, *conditions, coefficients[-1])
+            saved = logits, value, grads[0], index, slopes, divisor
+            given = LossGradient._make([*saved, *conditions, coefficients[-1]])
             grad_logits, grad_value = autograd.run_backward(ctx.backend, _ppo_loss_backward, given)
         return grad_logits, grad_value, None, None, None
 

@@ -16,11 +16,10 @@ from metta_fastagent.ops.categorical.reference import (
 from metta_fastagent.ops.dtypes import compute_dtype
 
 
-def conditions_of(mask: Tensor | None, temperature_tensor: Tensor | None, temperature: float) -> Conditions | None:
-    """Mask and temperature as one tuple; None if they change nothing."""
-    if mask is None and temperature_tensor is None and temperature == 1:
-        return None
-    return Conditions(mask, temperature_tensor, temperature)
+def conditions_of(*fields: Any) -> Conditions | None:
+    """The Conditions with these fields; None if they change nothing."""
+    mask, in_memory, temperature = fields
+    return None if mask is None and in_memory is None and temperature == 1 else Conditions(*fields)
 
 
 class Samples(NamedTuple):
