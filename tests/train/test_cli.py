@@ -475,7 +475,8 @@ def test_an_evaluation_runs_on_the_threads_of_its_checkpoint(run, saved_run, mon
 def test_the_help_rounds_defaults(capsys):
     with pytest.raises(SystemExit):
         cli.make_parser().parse_args(["--help"])
-    assert "(default: 0, 0.333 for memory, 0.5 for mettagrid, 1 for gym:ID)" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: 0, 0.333 for memory, 0.5 for mettagrid, 1 for gym:ID)" in shown
 
 
 def test_a_missing_package_is_one_line(run, capsys, monkeypatch):
