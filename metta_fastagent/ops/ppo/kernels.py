@@ -78,9 +78,8 @@ def _advantages_kernel(
     gamma = _number(gamma, gamma_rest, COMPUTE)
     decay = _number(decay, decay_rest, COMPUTE)
     running = tl.zeros([ROWS], COMPUTE)
-    # Later steps come first, so that the scan runs forward.
     for done in range(0, T, STEPS):
-        t = T - 1 - done - column
+        t = T - done - STEPS + column
         inside = live[:, None] & (t >= 0)[None, :]
         place = row[:, None] * T + t[None, :]
         ended = tl.load(ends + place, mask=inside, other=1)
@@ -102,10 +101,10 @@ def _advantages_kernel(
             counts = tl.load(valid + place, mask=inside, other=0)
             delta = tl.where(counts, delta, 0.0)
             factor = tl.where(counts, factor, 0.0)
-        factor, delta = tl.associative_scan((factor, delta), 1, _then)
+        factor, delta = tl.associative_scan((factor, delta), 1, _then, reverse=True)
         found = delta + factor * running[:, None]
         tl.store(out + place, found.to(out.dtype.element_ty), mask=inside)
-        running = tl.sum(tl.where((column == STEPS - 1)[None, :], found, 0.0), 1)
+        running = tl.sum(tl.where((column == 0)[None, :], found, 0.0), 1)
 
 
 @jit
