@@ -99,8 +99,8 @@ class Environment:
     """Wraps a VectorEnvironment, checks its results and fills in optional members; other members pass through.
 
     The constructor resets it to `seed`: the first observations give `single_observation_space` its shape and dtype.
-        `action_mask` is the mask for the latest observations, bool [N, A], or None if every action is always legal.
-        Raises ProtocolError; the checks read no tensor values.
+    `action_mask` is the mask for the latest observations, bool [N, A], or None if every action is always legal. Raises
+    ProtocolError, or TypeError if `reset` takes no seed; the checks read no tensor values.
     """
 
     def __init__(self, source: Any, num_envs: int, device: torch.device, seed: int = 0) -> None:

@@ -57,14 +57,14 @@ class VectorAgent(PyTorchAgentMixin, LSTMWrapper):
 
     def __init__(self, env: Any, encoder: nn.Module | None = None, hidden_size: int = 64, **kwargs: Any) -> None:
         mixin_params = self.extract_mixin_params(kwargs)
-        shape = observed_shape = tuple(env.single_observation_space.shape)
+        shape = tuple(env.single_observation_space.shape)
         self.images = len(shape) > 1
         if encoder is None:
             elements = torch.Size(shape).numel()
             encoder, shape = TanhLayer(elements, hidden_size), (elements,)
         policy = VectorPolicy(encoder, hidden_size, sum(limit + 1 for limit in env.max_action_args))
         super().__init__(env, policy, hidden_size, hidden_size, num_layers=1)
-        self.observed_shape, self.encoded_shape = observed_shape, shape
+        self.encoded_shape = shape
         # The base class's biases of 1 and orthogonal weights suit large inputs; these are small.
         self.lstm.reset_parameters()
         self.init_mixin(**mixin_params)
@@ -72,8 +72,9 @@ class VectorAgent(PyTorchAgentMixin, LSTMWrapper):
     def forward(self, td: TensorDictBase, state: Any = None, action: Tensor | None = None) -> TensorDictBase:
         """A rollout step with observations [B, ...] of any dtype or, with `action`, segments [B, T, ...]."""
         given = td["env_obs"]
-        if tuple(given.shape[-len(self.observed_shape) :]) != self.observed_shape:
-            expected = f"[..., {', '.join(map(str, self.observed_shape))}] as env.single_observation_space"
+        shape = tuple(self.obs_shape or ())
+        if given.shape[max(0, given.dim() - len(shape)) :] != shape:
+            expected = f"[{', '.join(['...', *map(str, shape)])}] as env.single_observation_space"
             raise ValueError(f"env_obs: got {describe(given)}, expected {expected}")
         B, TT = self.set_tensordict_fields(td, given)
         observations = given.reshape(B * TT, *self.encoded_shape).to(self.policy.critic.weight.dtype)

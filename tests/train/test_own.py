@@ -348,6 +348,13 @@ def test_observations_of_another_layout_are_refused():
         agent(TensorDict({"env_obs": torch.zeros(1, 3, 6, 5)}, batch_size=[1]))
 
 
+def test_observations_may_be_single_numbers():
+    space = SimpleNamespace(shape=())
+    agent = VectorAgent(SimpleNamespace(single_observation_space=space, max_action_args=[1]))
+    agent.activate_actions(["act"], [1])
+    assert agent(TensorDict({"env_obs": torch.zeros(3)}, batch_size=[3]))["actions"].shape == (3, 2)
+
+
 class Broken(VectorAgent):
     """Fails at `where`, inside the standard library or a library's error handling."""
 
