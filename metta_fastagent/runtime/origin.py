@@ -5,8 +5,7 @@ import os
 import sys
 import traceback
 
-import metta_fastagent
-
+PACKAGE = os.path.dirname(os.path.dirname(__file__))
 # Files of these packages are not named as the place of an error.
 LIBRARIES = ("metta_fastagent", "torch", "tensordict", "numpy", "gymnasium", "mettagrid")
 
@@ -17,7 +16,7 @@ def origin_of(error: BaseException) -> tuple[BaseException, str]:
     if cause is not None and (origin := origin_of(cause))[1]:
         return origin
     stack = traceback.extract_tb(error.__traceback__)
-    called = itertools.dropwhile(lambda frame: not frame.filename.startswith(metta_fastagent.__path__[0]), stack)
+    called = itertools.dropwhile(lambda frame: not frame.filename.startswith(PACKAGE), stack)
     own = [frame for frame in called if _is_own(frame.filename)]
     return error, f"{own[-1].filename}:{own[-1].lineno}, in {own[-1].name}" if own else ""
 

@@ -7,6 +7,7 @@ Source: Hochreiter and Schmidhuber, "Long Short-Term Memory" (1997), with the fo
 Cummins, "Learning to Forget" (2000); gates in nn.LSTM's order.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from metta_fastagent.ops.lstm import kernels
 from metta_fastagent.ops.lstm.reference import (
     BackwardInputs,
     LayerInputs,
+    any_of,
     lstm_layer_backward_eager,
     lstm_layer_formula,
     lstm_layer_forward_eager,
@@ -88,7 +90,7 @@ def lstm_step_into(
 
 
 def lstm_step_native(
-    input: Tensor, weights: list[Tensor], h: Tensor, c: Tensor, resets: Tensor, in_place: bool
+    input: Tensor, weights: list[Tensor], h: Tensor, c: Tensor, flags: Sequence[Tensor], in_place: bool
 ) -> tuple[Tensor, Tensor] | None:
     """One step of all layers without gradients, in one call of the C++ operator; None if that is not applicable.
 
@@ -96,19 +98,19 @@ def lstm_step_native(
         input: [B, input_size].
         weights: each layer's weight_ih, weight_hh and, with biases, bias_ih and bias_hh.
         h, c: state before the step, [num_layers, B, hidden_size].
-        resets: bool [1, B], rows whose state is zeroed before the step.
+        flags: bool [1, B] each; a row's state is zeroed before the step if any of its flags is set.
         in_place: overwrite `h` and `c`, which must be contiguous.
 
     Returns:
         The state after the step: `h` and `c`, or new tensors.
     """
     tensors = [input, h, c, *weights]
-    if not uses_native(input.device) or h.dtype not in NATIVE_DTYPES or needs_operator(tensors, resets):
+    if not uses_native(input.device) or h.dtype not in NATIVE_DTYPES or needs_operator(tensors, flags):
         return None
     for tensor in tensors:
         if tensor.dtype != h.dtype:
             return None
-    h, c = h.contiguous(), c.contiguous()
+    h, c, resets = h.contiguous(), c.contiguous(), any_of(flags).contiguous()
     state = (h, c) if in_place else (torch.empty_like(h), torch.empty_like(c))
     step = torch.ops.metta_fastagent_native.lstm_step_.default
     step(input.contiguous(), list(map(contiguous, weights)), h, c, resets, *state)

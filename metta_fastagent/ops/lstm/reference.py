@@ -17,6 +17,8 @@ Arithmetic is float32 (float64 for float64). The state is rounded to the tensors
 calls of a rollout, so that a segment reproduces its rollout.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +51,11 @@ class BackwardInputs(NamedTuple):
     grad_output: Tensor | None  # [T, B, H]
     grad_last_h: Tensor | None  # [B, H]
     grad_last_c: Tensor | None  # [B, H]
+
+
+def any_of(flags: Sequence[Tensor]) -> Tensor:
+    """Where any of the bool tensors is set."""
+    return functools.reduce(torch.bitwise_or, flags)
 
 
 def lstm_layer_formula(inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """All layers of an `nn.LSTM`, or of a module that replaces one, over a segment with resets."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from metta_fastagent.ops.autograd import in_plain_pytorch
 from metta_fastagent.ops.dtypes import under_autocast
 from metta_fastagent.ops.lstm.layer import lstm_step_into, lstm_step_native, run_layer
-from metta_fastagent.ops.lstm.reference import LayerInputs
+from metta_fastagent.ops.lstm.reference import LayerInputs, any_of
 from metta_fastagent.ops.products import linear
 from metta_fastagent.runtime.checks import describe, own_computation, require_same_device, require_tensor
 from metta_fastagent.runtime.dispatch import uses_native, uses_triton
@@ -70,17 +69,13 @@ def lstm(
     device = inputs.device
     as_segment = inputs.shape[time] > 1 or device.type == "cuda" or uses_triton(device) or uses_native(device)
     if not as_segment or own_computation(module, nn.LSTM):
-        return _step_by_step(module, inputs, state, _any_of(flags), time)
+        return _step_by_step(module, inputs, state, any_of(flags), time)
     h, c = _fitting_state(module, inputs, state, inputs.shape[1 - time])
     if time == 0:
         return _layer_by_layer(module, inputs, h, c, flags, in_place, with_state)
     sequence, flags = inputs.transpose(0, 1), [each.transpose(0, 1) for each in flags]
     output, state = _layer_by_layer(module, sequence, h, c, flags, in_place, with_state)
     return output.transpose(0, 1), state
-
-
-def _any_of(flags: Sequence[Tensor]) -> Tensor:
-    return functools.reduce(torch.bitwise_or, flags)
 
 
 def _require_supported(module: object, inputs: object) -> None:
@@ -159,7 +154,7 @@ def _layer_by_layer(
     if len(sequence) == 1 and not torch.is_grad_enabled() and not in_plain_pytorch():
         return _one_step(module, weights, sequence, h, c, flags, in_place)
     # One copy of transposed flags serves all layers.
-    resets = _any_of(flags).contiguous()
+    resets = any_of(flags).contiguous()
     biases, last_h, last_c = _bias_sums(weights), [], []
     for layer, own in enumerate(weights):
         projected = _projected(module, layer, own[0], biases[layer], sequence)
@@ -176,12 +171,11 @@ def _one_step(
 ) -> tuple[Tensor, State]:  # fmt: skip
     """A single step without gradients, which writes the new state to its place."""
     in_place = in_place and h.is_contiguous() and c.is_contiguous()
-    if uses_native(sequence.device) and not (module.dropout and module.training):
-        given = [each for own in weights for each in own]
-        state = lstm_step_native(sequence[0], given, h, c, _any_of(flags).contiguous(), in_place)
+    if not (module.dropout and module.training):
+        state = lstm_step_native(sequence[0], [each for own in weights for each in own], h, c, flags, in_place)
         if state is not None:
             return state[0][-1:].clone(), state
-    first, more = flags[0], _any_of(flags[1:]) if len(flags) > 1 else None
+    first, more = flags[0], any_of(flags[1:]) if len(flags) > 1 else None
     state = (h, c) if in_place else (h.new_empty(h.shape), c.new_empty(c.shape))
     for layer, (weight_ih, weight_hh, *biases) in enumerate(weights):
         bias_ih, bias_hh = biases or (None, None)
