@@ -68,14 +68,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
     """
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
-    fused = (activation == "tanh" and _tanh_in_place(input, weight, bias)) or (
-        activation == "relu" and _relu_by_cublas(input, weight, bias)
-    )
-    if not fused and not _served("layer", input, weight, bias):
+    library = _library(input, weight, bias, activation)
+    if library is None:
         return _ACTIVATIONS[activation](F.linear(input, weight, bias))
     if autograd.records_graph(input, weight, *(() if bias is None else (bias,))):
-        return _Linear.apply(input, weight, bias, activation)
-    return _forward(input, weight, bias, activation)
+        return _Linear.apply(input, weight, bias, activation, library)
+    return _forward(input, weight, bias, activation, library)
 
 
 def linear_layer(layer: nn.Linear, input: Tensor, activation: str = "none") -> Tensor:
@@ -110,8 +108,8 @@ class _Linear(torch.autograd.Function):
     """A linear layer and its activation; saves the result, not the pre-activation, which no gradient needs."""
 
     @staticmethod
-    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str):
-        output = _forward(input, weight, bias, activation)
+    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, library: str):
+        output = _forward(input, weight, bias, activation, library)
         ctx.save_for_backward(input, weight, output if activation != "none" else None)
         ctx.activation = activation
         return output
@@ -120,7 +118,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, *grads):
         input, weight, output = ctx.saved_tensors
         (grad,) = grads
-        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         if ctx.activation == "relu":
             grad = torch.ops.aten.threshold_backward.default(grad, output, 0)
         elif ctx.activation == "tanh":
@@ -132,16 +130,25 @@ class _Linear(torch.autograd.Function):
             grad_input = _onednn(grad, weight.t()) if by_onednn else grad @ weight
         if needs_weight:
             grad_weight = rows.t() @ columns if autograd.needs_graph() else weight_gradient(rows, columns)
-        return grad_input, grad_weight, rows.sum(0) if needs_bias else None, None
+        return grad_input, grad_weight, rows.sum(0) if needs_bias else None, None, None
 
 
 _ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "tanh": tanh}
 
 
-def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def _library(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> str | None:
+    """What makes the product in `_forward`: "cublas", "onednn" or "blas"; None for PyTorch's operators in turn."""
     if activation == "relu" and _relu_by_cublas(input, weight, bias):
-        return torch.ops.aten._addmm_activation.default(bias, input, weight.t())
+        return "cublas"
     if _served("layer", input, weight, bias):
+        return "onednn"
+    return "blas" if activation == "tanh" and _tanh_in_place(input, weight, bias) else None
+
+
+def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, library: str) -> Tensor:
+    if library == "cublas":
+        return torch.ops.aten._addmm_activation.default(bias, input, weight.t())
+    if library == "onednn":
         output = _onednn(input, weight, bias, activation == "relu")
     else:
         output = F.linear(input, weight, bias)
