@@ -16,6 +16,9 @@
 namespace metta_fastagent {
 namespace {
 
+// Rows whose factors a thread gathers before it multiplies them by each panel; a multiple of every tile's.
+constexpr int64_t BLOCK_ROWS = 96;
+
 struct Sizes {
   int64_t T, B, H;
 };
@@ -69,13 +72,16 @@ Panels<T> gate_panels(const Sizes& sizes, int64_t inputs) {
 
 template <class T>
 struct Forward {
-  const T* input;  // [B, I] where the panels project it too, which is for a single step
+  const T* input;  // [T, B, I] where the panels project it too
   int64_t I;
   const T* addend;  // what the gates' products are added to: projected [T, B, 4H], or a bias [4H]
   int64_t addend_stride;
   const T *h, *c;
   Resets resets;
-  T *output, *cells, *gates;  // gates may be null
+  T* output;
+  T* cells;              // [T, B, H], or only the newest [B, H], which may be `c`
+  int64_t cells_stride;  // from one step to the next
+  T* gates;              // may be null
   Sizes sizes;
 
   // One step of one row and W hidden columns from j on.
@@ -87,10 +93,10 @@ struct Forward {
     };
     const Vec<T> i = sigmoid<T>(preactivation(0)), f = sigmoid<T>(preactivation(1));
     const Vec<T> g = tanh<T>(preactivation(2)), o = sigmoid<T>(preactivation(3));
-    const T* previous = t == 0 ? c + b * H : cells + (row - sizes.B) * H;
-    const Vec<T> kept = resets.at(t, b) ? Vec<T>{} : f * load_live(previous + j, live);
+    const T* previous = (t == 0 ? c : cells + (t - 1) * cells_stride) + b * H + j;
+    const Vec<T> kept = resets.at(t, b) ? Vec<T>{} : f * load_live(previous, live);
     const Vec<T> cell = kept + i * g;
-    store_live<T>(cells + row * H + j, cell, live);
+    store_live<T>(cells + t * cells_stride + b * H + j, cell, live);
     store_live<T>(output + row * H + j, o * tanh<T>(cell), live);
     if (gates == nullptr) return;
     T* gates_row = gates + row * 4 * H + j;
@@ -100,31 +106,38 @@ struct Forward {
     store_live<T>(gates_row + 3 * H, o, live);
   }
 
+  // What the panels are multiplied by at step t: the input and the kept hidden state of row b.
+  void gather(int64_t t, int64_t b, T* factors) const {
+    const int64_t H = sizes.H;
+    T* state = std::copy_n(input + (t * sizes.B + b) * I, I, factors);
+    if (resets.at(t, b))
+      std::fill_n(state, H, T(0));
+    else
+      std::copy_n(t == 0 ? h + b * H : output + ((t - 1) * sizes.B + b) * H, H, state);
+  }
+
   // All steps of the rows [begin, end).
   void run(const Panels<T>& panels, int64_t begin, int64_t end) const {
     constexpr int64_t W = Lanes<T>::W;
     const int64_t H = sizes.H, K = I + H;
-    std::vector<T> factors(TILE_ROWS * K);
+    std::vector<T> factors(std::min(BLOCK_ROWS, end - begin) * K);
     for (int64_t t = 0; t < sizes.T; ++t) {
-      const T* previous = t == 0 ? h : output + (t - 1) * sizes.B * H;
-      each_tile(begin, end, [&](int64_t b, auto rows) METTA_LAMBDA {
-        for (int64_t r = 0; r < rows; ++r) {
-          T* state = std::copy_n(input + (b + r) * I, I, &factors[r * K]);
-          if (resets.at(t, b + r))
-            std::fill_n(state, H, T(0));
-          else
-            std::copy_n(previous + (b + r) * H, H, state);
-        }
+      for (int64_t first = begin; first < end; first += BLOCK_ROWS) {
+        const int64_t past = std::min(end, first + BLOCK_ROWS);
+        for (int64_t b = first; b < past; ++b) gather(t, b, &factors[(b - first) * K]);
         for (int64_t j = 0; j < H; j += W) {
-          // The hardware prefetcher does not detect these short reads, a row apart, as a stream.
-          for (int64_t r = 0; r < rows; ++r)
-            for (int64_t g = 0; g < 4; ++g)
-              __builtin_prefetch(addend + (t * sizes.B + b + r) * addend_stride + g * H + j);
-          Vec<T> sums[rows][4];
-          multiply_tile<T, rows>(factors.data(), K, panels.at(j / W), K, sums);
-          for (int64_t r = 0; r < rows; ++r) activate(t, b + r, j, sums[r]);
+          each_tile(first, past, [&](int64_t b, auto rows) METTA_LAMBDA {
+            // The hardware prefetcher does not detect these short reads, a row apart, as a stream.
+            if (addend_stride != 0)
+              for (int64_t r = 0; r < rows; ++r)
+                for (int64_t g = 0; g < 4; ++g)
+                  __builtin_prefetch(addend + (t * sizes.B + b + r) * addend_stride + g * H + j);
+            Vec<T> sums[rows][4];
+            multiply_tile<T, rows>(&factors[(b - first) * K], K, panels.at(j / W), K, sums);
+            for (int64_t r = 0; r < rows; ++r) activate(t, b + r, j, sums[r]);
+          });
         }
-      });
+      }
     }
   }
 };
@@ -159,6 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_forward(const Tensor& projected, const T
                                 starts,
                                 mutable_data_of<Real>(output),
                                 mutable_data_of<Real>(cells),
+                                B * H,
                                 keep_gates ? mutable_data_of<Real>(gates) : nullptr,
                                 sizes};
     parallel(B, work_of_row(sizes), [&](int64_t begin, int64_t end) { forward.run(panels, begin, end); });
@@ -167,24 +181,24 @@ std::tuple<Tensor, Tensor, Tensor> lstm_forward(const Tensor& projected, const T
   return {output, cells, gates};
 }
 
-// One step of all layers of an nn.LSTM. `weights` holds weight_ih, weight_hh and, with biases, bias_ih and bias_hh of
-// each layer; h and c are [layers, B, H]. The new state goes to `next_h` and `next_c`, which may be `h` and `c`: a row is
-// read before it is written.
-void lstm_step(const Tensor& input, const std::vector<Tensor>& weights, const Tensor& h, const Tensor& c,
-               const std::optional<Tensor>& resets, const Tensor& next_h, const Tensor& next_c) {
+// All layers of an nn.LSTM over a segment; returns the last layer's output [T, B, H]. `weights` holds weight_ih, weight_hh
+// and, with biases, bias_ih and bias_hh of each layer; h and c are [layers, B, H]. The state after the last step goes to
+// `next_h` and `next_c`, which may be `h` and `c`: a row is read before it is written.
+Tensor lstm_segment(const Tensor& input, const std::vector<Tensor>& weights, const Tensor& h, const Tensor& c,
+                    const std::optional<Tensor>& resets, const Tensor& next_h, const Tensor& next_c) {
   const ScalarType dtype = require_floating_point(h, "h");
-  STD_TORCH_CHECK(input.dim() == 2 && h.dim() == 3, "input, h: wrong shape");
-  const int64_t layers = h.size(0), B = h.size(1), H = h.size(2);
+  STD_TORCH_CHECK(input.dim() == 3 && input.size(0) >= 1 && h.dim() == 3, "input, h: wrong shape");
+  const int64_t layers = h.size(0), T = input.size(0), B = h.size(1), H = h.size(2);
   STD_TORCH_CHECK(layers >= 1 && weights.size() % layers == 0, "weights: wrong number");
   const int64_t each = static_cast<int64_t>(weights.size()) / layers;
   STD_TORCH_CHECK(each == 2 || each == 4, "weights: wrong number");
-  require(input, "input", dtype, {B, input.size(1)});
+  require(input, "input", dtype, {T, B, input.size(2)});
   require(h, "h", dtype, {layers, B, H});
   require(c, "c", dtype, {layers, B, H});
   require(next_h, "next_h", dtype, {layers, B, H});
   require(next_c, "next_c", dtype, {layers, B, H});
-  const Sizes sizes{1, B, H};
-  const auto inputs_of = [&](int64_t layer) { return layer == 0 ? input.size(1) : H; };
+  const Sizes sizes{T, B, H};
+  const auto inputs_of = [&](int64_t layer) { return layer == 0 ? input.size(2) : H; };
   for (int64_t layer = 0; layer < layers; ++layer) {
     const Tensor* own = &weights[layer * each];
     require(own[0], "weight_ih", dtype, {4 * H, inputs_of(layer)});
@@ -192,6 +206,7 @@ void lstm_step(const Tensor& input, const std::vector<Tensor>& weights, const Te
     for (int64_t i = 2; i < each; ++i) require(own[i], "bias", dtype, {4 * H});
   }
   const Resets starts(resets, sizes);
+  Tensor sequence = input;
   const auto run = [&](auto zero) {
     using Real = decltype(zero);
     std::vector<Real> bias(4 * H);
@@ -202,22 +217,26 @@ void lstm_step(const Tensor& input, const std::vector<Tensor>& weights, const Te
       Panels<Real> panels = gate_panels<Real>(sizes, I);
       pack_gates(data_of<Real>(own[0]), H, I, 0, panels);
       pack_gates(data_of<Real>(own[1]), H, H, I, panels);
-      Real* output = mutable_data_of<Real>(next_h) + before;
-      const Forward<Real> forward{layer == 0 ? data_of<Real>(input) : output - B * H,
+      const Tensor output = empty({T, B, H}, dtype);
+      const Forward<Real> forward{data_of<Real>(sequence),
                                   I,
                                   bias.data(),
                                   0,
                                   data_of<Real>(h) + before,
                                   data_of<Real>(c) + before,
                                   starts,
-                                  output,
+                                  mutable_data_of<Real>(output),
                                   mutable_data_of<Real>(next_c) + before,
+                                  0,
                                   nullptr,
                                   sizes};
       parallel(B, 2 * work_of_row(sizes), [&](int64_t begin, int64_t end) { forward.run(panels, begin, end); });
+      std::copy_n(data_of<Real>(output) + (T - 1) * B * H, B * H, mutable_data_of<Real>(next_h) + before);
+      sequence = output;
     }
   };
   dtype == ScalarType::Float ? run(float{}) : run(double{});
+  return sequence;
 }
 
 // Backward of one step of one row. `dh` and `dc` are the gradients of the state after the step; `dc` becomes the
@@ -349,8 +368,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) {
       "lstm_layer_forward(Tensor projected, Tensor weight_hh, Tensor h, Tensor c, Tensor? resets, bool keep_gates)"
       " -> (Tensor output, Tensor cells, Tensor gates)");
   m.def(
-      "lstm_step_(Tensor input, Tensor[] weights, Tensor h, Tensor c, Tensor? resets, Tensor(a!) next_h,"
-      " Tensor(b!) next_c) -> ()");
+      "lstm_segment_(Tensor input, Tensor[] weights, Tensor h, Tensor c, Tensor? resets, Tensor(a!) next_h,"
+      " Tensor(b!) next_c) -> Tensor");
   m.def(
       "lstm_layer_backward(Tensor weight_hh, Tensor c, Tensor? resets, Tensor cells, Tensor gates, Tensor? grad_output,"
       " Tensor? grad_last_h, Tensor? grad_last_c) -> (Tensor grad_projected, Tensor grad_h, Tensor grad_c)");
@@ -358,6 +377,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metta_fastagent_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(metta_fastagent_native, CPU, m) {
   m.impl("lstm_layer_forward", TORCH_BOX(&metta_fastagent::lstm_forward));
-  m.impl("lstm_step_", TORCH_BOX(&metta_fastagent::lstm_step));
+  m.impl("lstm_segment_", TORCH_BOX(&metta_fastagent::lstm_segment));
   m.impl("lstm_layer_backward", TORCH_BOX(&metta_fastagent::lstm_backward));
 }

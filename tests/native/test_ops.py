@@ -170,49 +170,69 @@ def test_a_row_of_an_lstm_layer_does_not_depend_on_the_others(dtype):
             assert torch.equal(part, complete[:, rows])
 
 
-def step_inputs(module, rows, dtype=torch.float32):
-    """Arguments of `lstm_step_` up to the results, for a module of 20 inputs; a third of the rows is reset."""
+def segment_inputs(module, steps, rows, dtype=torch.float32):
+    """Arguments of `lstm_segment_` up to the results, for a module of 20 inputs; a third of the rows is reset."""
     weights = [weight.detach().to(dtype) for layer in module.all_weights for weight in layer]
     h, c = torch.randn(2, module.num_layers, rows, module.hidden_size, dtype=dtype)
-    return torch.randn(rows, 20, dtype=dtype), weights, h, c, torch.rand(1, rows) < 0.3
+    return torch.randn(steps, rows, 20, dtype=dtype), weights, h, c, torch.rand(steps, rows) < 0.3
 
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize(
-    ("layers", "bias", "size", "rows"), [(1, True, 64, 8), (2, True, 24, 13), (2, False, 17, 5), (1, False, 1, 1)]
+    ("layers", "bias", "size", "rows"),
+    # The last number of rows is above that of a block.
+    [(1, True, 64, 8), (2, True, 24, 13), (2, False, 17, 5), (1, False, 1, 1), (2, True, 18, 101)],
 )
-def test_a_step_is_that_of_nn_lstm(layers, bias, size, rows, dtype, in_place):
+def test_a_segment_is_that_of_nn_lstm(layers, bias, size, rows, steps, dtype, in_place):
     torch.manual_seed(size)
     module = torch.nn.LSTM(20, size, layers, bias)
-    inputs = step_inputs(module, rows, dtype)
-    x, _, h, c, resets = inputs
-    kept = (~resets).view(1, rows, 1)
+    inputs = segment_inputs(module, steps, rows, dtype)
+    xs, _, h, c, resets = inputs
+    module, expected, outputs = module.double(), (h.double(), c.double()), []
     with torch.no_grad():
-        _, expected = module.double()(x.double().unsqueeze(0), (h.double() * kept, c.double() * kept))
+        for x, reset in zip(xs.double().split(1), resets, strict=True):
+            kept = (~reset).unsqueeze(1)
+            output, expected = module(x, (expected[0] * kept, expected[1] * kept))
+            outputs.append(output)
     state = (h, c) if in_place else (torch.full_like(h, torch.nan), torch.full_like(c, torch.nan))
-    torch.ops.metta_fastagent_native.lstm_step_(*inputs, *state)
-    for got, wanted in zip(state, expected, strict=True):
+    output = torch.ops.metta_fastagent_native.lstm_segment_(*inputs, *state)
+    for got, wanted in zip((output, *state), (torch.cat(outputs), *expected), strict=True):
         assert_close(got, wanted, dtype)
 
 
-def test_steps_do_not_depend_on_the_number_of_threads(with_threads):
-    inputs, results = step_inputs(torch.nn.LSTM(20, 70, 2), 501), []
+def test_segments_do_not_depend_on_the_number_of_threads(with_threads):
+    inputs, results = segment_inputs(torch.nn.LSTM(20, 70, 2), 3, 501), []
     for threads in (1, 2, 3):
         with_threads(threads)
         state = torch.empty_like(inputs[2]), torch.empty_like(inputs[3])
-        torch.ops.metta_fastagent_native.lstm_step_(*inputs, *state)
-        results.append(torch.cat(state))
+        output = torch.ops.metta_fastagent_native.lstm_segment_(*inputs, *state)
+        results.append(torch.cat((output, *state)))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("wrong", ["input", "weights", "layers", "h", "next_c", "resets", "dtype"])
-def test_a_direct_step_cannot_leave_the_tensors(wrong):
-    input, weights, h, c, resets = step_inputs(torch.nn.LSTM(20, 6), 4)
+def test_a_segment_is_bitwise_its_steps():
+    xs, weights, h, c, resets = segment_inputs(torch.nn.LSTM(20, 40, 2), 5, 13)
+    state, outputs = (h.clone(), c.clone()), []
+    for t in range(5):
+        now = slice(t, t + 1)
+        segment = torch.ops.metta_fastagent_native.lstm_segment_
+        outputs.append(segment(xs[now], weights, *state, resets[now], *state))
+    output = torch.ops.metta_fastagent_native.lstm_segment_(xs, weights, h, c, resets, h, c)
+    for whole, by_steps in zip((output, h, c), (torch.cat(outputs), *state), strict=True):
+        assert torch.equal(whole, by_steps)
+
+
+@pytest.mark.parametrize("wrong", ["input", "steps", "weights", "layers", "h", "next_c", "resets", "dtype"])
+def test_a_direct_segment_cannot_leave_the_tensors(wrong):
+    input, weights, h, c, resets = segment_inputs(torch.nn.LSTM(20, 6), 2, 4)
     next_h, next_c = torch.empty_like(h), torch.empty_like(c)
     if wrong == "input":
-        input = input[:3]
+        input = input[:, :3].contiguous()
+    elif wrong == "steps":
+        input, resets = input[:0], resets[:0]
     elif wrong == "weights":
         weights[1] = weights[1][:, :5].contiguous()
     elif wrong == "layers":
@@ -226,7 +246,7 @@ def test_a_direct_step_cannot_leave_the_tensors(wrong):
     else:
         next_h = next_h.double()
     with pytest.raises(RuntimeError, match=r"expected|wrong shape|wrong number"):
-        torch.ops.metta_fastagent_native.lstm_step_(input, weights, h, c, resets, next_h, next_c)
+        torch.ops.metta_fastagent_native.lstm_segment_(input, weights, h, c, resets, next_h, next_c)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,10 @@ from metta_fastagent.ops.products import weight_gradient
 from metta_fastagent.runtime.checks import require_same_device, require_tensor
 from metta_fastagent.runtime.dispatch import Operator, needs_operator, uses_native
 
+# Where a segment's input is projected step by step: with fewer rows, or weights that exceed the L2 cache, one product
+# over all steps is faster.
+FEWEST_ROWS, MOST_BYTES = 6, 2**21
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -89,32 +93,33 @@ def lstm_step_into(
     return _lstm_step_(inputs, more_resets, bias, next_h, next_c)
 
 
-def lstm_step_native(
-    input: Tensor, weights: list[Tensor], h: Tensor, c: Tensor, flags: Sequence[Tensor], in_place: bool
-) -> tuple[Tensor, Tensor] | None:
-    """One step of all layers without gradients, in one call of the C++ operator; None if that is not applicable.
+def lstm_segment_native(
+    sequence: Tensor, weights: list[Tensor], h: Tensor, c: Tensor, flags: Sequence[Tensor], in_place: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+    """All layers over a segment without gradients, in one call of the C++ operator; None if that is not applicable.
 
     Args:
-        input: [B, input_size].
+        sequence: [T, B, input_size].
         weights: each layer's weight_ih, weight_hh and, with biases, bias_ih and bias_hh.
-        h, c: state before the step, [num_layers, B, hidden_size].
-        flags: bool [1, B] each; a row's state is zeroed before the step if any of its flags is set.
+        h, c: state before the first step, [num_layers, B, hidden_size].
+        flags: bool [T, B] each; a row's state is zeroed before a step if any of its flags is set.
         in_place: overwrite `h` and `c`, which must be contiguous.
 
     Returns:
-        The state after the step: `h` and `c`, or new tensors.
+        (output [T, B, hidden_size], state after the last step: `h` and `c`, or new tensors).
     """
-    tensors = [input, h, c, *weights]
-    if not uses_native(input.device) or h.dtype not in NATIVE_DTYPES or needs_operator(tensors, flags):
+    if len(sequence) > 1 and (sequence.shape[1] < FEWEST_ROWS or weights[0].nbytes + weights[1].nbytes > MOST_BYTES):
+        return None
+    tensors = [sequence, h, c, *weights]
+    if not uses_native(sequence.device) or h.dtype not in NATIVE_DTYPES or needs_operator(tensors, flags):
         return None
     for tensor in tensors:
         if tensor.dtype != h.dtype:
             return None
     h, c, resets = h.contiguous(), c.contiguous(), any_of(flags).contiguous()
     state = (h, c) if in_place else (torch.empty_like(h), torch.empty_like(c))
-    step = torch.ops.metta_fastagent_native.lstm_step_.default
-    step(input.contiguous(), list(map(contiguous, weights)), h, c, resets, *state)
-    return state
+    segment = torch.ops.metta_fastagent_native.lstm_segment_.default
+    return segment(sequence.contiguous(), list(map(contiguous, weights)), h, c, resets, *state), state
 
 
 class _LSTMLayer(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from metta_fastagent.ops.autograd import in_plain_pytorch
 from metta_fastagent.ops.dtypes import under_autocast
-from metta_fastagent.ops.lstm.layer import lstm_step_into, lstm_step_native, run_layer
+from metta_fastagent.ops.lstm.layer import lstm_segment_native, lstm_step_into, run_layer
 from metta_fastagent.ops.lstm.reference import LayerInputs, any_of
 from metta_fastagent.ops.products import linear
 from metta_fastagent.runtime.checks import describe, own_computation, require_same_device, require_tensor
@@ -151,8 +151,14 @@ def _layer_by_layer(
         weights = [[weight.to(dtype) for weight in layer] for layer in weights]
     # On a transposed view F.linear adds the bias separately.
     sequence = sequence.contiguous()
-    if len(sequence) == 1 and not torch.is_grad_enabled() and not in_plain_pytorch():
-        return _one_step(module, weights, sequence, h, c, flags, in_place)
+    if not torch.is_grad_enabled() and not in_plain_pytorch():
+        in_place = in_place and h.is_contiguous() and c.is_contiguous()
+        if not (module.dropout and module.training):
+            done = lstm_segment_native(sequence, [each for own in weights for each in own], h, c, flags, in_place)
+            if done is not None:
+                return done
+        if len(sequence) == 1:
+            return _one_step(module, weights, sequence, h, c, flags, in_place)
     # One copy of transposed flags serves all layers.
     resets = any_of(flags).contiguous()
     biases, last_h, last_c = _bias_sums(weights), [], []
@@ -170,11 +176,6 @@ def _one_step(
     in_place: bool,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """A single step without gradients, which writes the new state to its place."""
-    in_place = in_place and h.is_contiguous() and c.is_contiguous()
-    if not (module.dropout and module.training):
-        state = lstm_step_native(sequence[0], [each for own in weights for each in own], h, c, flags, in_place)
-        if state is not None:
-            return state[0][-1:].clone(), state
     first, more = flags[0], any_of(flags[1:]) if len(flags) > 1 else None
     state = (h, c) if in_place else (h.new_empty(h.shape), c.new_empty(c.shape))
     for layer, (weight_ih, weight_hh, *biases) in enumerate(weights):
