@@ -84,26 +84,34 @@ struct Forward {
   T* gates;              // may be null
   Sizes sizes;
 
-  // One step of one row and W hidden columns from j on.
-  void activate(int64_t t, int64_t b, int64_t j, const Vec<T>* sums) const {
-    const int64_t H = sizes.H, row = t * sizes.B + b, live = std::min(Lanes<T>::W, H - j);
-    const T* addend_row = addend + row * addend_stride + j;
-    const auto preactivation = [&](int64_t gate) METTA_LAMBDA {
-      return sums[gate] + load_live(addend_row + gate * H, live);
-    };
-    const Vec<T> i = sigmoid<T>(preactivation(0)), f = sigmoid<T>(preactivation(1));
-    const Vec<T> g = tanh<T>(preactivation(2)), o = sigmoid<T>(preactivation(3));
-    const T* previous = (t == 0 ? c : cells + (t - 1) * cells_stride) + b * H + j;
-    const Vec<T> kept = resets.at(t, b) ? Vec<T>{} : f * load_live(previous, live);
-    const Vec<T> cell = kept + i * g;
-    store_live<T>(cells + t * cells_stride + b * H + j, cell, live);
-    store_live<T>(output + row * H + j, o * tanh<T>(cell), live);
-    if (gates == nullptr) return;
-    T* gates_row = gates + row * 4 * H + j;
-    store_live<T>(gates_row, i, live);
-    store_live<T>(gates_row + H, f, live);
-    store_live<T>(gates_row + 2 * H, g, live);
-    store_live<T>(gates_row + 3 * H, o, live);
+  // One step of `rows` rows from b on and W hidden columns from j on, given their products.
+  void activate(int64_t t, int64_t b, int64_t j, int64_t rows, Vec<T> (*sums)[4]) const {
+    const int64_t H = sizes.H, live = std::min(Lanes<T>::W, H - j);
+    const T* previous = t == 0 ? c : cells + (t - 1) * cells_stride;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = t * sizes.B + b + r, state = (b + r) * H + j;
+      const T* addend_row = addend + row * addend_stride + j;
+      const auto preactivation = [&](int64_t gate) METTA_LAMBDA {
+        return sums[r][gate] + load_live(addend_row + gate * H, live);
+      };
+      const Vec<T> i = sigmoid<T>(preactivation(0)), f = sigmoid<T>(preactivation(1));
+      const Vec<T> g = tanh<T>(preactivation(2)), o = sigmoid<T>(preactivation(3));
+      const Vec<T> kept = resets.at(t, b + r) ? Vec<T>{} : f * load_live(previous + state, live);
+      const Vec<T> cell = kept + i * g;
+      store_live<T>(cells + t * cells_stride + state, cell, live);
+      if (gates != nullptr) {
+        T* gates_row = gates + row * 4 * H + j;
+        store_live<T>(gates_row, i, live);
+        store_live<T>(gates_row + H, f, live);
+        store_live<T>(gates_row + 2 * H, g, live);
+        store_live<T>(gates_row + 3 * H, o, live);
+      }
+      sums[r][0] = cell;
+      sums[r][1] = o;
+    }
+    // A loop of its own, so that the rows' tanh overlap instead of each waiting for its cell.
+    for (int64_t r = 0; r < rows; ++r)
+      store_live<T>(output + (t * sizes.B + b + r) * H + j, sums[r][1] * tanh<T>(sums[r][0]), live);
   }
 
   // What the panels are multiplied by at step t: the input and the kept hidden state of row b.
@@ -134,7 +142,7 @@ struct Forward {
                   __builtin_prefetch(addend + (t * sizes.B + b + r) * addend_stride + g * H + j);
             Vec<T> sums[rows][4];
             multiply_tile<T, rows>(&factors[(b - first) * K], K, panels.at(j / W), K, sums);
-            for (int64_t r = 0; r < rows; ++r) activate(t, b + r, j, sums[r]);
+            activate(t, b, j, rows, sums);
           });
         }
       }
