@@ -19,14 +19,14 @@ def tanh_eager(x: Tensor) -> Tensor:
     return torch.tanh(x.contiguous())
 
 
-def tanh_is_native(x: Tensor) -> bool:
-    """Whether `tanh_` supports `x`."""
+def activates_in_place(x: Tensor) -> bool:
+    """Whether `activate_` supports `x`."""
     return x.dtype in NATIVE_DTYPES and uses_native(x.device)
 
 
-def tanh_(x: Tensor) -> None:
-    """Overwrite `x` with its hyperbolic tangent, using the C++ operator."""
-    torch.ops.metta_fastagent_native.tanh_.default(x)
+def activate_(x: Tensor, bias: Tensor | None, activation: str) -> None:
+    """Overwrite contiguous `x` [..., N] with the "relu" or "tanh" of `x + bias`, using the C++ operator."""
+    torch.ops.metta_fastagent_native.activate_.default(x, bias, activation == "relu")
 
 
 def _tanh_native(x: Tensor) -> Tensor:

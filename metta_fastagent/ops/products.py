@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metta_fastagent.ops import autograd
-from metta_fastagent.ops.activations import tanh, tanh_, tanh_is_native
+from metta_fastagent.ops.activations import activate_, activates_in_place, tanh
 from metta_fastagent.ops.dtypes import under_autocast, without_autocast
 from metta_fastagent.runtime.checks import own_computation
 from metta_fastagent.runtime.dispatch import needs_operator, requested, uses_triton
@@ -142,33 +142,39 @@ def _library(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
         return "cublas"
     if _served("layer", input, weight, bias):
         return "onednn"
-    return "blas" if activation == "tanh" and _tanh_in_place(input, weight, bias) else None
+    return "blas" if activation != "none" and _activated_in_place(input, weight, bias) else None
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, library: str) -> Tensor:
     if library == "cublas":
         return torch.ops.aten._addmm_activation.default(bias, input, weight.t())
     if library == "onednn":
-        output = _onednn(input, weight, bias, activation == "relu")
+        # oneDNN's own relu would turn NaN into 0.
+        output, bias = _onednn(input, weight, bias), None
+        if activation == "none":
+            return output
+        if not activates_in_place(output):
+            return output.relu_() if activation == "relu" else output.tanh_()
     else:
-        output = F.linear(input, weight, bias)
-    if activation != "tanh":
-        return output
-    if not tanh_is_native(output):
-        return torch.tanh(output)
-    # Fresh memory for a second result would take as long as computing it.
-    tanh_(output)
+        # The activation's pass adds the bias too: F.linear would first write it everywhere.
+        output = torch.mm(input.flatten(0, -2), weight.t()).view(*input.shape[:-1], len(weight))
+    activate_(output, None if bias is None else bias.contiguous(), activation)
     return output
 
 
-def _tanh_in_place(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the C++ operator may overwrite the layer's result."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or input.dim() < 2 or weight.dim() != 2:
+def _activated_in_place(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the C++ operator may add the bias to the product and overwrite it with the layer's result."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or not _are_matrices(input, weight, bias):
         return False
     same = input.dtype == weight.dtype and (bias is None or bias.dtype == input.dtype)
-    if not same or not tanh_is_native(input) or under_autocast(input.device):
+    if not same or not activates_in_place(input) or under_autocast(input.device):
         return False
     return not needs_operator(input, weight, bias)
+
+
+def _are_matrices(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the shapes need no broadcasting and no special case of F.linear."""
+    return input.dim() >= 2 and weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
 
 
 def _relu_by_cublas(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -182,7 +188,7 @@ def _relu_by_cublas(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def _served(kind: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether oneDNN computes this product of input [..., K] or [M, N] and weight [N, K] or its gradient's [N, M]."""
     # Sizes are tensors under the tracer.
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or input.dim() < 2 or weight.dim() != 2:
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or not _are_matrices(input, weight, bias):
         return False
     smallest, operations = getattr(limits(), kind), 2 * input.numel() * weight.shape[0]
     narrowest = min(*weight.shape, input.shape[-1], input.numel() // max(1, input.shape[-1]))
@@ -199,8 +205,9 @@ def _served(kind: str, input: Tensor, weight: Tensor, bias: Tensor | None = None
     return not needs_operator(input, weight, bias) and _operator() is not None
 
 
-def _onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
-    return _operator()(input, weight, bias, "relu" if relu else "none", [], "")
+def _onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # It would read a strided bias as if it were contiguous.
+    return _operator()(input, weight, None if bias is None else bias.contiguous(), "none", [], "")
 
 
 @cache
@@ -212,7 +219,7 @@ def _operator() -> Any:
             return None
         x = torch.arange(12, dtype=torch.float32, device="cpu").view(3, 4)
         w, b = x[:2] + 1, 10 - x[0, :2] * 70
-        right = torch.equal(operator(x, w, b, "relu", [], ""), F.relu(F.linear(x, w, b)))
+        right = torch.equal(operator(x, w, b, "none", [], ""), F.linear(x, w, b))
     except (AttributeError, RuntimeError):
         return None
     return operator if right else None

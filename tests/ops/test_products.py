@@ -59,7 +59,7 @@ def check(function, given, upstream, activation="none"):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_onednn_without_the_cpp_operators(onednn, activation, monkeypatch):
     monkeypatch.setattr(native, "load", lambda: False)
-    monkeypatch.setattr(products, "tanh_", None)  # another test may have loaded them
+    monkeypatch.setattr(products, "activate_", None)  # another test may have loaded them
     with use_backend("auto"):
         check(lambda x, w, b: linear(x, w, b, activation), tensors(64, 128, 33), torch.randn(64, 33), activation)
     assert len(onednn) > 0
@@ -87,16 +87,31 @@ def test_without_gradients_there_is_no_graph(library, device):
     assert_close(given[2].grad, torch.full((40,), 20.0, dtype=torch.float64), torch.float32)
 
 
-def test_more_dimensions_and_other_layouts(library, device):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_more_dimensions_and_other_layouts(activation, library, device):
     x, w, b = tensors(24, 10, 6, device)
     sequence, upstream = x.view(4, 6, 10), torch.randn(24, 6)
-    check(lambda x, w, b: linear(x.view(4, 6, 10), w, b).flatten(0, 1), (x, w, b), upstream)
+    activated = lambda x, w, b: linear(x, w, b, activation)  # noqa: E731
+    check(lambda x, w, b: activated(x.view(4, 6, 10), w, b).flatten(0, 1), (x, w, b), upstream, activation)
+    swapped = lambda x, w, b: activated(x.view(4, 6, 10).transpose(0, 1), w, b).transpose(0, 1)  # noqa: E731
+    check(lambda *given: swapped(*given).flatten(0, 1), (x, w, b), upstream, activation)
     strided = [tensor.detach().t().contiguous().t().requires_grad_() for tensor in (x, w)]
-    check(linear, (*strided, b), upstream.t().contiguous().t())
-    check(linear, (x, w, b), torch.ones(1, 1).expand(24, 6))
-    assert linear(sequence[:, :0], w, b).shape == (4, 0, 6)
-    assert torch.equal(linear(x[:, :0], w[:, :0], b), b.expand(24, 6))
-    assert linear(x[0], w, b).shape == (6,)
+    every_other = torch.stack((b, b), 1).detach()[:, 0].requires_grad_()
+    check(activated, (*strided, every_other), upstream.t().contiguous().t(), activation)
+    check(activated, (x, w, b), torch.ones(1, 1).expand(24, 6), activation)
+    check(activated, (x, w, b[:1].detach().requires_grad_()), upstream, activation)
+    assert activated(sequence[:, :0], w, b).shape == (4, 0, 6)
+    without_inputs = activated(x[:, :0], w[:, :0], b)
+    assert_close(without_inputs, ACTIVATIONS[activation](b.double()).cpu().expand(24, 6), torch.float32)
+    assert activated(x[0], w, b).shape == (6,)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_infinities_and_nan_pass_through(activation, library, device):
+    bias = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 2.0], dtype=torch.float64)
+    given = torch.zeros(3, 2), torch.zeros(5, 2), bias.float()
+    got = linear(*(tensor.to(device) for tensor in given), activation)
+    assert_close(got, ACTIVATIONS[activation](bias).expand(3, 5), torch.float32)
 
 
 def test_another_activation_is_refused():
