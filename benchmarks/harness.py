@@ -18,6 +18,7 @@ from torch.utils import _pytree
 
 import metta_fastagent
 from benchmarks import cuda
+from metta_fastagent.ops import products
 
 UPSTREAM = "upstream"
 # A shape belongs to the smallest selection that contains it.
@@ -75,6 +76,8 @@ class Case(NamedTuple):
     uncompared: Sequence[str] = ()
     # The minimum number of bytes to read and write.
     moved_bytes: int | None = None
+    # Floating-point operations of its matrix product.
+    operations: int | None = None
     rtol: float = 1e-4
     atol: float = 1e-5
 
@@ -138,6 +141,8 @@ def unavailable(provider: str, shape: Shape, options: Options) -> str | None:
         return f"{provider}: needs a CUDA device"
     if provider in ("triton", "native") and provider != metta_fastagent.backend(options.device):
         return f"{provider}: the package runs {metta_fastagent.backend(options.device)} on {options.device}"
+    if provider == "onednn" and (options.device.type == "cuda" or products._operator() is None):
+        return "onednn: needs a CPU, and a PyTorch with oneDNN's linear layer"
     if provider in PEERS and importlib.util.find_spec(PEERS[provider]) is None:
         return f"{provider}: {PEERS[provider]} is not installed"
     return None
@@ -154,7 +159,9 @@ def measure(benchmark: Any, case: Case, name: str, shape: Shape, options: Option
     if name != UPSTREAM and name not in case.uncompared:
         require_agreement(case, reference, provider)
     benchmark.group = f"{case.operation}: {size_text(shape.size)}"
-    info = {"operation": case.operation, "shape": size_text(shape.size), "provider": name}
+    info: dict[str, Any] = {"operation": case.operation, "shape": size_text(shape.size), "provider": name}
+    if case.operations:
+        info["operations"] = case.operations
     with metta_fastagent.use_backend(provider.backend):
         benchmark(provider.call)
         info |= cuda.device_figures(provider.call, case.moved_bytes, options.device, name == "captured")

@@ -84,6 +84,12 @@ def _ratio(entry: Entry) -> str:
     return "1" if info["provider"] == UPSTREAM else "{ratio:.2f} ({ratio_q1:.2f} - {ratio_q3:.2f})".format(**info)
 
 
+def _rate(entry: Entry) -> str:
+    info = entry["extra_info"]
+    seconds = info.get("gpu_seconds") or entry["stats"]["median"]
+    return f"{info['operations'] / seconds / 1e9:.0f}" if "operations" in info else ""
+
+
 COLUMNS: dict[str, Callable[[Entry], str]] = {
     "wall time": lambda entry: seconds_text(entry["stats"]["median"]),
     "quartiles": lambda entry: f"{seconds_text(entry['stats']['q1'])} - {seconds_text(entry['stats']['q3'])}",
@@ -93,6 +99,7 @@ COLUMNS: dict[str, Callable[[Entry], str]] = {
     "kernels": _number("kernels"),
     "host syncs": _number("host_syncs"),
     "peak extra bytes": _number("peak_extra_bytes", "{:,}"),
+    "GFLOP/s": _rate,
     "GB/s": _number("gb_per_s"),
     "copy GB/s": _number("copy_gb_per_s"),
     "note": _number("note", "{}"),

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from metta_fastagent.ops import autograd
 from metta_fastagent.ops.activations import activate_, activates_in_place, tanh
-from metta_fastagent.ops.dtypes import under_autocast, without_autocast
+from metta_fastagent.ops.dtypes import without_autocast
 from metta_fastagent.runtime.checks import own_computation
 from metta_fastagent.runtime.dispatch import needs_operator, requested, uses_triton
 
@@ -45,6 +45,8 @@ NEVER, ALWAYS = Limits(math.inf, math.inf), Limits(0, 0)
 LIMITS = {25: Limits(2**24, math.inf), 26: Limits(2e6, 2e6)}
 # Products narrower than a vector are memory-bound.
 NARROWEST = 16
+# Fewer results stay in the cache, where passes for bias and relu cost less than the checks before a single pass.
+FEWEST_RESULTS = 2**18
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -138,11 +140,19 @@ _ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "tanh": tanh}
 
 def _library(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> str | None:
     """What makes the product in `_forward`: "cublas", "onednn" or "blas"; None for PyTorch's operators in turn."""
-    if activation == "relu" and _relu_by_cublas(input, weight, bias):
-        return "cublas"
-    if _served("layer", input, weight, bias):
-        return "onednn"
-    return "blas" if activation != "none" and _activated_in_place(input, weight, bias) else None
+    # Sizes may be symbols or tensors there.
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or input.dim() < 2 or weight.dim() != 2:
+        return None
+    if uses_triton(input.device):
+        # PyTorch's operator for product, bias and relu in one launch.
+        library = "cublas" if activation == "relu" and bias is not None and input.dim() == 2 else None
+    elif _pays("layer", input, weight):
+        library = "onednn"
+    elif activation == "tanh" or (activation == "relu" and _rows(input) * weight.shape[0] >= FEWEST_RESULTS):
+        library = "blas" if activates_in_place(input) else None
+    else:
+        return None
+    return library if library and _is_plain(input, weight, bias) else None
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, library: str) -> Tensor:
@@ -155,54 +165,46 @@ def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
             return output
         if not activates_in_place(output):
             return output.relu_() if activation == "relu" else output.tanh_()
-    else:
+    elif input.dim() == 2:
         # The activation's pass adds the bias too: F.linear would first write it everywhere.
+        output = torch.mm(input, weight.t())
+    else:
         output = torch.mm(input.flatten(0, -2), weight.t()).view(*input.shape[:-1], len(weight))
     activate_(output, None if bias is None else bias.contiguous(), activation)
     return output
 
 
-def _activated_in_place(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the C++ operator may add the bias to the product and overwrite it with the layer's result."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or not _are_matrices(input, weight, bias):
-        return False
-    same = input.dtype == weight.dtype and (bias is None or bias.dtype == input.dtype)
-    if not same or not activates_in_place(input) or under_autocast(input.device):
-        return False
-    return not needs_operator(input, weight, bias)
-
-
-def _are_matrices(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the shapes need no broadcasting and no special case of F.linear."""
-    return input.dim() >= 2 and weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
-
-
-def _relu_by_cublas(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether one launch computes product, bias and relu; PyTorch's operator for that has no gradient."""
-    if bias is None or not uses_triton(input.device) or input.dim() != 2:
-        return False
-    same = input.dtype == weight.dtype == bias.dtype
-    return same and not under_autocast(input.device) and not needs_operator(input, weight, bias)
-
-
-def _served(kind: str, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def _served(kind: str, input: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN computes this product of input [..., K] or [M, N] and weight [N, K] or its gradient's [N, M]."""
-    # Sizes are tensors under the tracer.
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or not _are_matrices(input, weight, bias):
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or not _pays(kind, input, weight):
         return False
-    smallest, operations = getattr(limits(), kind), 2 * input.numel() * weight.shape[0]
-    narrowest = min(*weight.shape, input.shape[-1], input.numel() // max(1, input.shape[-1]))
+    # A batch of gradients (`is_grads_batched`) has a hidden dimension, which oneDNN would misread.
+    batched = torch._C._functorch.is_legacy_batchedtensor(input)  # pyright: ignore[reportAttributeAccessIssue]
+    return not batched and _is_plain(input, weight, None)
+
+
+def _pays(kind: str, input: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN supports the product and is the faster library."""
+    smallest = getattr(limits(), kind)
+    if smallest == math.inf or input.dtype != torch.float32 or input.device.type != "cpu":
+        return False
+    operations, narrowest = 2 * input.numel() * weight.shape[0], min(*weight.shape, input.shape[-1], _rows(input))
     if operations < smallest or narrowest < (NARROWEST if smallest else 1):
         return False
-    for tensor in (input, weight, bias):
-        if tensor is not None and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
-            return False
-    if requested() == "eager" or not torch._C._get_mkldnn_enabled() or under_autocast(input.device):
+    return requested() != "eager" and torch._C._get_mkldnn_enabled() and _operator() is not None
+
+
+def _rows(input: Tensor) -> int:
+    return input.numel() // max(1, input.shape[-1])
+
+
+def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether F.linear would only multiply and add: no broadcasting, no other dtype or device, and nobody watches."""
+    if weight.dtype != input.dtype or weight.device != input.device:
         return False
-    if torch._C._functorch.is_legacy_batchedtensor(input):  # pyright: ignore[reportAttributeAccessIssue]
-        # A batch of gradients (`is_grads_batched`), which oneDNN would misread as another layout.
+    if bias is not None and (bias.dtype != input.dtype or bias.dim() != 1 or bias.numel() != weight.shape[0]):
         return False
-    return not needs_operator(input, weight, bias) and _operator() is not None
+    return not torch.is_autocast_enabled(input.device.type) and not needs_operator(input, weight, bias)
 
 
 def _onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

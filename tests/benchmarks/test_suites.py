@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_tokens_to_grid, bench_train_step, harness, machine
+from benchmarks import bench_products, bench_tokens_to_grid, bench_train_step, harness, machine
 from benchmarks.__main__ import SUITES, main
 from benchmarks.harness import Options, Provider, Shape
 
@@ -31,6 +31,7 @@ TINY = [
     ("lstm", (BOTH,), {"segments": 3, "time": 4, "resets": 30}),
     ("ppo_loss", ("forward",), {"rows": 5, "actions": 9}),
     ("ppo_loss", (BOTH,), {"rows": 5, "actions": 9}),
+    *(("products", (kind,), {"rows": 5, "inputs": 6, "outputs": 7}) for kind in bench_products.KINDS),
     ("sample", (), {"rows": 5, "actions": 9}),
     ("tensordict_fields", (), {"rows": 3, "time": 0}),
     ("tensordict_fields", (), {"rows": 3, "time": 2}),
