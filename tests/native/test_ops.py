@@ -5,6 +5,7 @@ import torch
 from references import CUM_MAX_PARAMS, PAIRS, assert_close, lstm_inputs, random_tokens
 
 from metta_fastagent import backend, ops, use_backend
+from metta_fastagent.ops.lstm.layer import lstm_segment_native
 from metta_fastagent.runtime import native as _native
 
 pytestmark = pytest.mark.skipif(not _native.load(), reason=f"native operators: {_native.reason()}")
@@ -223,6 +224,15 @@ def test_a_segment_is_bitwise_its_steps():
     output = torch.ops.metta_fastagent_native.lstm_segment_(xs, weights, h, c, resets, h, c)
     for whole, by_steps in zip((output, h, c), (torch.cat(outputs), *state), strict=True):
         assert torch.equal(whole, by_steps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "rows", "size", "expected"),
+    [(1, 1, 8, True), (2, 5, 8, False), (2, 6, 8, True), (1, 6, 360, True), (2, 6, 360, False)],
+)
+def test_which_segments_are_one_call(steps, rows, size, expected):
+    x, weights, h, c, resets = segment_inputs(torch.nn.LSTM(20, size), steps, rows)
+    assert (lstm_segment_native(x, weights, h, c, [resets], False) is not None) == expected
 
 
 @pytest.mark.parametrize("wrong", ["input", "steps", "weights", "layers", "h", "next_c", "resets", "dtype"])

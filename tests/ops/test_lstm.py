@@ -12,7 +12,7 @@ from torch.nn.utils import rnn
 from metta_fastagent import lstm
 from metta_fastagent.runtime import triton
 
-STEPS, ROWS, INPUT, HIDDEN = 6, 5, 4, 7
+STEPS, ROWS, INPUT, HIDDEN = 6, 8, 4, 7
 # Triton's interpreter is slow.
 LAYERS = pytest.mark.parametrize("layers", [2] if triton.INTERPRETED else [1, 2, 3])
 BIAS = pytest.mark.parametrize("bias", [True, False])
@@ -61,11 +61,14 @@ def compare(given, expected_of, device, dtype, autocast=None):
     leaves = [inputs, *state, *module.parameters()]
     module, inputs, state, resets = moved(*given, device, dtype)
     tolerance = STATE_TOLERANCES.get(autocast) if autocast else None
-    with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        output, new_state = lstm(module, inputs, state, resets)
-    results, wanted = (output, *new_state), (wanted, *wanted_state)
-    for got, want in zip(results, wanted, strict=True):
-        assert_close(got, want, autocast or dtype, tolerance=tolerance)
+    wanted = wanted, *wanted_state
+    # Last with gradients, which are compared then.
+    for grad in (False, True):
+        with torch.autocast(device.type, autocast, enabled=autocast is not None), torch.set_grad_enabled(grad):
+            output, new_state = lstm(module, inputs, state, resets)
+        results = output, *new_state
+        for got, want in zip(results, wanted, strict=True):
+            assert_close(got, want, autocast or dtype, tolerance=tolerance)
     upstream = [torch.randn_like(want) for want in wanted]
     grads = torch.autograd.grad(
         results,
@@ -165,20 +168,20 @@ def test_dropout_is_that_of_the_module(device):
         ({"module": nn.LSTM(INPUT, HIDDEN, proj_size=3)}, ValueError, "module: got proj_size=3, expected"),
         ({"inputs": rnn.pack_sequence([torch.zeros(2, INPUT)])}, TypeError, "inputs: got a PackedSequence, expected"),
         ({"inputs": [0.0]}, TypeError, "inputs: got a list of length 1, expected a tensor"),
-        ({"inputs": torch.zeros(ROWS, INPUT)}, ValueError, r"inputs: got .*\[5, 4\].*expected.*\[T, B, input_size\]"),
+        ({"inputs": torch.zeros(ROWS, INPUT)}, ValueError, r"inputs: got .*\[8, 4\].*expected.*\[T, B, input_size\]"),
         ({"inputs": torch.zeros(0, ROWS, INPUT)}, ValueError, "inputs: got .*expected.*T >= 1"),
         ({"inputs": torch.zeros(STEPS, ROWS, 3)}, ValueError, "inputs: got .*expected 4 features"),
         ({"inputs": torch.zeros(STEPS, ROWS, INPUT).double()}, TypeError, "inputs: got a float64.*expected float32"),
         ({"state": torch.zeros(2, 1, ROWS, HIDDEN)}, TypeError, r"state: got .*expected a pair \(h, c\)"),
         ({"state": (None, None)}, TypeError, r"state: got .*expected a pair \(h, c\)"),
-        ({"state": (torch.zeros(2, ROWS, HIDDEN),) * 2}, ValueError, r"state\[0\]: got .*expected shape \[1, 5, 7\]"),
+        ({"state": (torch.zeros(2, ROWS, HIDDEN),) * 2}, ValueError, r"state\[0\]: got .*expected shape \[1, 8, 7\]"),
         (
             {"state": (torch.zeros(1, ROWS, HIDDEN), torch.zeros(1, ROWS, 3))},
             ValueError,
-            r"state\[1\]: got .*expected shape \[1, 5, 7\]",
+            r"state\[1\]: got .*expected shape \[1, 8, 7\]",
         ),
-        ({"resets": torch.zeros(STEPS, ROWS)}, TypeError, r"resets: got a float32.*expected a bool .*\[6, 5\]"),
-        ({"resets": torch.zeros(ROWS, STEPS).bool()}, ValueError, r"resets: got .*\[5, 6\].*expected .*\[6, 5\]"),
+        ({"resets": torch.zeros(STEPS, ROWS)}, TypeError, r"resets: got a float32.*expected a bool .*\[6, 8\]"),
+        ({"resets": torch.zeros(ROWS, STEPS).bool()}, ValueError, r"resets: got .*\[8, 6\].*expected .*\[6, 8\]"),
         ({"resets": torch.zeros(STEPS, ROWS, device="meta").bool()}, ValueError, "resets: on meta, expected"),
     ],
 )
@@ -231,12 +234,13 @@ def test_several_resets_reset_the_rows_of_any(steps, grad, batch_first, device):
         lstm(module, inputs, state, [resets, more.float()])
 
 
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("size", [7, 130])
-def test_a_step_in_place(size, layout, device):
+def test_in_place(size, layout, steps, device):
     # More rows than a program of the kernel has, and more hidden columns than it computes at a time.
     module, rows = nn.LSTM(INPUT, size, 2).to(device), 19
-    inputs, resets = torch.randn(1, rows, INPUT, device=device), torch.rand(1, rows, device=device) < 0.3
+    inputs, resets = torch.randn(steps, rows, INPUT, device=device), torch.rand(steps, rows, device=device) < 0.3
     state = [torch.randn(2, rows, size, device=device) for _ in range(2)]
     if layout == "transposed":
         state = [part.transpose(0, 1).contiguous().transpose(0, 1) for part in state]

@@ -40,8 +40,8 @@ def lstm(
         state: (h, c) before the first step, [num_layers, B, hidden_size] each; None for zeros.
         resets: bool tensor with the layout of the inputs, [T, B] or [B, T], or a list of them, such as `dones` and
             `truncateds`, any of which resets a row; None resets no row.
-        in_place: the caller keeps its state in the tensors of `state`. A single step may then write the new state there
-            and return these tensors, or return tensors that share memory with its output.
+        in_place: the caller keeps its state in the tensors of `state`. Without gradients the new state may then be
+            written there and these tensors returned, or tensors that share memory with the output of a single step.
         with_state: False if the caller drops the new state, which may then be (None, None); this saves copies.
 
     Returns:
