@@ -148,6 +148,8 @@ def pufferlib() -> Callable[[], Any]:
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = pufferl.PuffeRL(config, env, wrapped)
     trainer.print_dashboard = lambda *_, **__: None
+    # Its thread would keep the process alive.
+    trainer.utilization.stop()
 
     def update() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
