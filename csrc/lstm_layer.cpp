@@ -1,7 +1,8 @@
-// The recurrence of one LSTM layer over a segment, with rows reset where an episode starts, and its gradient.
-// The formulas are in ops/lstm/reference.py.
+// The recurrence of one LSTM layer over a segment, with rows reset where an episode starts, and its gradient; and all
+// layers of an nn.LSTM in one call. The formulas are in ops/lstm/reference.py.
 //
-// Rows do not depend on each other: each thread takes some of them through all steps. W_hh is packed once per call.
+// Rows do not depend on each other: each thread takes some of them through all steps. A layer's weights are packed
+// once.
 
 #include "checks.h"
 
@@ -16,7 +17,7 @@
 namespace metta_fastagent {
 namespace {
 
-// Rows whose factors a thread gathers before it multiplies them by each panel; a multiple of every tile's.
+// Rows whose factors a thread gathers before it multiplies them by each panel; a multiple of every tile's rows.
 constexpr int64_t BLOCK_ROWS = 96;
 
 struct Sizes {
@@ -47,7 +48,8 @@ METTA_INLINE void each_vector(int64_t H, const F& f) {
   if (j < H) f(j, H - j);
 }
 
-// The four gates of W hidden columns in a panel, of weights [4H, K]: panel[first + k][g][l] = weight[g H + column + l][k].
+// The four gates of W hidden columns in a panel, of weights [4H, K]:
+// panel[first + k][g][l] = weight[g H + column + l][k].
 template <class T>
 void pack_gates(const T* weight, int64_t H, int64_t K, int64_t first, Panels<T>& panels) {
   constexpr int64_t W = Lanes<T>::W;
@@ -189,9 +191,9 @@ std::tuple<Tensor, Tensor, Tensor> lstm_forward(const Tensor& projected, const T
   return {output, cells, gates};
 }
 
-// All layers of an nn.LSTM over a segment; returns the last layer's output [T, B, H]. `weights` holds weight_ih, weight_hh
-// and, with biases, bias_ih and bias_hh of each layer; h and c are [layers, B, H]. The state after the last step goes to
-// `next_h` and `next_c`, which may be `h` and `c`: a row is read before it is written.
+// All layers of an nn.LSTM over a segment; returns the last layer's output [T, B, H]. `weights` holds weight_ih,
+// weight_hh and, with biases, bias_ih and bias_hh of each layer; h and c are [layers, B, H]. The state after the last
+// step goes to `next_h` and `next_c`, which may be `h` and `c`: a row is read before it is written.
 Tensor lstm_segment(const Tensor& input, const std::vector<Tensor>& weights, const Tensor& h, const Tensor& c,
                     const std::optional<Tensor>& resets, const Tensor& next_h, const Tensor& next_c) {
   const ScalarType dtype = require_floating_point(h, "h");

@@ -2,7 +2,7 @@
 
     d x = d tanh(x) (1 - tanh(x)^2)
 
-Other devices and dtypes use PyTorch's.
+Other devices and dtypes use PyTorch's. `activate_` is the last pass of a linear layer, for `products`.
 """
 
 import torch

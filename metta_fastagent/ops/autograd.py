@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from metta_fastagent.runtime.dispatch import requested, use_backend
 
@@ -12,14 +13,14 @@ from metta_fastagent.runtime.dispatch import requested, use_backend
 def in_plain_pytorch() -> bool:
     """Whether a call may only use PyTorch's own operators.
 
-    True under a torch.func transform (grad, vmap, ...), and in non-strict torch.export with backend "eager", so that
-    converters find no operator of this package.
+    True under a torch.func transform (grad, vmap, ...), in forward-mode differentiation, and in non-strict torch.export
+    with backend "eager", so that converters find no operator of this package.
     """
     if torch.compiler.is_dynamo_compiling():
         return False
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() and requested() == "eager"
-    return torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def checks_values(tensor: Tensor) -> bool:

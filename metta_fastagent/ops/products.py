@@ -6,7 +6,8 @@
 PyTorch multiplies float32 matrices with its BLAS. On AMD processors with AVX-512, MKL takes its AVX2 path and oneDNN
 its AVX-512 path, which pays off above a certain size. The choice, made by `LIMITS`, depends only on the processor, the
 BLAS and the shapes, so a repeated call takes the same path. METTA_FASTAGENT_PRODUCTS=blas turns oneDNN off, =onednn
-uses it for every product that it supports, and the eager backend never uses it.
+uses it for every product that it supports, and the eager backend never uses it. Then one pass of a C++ operator adds
+the bias, unless oneDNN has, and applies the activation in place.
 """
 
 import math
@@ -45,7 +46,7 @@ NEVER, ALWAYS = Limits(math.inf, math.inf), Limits(0, 0)
 LIMITS = {25: Limits(2**24, math.inf), 26: Limits(2e6, 2e6)}
 # Products narrower than a vector are memory-bound.
 NARROWEST = 16
-# Fewer results stay in the cache, where passes for bias and relu cost less than the checks before a single pass.
+# With fewer results, which stay in the cache, separate passes for bias and relu cost less than the checks before one.
 FEWEST_RESULTS = 2**18
 
 
@@ -68,8 +69,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         >>> linear(torch.randn(4, 3), torch.randn(5, 3), activation="relu").shape
         torch.Size([4, 5])
     """
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
+    _require_activation(activation)
     library = _library(input, weight, bias, activation)
     if library is None:
         return _ACTIVATIONS[activation](F.linear(input, weight, bias))
@@ -94,13 +94,14 @@ def linear_layer(layer: nn.Linear, input: Tensor, activation: str = "none") -> T
         torch.Size([4, 5])
     """
     if own_computation(layer, nn.Linear):
+        _require_activation(activation)
         return _ACTIVATIONS[activation](layer(input))
     return linear(input, layer.weight, layer.bias, activation)
 
 
 def weight_gradient(grad: Tensor, input: Tensor) -> Tensor:
     """grad^T input [N, K] from grad [M, N] and input [M, K], in their dtype, under autocast too."""
-    if _served("weight", input, grad.t()):
+    if _served("weight", grad.t(), input.t()):
         return _onednn(grad.t(), input.t())
     with without_autocast(grad.device):
         return grad.t() @ input
@@ -112,7 +113,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, library: str):
         output = _forward(input, weight, bias, activation, library)
-        ctx.save_for_backward(input, weight, output if activation != "none" else None)
+        needs_input, needs_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            input if needs_weight else None, weight if needs_input else None, output if activation != "none" else None
+        )
         ctx.activation = activation
         return output
 
@@ -125,17 +129,23 @@ class _Linear(torch.autograd.Function):
             grad = torch.ops.aten.threshold_backward.default(grad, output, 0)
         elif ctx.activation == "tanh":
             grad = torch.ops.aten.tanh_backward.default(grad, output)
-        rows, columns = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
+        rows = _matrix(grad)
         grad_input = grad_weight = None
         if needs_input:
             by_onednn = not autograd.needs_graph() and _served("layer", grad, weight.t())
             grad_input = _onednn(grad, weight.t()) if by_onednn else grad @ weight
         if needs_weight:
+            columns = _matrix(input)
             grad_weight = rows.t() @ columns if autograd.needs_graph() else weight_gradient(rows, columns)
         return grad_input, grad_weight, rows.sum(0) if needs_bias else None, None, None
 
 
 _ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "tanh": tanh}
+
+
+def _require_activation(name: object) -> None:
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation: got {name!r}, expected one of {', '.join(_ACTIVATIONS)}")
 
 
 def _library(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> str | None:
@@ -169,13 +179,13 @@ def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
         # The activation's pass adds the bias too: F.linear would first write it everywhere.
         output = torch.mm(input, weight.t())
     else:
-        output = torch.mm(input.flatten(0, -2), weight.t()).view(*input.shape[:-1], len(weight))
+        output = torch.mm(_matrix(input), weight.t()).view(*input.shape[:-1], len(weight))
     activate_(output, None if bias is None else bias.contiguous(), activation)
     return output
 
 
 def _served(kind: str, input: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes this product of input [..., K] or [M, N] and weight [N, K] or its gradient's [N, M]."""
+    """Whether oneDNN computes the product of input [..., K] and weight [N, K] transposed."""
     if torch.compiler.is_compiling() or torch._C._is_tracing() or not _pays(kind, input, weight):
         return False
     # A batch of gradients (`is_grads_batched`) has a hidden dimension, which oneDNN would misread.
@@ -195,16 +205,23 @@ def _pays(kind: str, input: Tensor, weight: Tensor) -> bool:
 
 
 def _rows(input: Tensor) -> int:
-    return input.numel() // max(1, input.shape[-1])
+    return input.shape[:-1].numel()
+
+
+def _matrix(input: Tensor) -> Tensor:
+    # `flatten` has no rule for batches of gradients, and -1 would be ambiguous without elements.
+    return input.reshape(_rows(input), input.shape[-1])
 
 
 def _is_plain(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether F.linear would only multiply and add: no broadcasting, no other dtype or device, and nobody watches."""
-    if weight.dtype != input.dtype or weight.device != input.device:
+    """Whether F.linear would only multiply and add: fitting shapes, one dtype and device, and nobody watches."""
+    if input.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         return False
-    if bias is not None and (bias.dtype != input.dtype or bias.dim() != 1 or bias.numel() != weight.shape[0]):
-        return False
-    return not torch.is_autocast_enabled(input.device.type) and not needs_operator(input, weight, bias)
+    for tensor in (weight,) if bias is None else (weight, bias):
+        if tensor.dtype != input.dtype or tensor.device != input.device or tensor.layout != torch.strided:
+            return False
+    watched = torch.is_autocast_enabled(input.device.type) or needs_operator(input, weight, bias)
+    return input.layout == torch.strided and not watched
 
 
 def _onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

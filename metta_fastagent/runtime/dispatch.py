@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from metta_fastagent.runtime import native, triton
 
@@ -113,6 +114,7 @@ def needs_operator(*args: Any) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or torch._C._is_tracing()
     )
 

@@ -84,6 +84,13 @@ def test_first_derivatives(name, device, nondeterminism):
     assert gradcheck(function, leaves, nondet_tol=nondeterminism, **(WIDE_STEP if name == "l2_init_loss" else {}))
 
 
+# The loss is float32, and plain PyTorch draws other actions.
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("l2_init_loss", "sample_actions")])
+def test_forward_mode(name, device):
+    function, leaves = functions(device)[name]
+    assert gradcheck(function, leaves, check_forward_ad=True, check_backward_ad=False, check_undefined_grad=False)
+
+
 @pytest.mark.parametrize("name", TWICE)
 def test_second_derivatives(name, device, nondeterminism):
     function, leaves = functions(device)[name]

@@ -253,3 +253,68 @@ def test_in_place(size, layout, steps, device):
         assert_close(got, want, torch.float32)
     for given, got, before in zip(state, new_state, copies, strict=True):
         assert given is got or torch.equal(given, before)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_state_in_place_that_a_backward_needs(steps, device):
+    module, inputs, state, resets = moved(*make(steps=steps), device, torch.float32)
+    state = [part.detach().clone() for part in state]
+    output, _ = lstm(module, inputs, state, resets)
+    with torch.no_grad():
+        _, new_state = lstm(module, inputs, state, resets, in_place=True)
+    if new_state[0] is state[0]:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", ["one tensor", "overlapping", "with gradient", "inference", "negated"])
+def test_a_state_that_cannot_be_overwritten(kind, steps, device):
+    module, inputs, state, resets = moved(*make(steps=steps), device, torch.float32)
+    h, c = (part.detach().clone() for part in state)
+    if kind == "one tensor":
+        h = c
+    elif kind == "overlapping":
+        whole = torch.randn(3, *h.shape[1:], device=device)
+        h, c = whole[:2], whole[1:]
+    elif kind == "with gradient":
+        h.requires_grad_()
+    elif kind == "inference":
+        with torch.inference_mode():
+            h, c = h.clone(), c.clone()
+    else:
+        h, c = torch._neg_view(h), torch._neg_view(c)
+    before = h.detach().clone(), c.detach().clone()
+    with torch.no_grad():
+        expected = lstm(module, inputs, before, resets)
+        output, new_state = lstm(module, inputs, (h, c), resets, in_place=True)
+    torch.testing.assert_close((output, new_state), expected, rtol=0, atol=0)
+    assert torch.equal(h, before[0]) and torch.equal(c, before[1])
+    assert not new_state[0].requires_grad and not new_state[0].is_inference()
+
+
+def test_a_module_whose_weights_do_not_fit(device):
+    module, inputs, state, resets = moved(*make(1), device, torch.float32)
+    module.weight_hh_l0.data = torch.zeros(4 * HIDDEN, HIDDEN + 1, device=device)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"^weight_hh: got .*expected a float32 tensor of shape"):
+        lstm(module, inputs, state, resets)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export_with_any_number_of_rows(device):
+    module, inputs, state, resets = moved(*make(), device, torch.float32)
+
+    class Segment(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = module
+
+        def forward(self, inputs, h, c, resets):
+            return lstm(self.lstm, inputs, (h, c), resets)[0]
+
+    with torch.no_grad():
+        given = inputs.detach(), *(part.detach() for part in state), resets
+        rows = {1: torch.export.Dim("rows")}
+        exported = torch.export.export(Segment(), given, dynamic_shapes=(rows,) * 4).module()
+        few = tuple(tensor[:, :3] for tensor in given)
+        torch.testing.assert_close(exported(*few), lstm(module, few[0], few[1:3], few[3])[0])

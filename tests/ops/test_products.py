@@ -4,6 +4,7 @@ import pytest
 import torch
 from references import assert_close, without
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from metta_fastagent import use_backend
@@ -13,7 +14,7 @@ from metta_fastagent.runtime import native
 
 # The libraries are PyTorch's own, and the kernels in the interpreter use neither.
 pytestmark = without("triton-cpu")
-SHAPES = [(1, 1, 1), (3, 1, 2), (2, 5, 1), (7, 9, 17), (64, 128, 33), (129, 65, 16)]
+SHAPES = [(1, 1, 1), (3, 0, 2), (3, 2, 0), (0, 2, 3), (3, 1, 2), (2, 5, 1), (7, 9, 17), (64, 128, 33), (129, 65, 16)]
 has_operator = pytest.mark.skipif(products._operator() is None, reason="PyTorch without oneDNN's linear layer")
 
 
@@ -73,7 +74,7 @@ def test_values_and_gradients(shape, activation, library, backend, device):
     upstream = torch.randn(shape[0], shape[2])
     check(lambda x, w, b: linear(x, w, b, activation), given, upstream, activation)
     check(lambda x, w: linear(x, w, None, activation), given[:2], upstream, activation)
-    served = library[0] == "onednn" and backend != "eager" and device.type == "cpu"
+    served = library[0] == "onednn" and backend != "eager" and device.type == "cpu" and min(shape) > 0
     # Forward and both gradients, with the bias and without.
     assert len(library[1]) == (6 if served else 0)
 
@@ -116,8 +117,46 @@ def test_infinities_and_nan_pass_through(activation, library, device):
 
 
 def test_another_activation_is_refused():
-    with pytest.raises(ValueError, match=r"^activation: got 'gelu', expected one of none, relu, tanh$"):
-        linear(torch.ones(2, 3), torch.ones(4, 3), None, "gelu")
+    hooked = nn.Linear(3, 4)
+    hooked.register_forward_hook(lambda *_: None)
+    for call in (lambda *given: linear(*given, hooked.weight, None, "gelu"), lambda x: linear_layer(hooked, x, "gelu")):
+        with pytest.raises(ValueError, match=r"^activation: got 'gelu', expected one of none, relu, tanh$"):
+            call(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_errors_are_those_of_pytorch(activation, library, device):
+    x, w, b = (tensor.detach() for tensor in tensors(4, 3, 5, device))
+    for given in ((x, w, b.to("meta")), (x, w[:, :2], b), (x, w, b[:2]), (x, w.double(), b)):
+        with pytest.raises(RuntimeError) as expected:
+            torch.nn.functional.linear(*given)
+        with pytest.raises(RuntimeError) as got:
+            linear(*given, activation)
+        assert str(got.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_forward_mode(activation, library, device):
+    x, w, b = (tensor.detach() for tensor in tensors(6, 3, 5, device))
+    tangent = torch.randn(6, 3).to(device)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        found = forward_ad.unpack_dual(linear(dual, w, b, activation)).tangent
+    expected = torch.func.jvp(lambda x: ACTIVATIONS[activation](F.linear(x, w, b)), (x,), (tangent,))[1]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_backward_keeps_only_what_it_needs(activation, library, device):
+    x, w, b = tensors(6, 3, 5, device)
+    # The input's gradient needs the weight alone, the weight's the input alone.
+    for frozen, changed in ((w, x), (x, w)):
+        frozen.requires_grad_(False)
+        output = linear(x, w, b, activation)
+        with torch.no_grad():
+            changed.mul_(2)
+        output.sum().backward()
+        frozen.requires_grad_(True)
 
 
 def test_second_derivatives(library, device):

@@ -29,11 +29,9 @@ from metta_fastagent.ops.products import weight_gradient
 from metta_fastagent.runtime.checks import require_same_device, require_tensor
 from metta_fastagent.runtime.dispatch import Operator, needs_operator, uses_native
 
-# Where a segment's input is projected step by step: with fewer rows, or weights that exceed the L2 cache, one product
-# over all steps is faster.
-FEWEST_ROWS, MOST_BYTES = 6, 2**21
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# A segment with fewer rows, or with weights that exceed the L2 cache, is faster with one product for all its inputs.
+FEWEST_ROWS, MOST_BYTES = 6, 2**21
 
 
 def lstm_layer(
@@ -108,18 +106,23 @@ def lstm_segment_native(
     Returns:
         (output [T, B, hidden_size], state after the last step: `h` and `c`, or new tensors).
     """
-    if len(sequence) > 1 and (sequence.shape[1] < FEWEST_ROWS or weights[0].nbytes + weights[1].nbytes > MOST_BYTES):
-        return None
     tensors = [sequence, h, c, *weights]
     if not uses_native(sequence.device) or h.dtype not in NATIVE_DTYPES or needs_operator(tensors, flags):
         return None
     for tensor in tensors:
         if tensor.dtype != h.dtype:
             return None
+    if len(sequence) > 1 and (sequence.shape[1] < FEWEST_ROWS or weights[0].nbytes + weights[1].nbytes > MOST_BYTES):
+        return None
     h, c, resets = h.contiguous(), c.contiguous(), any_of(flags).contiguous()
     state = (h, c) if in_place else (torch.empty_like(h), torch.empty_like(c))
     segment = torch.ops.metta_fastagent_native.lstm_segment_.default
-    return segment(sequence.contiguous(), list(map(contiguous, weights)), h, c, resets, *state), state
+    try:
+        output = segment(sequence.contiguous(), list(map(contiguous, weights)), h, c, resets, *state)
+    except RuntimeError:
+        # A weight does not fit, and nothing has been written: the general path says which, or broadcasts it.
+        return None
+    return output, state
 
 
 class _LSTMLayer(torch.autograd.Function):

@@ -30,9 +30,9 @@ def lstm(
     """`module(inputs, state)`, but with the state of row b zeroed before step t where `resets` is set for them.
 
     A plain `nn.LSTM` runs layer by layer: one product projects a layer's whole input, and `ops.lstm_layer` computes the
-    recurrence. A module that computes something else (hooks, a replaced forward, a subclass, any class with nn.LSTM's
-    arguments and results) is called once per step, as slow as a loop. Without `resets` the module is called once.
-    Autocast and dropout work as in the module.
+    recurrence; on the CPU without gradients, one C++ operator does all. A module that computes something else (hooks, a
+    replaced forward, a subclass, any class with nn.LSTM's arguments and results) is called once per step, as slow as a
+    loop. Without `resets` the module is called once. Autocast and dropout work as in the module.
 
     Args:
         module: unidirectional `nn.LSTM` without projection, or a module that replaces it.
@@ -152,13 +152,16 @@ def _layer_by_layer(
     # On a transposed view F.linear adds the bias separately.
     sequence = sequence.contiguous()
     if not torch.is_grad_enabled() and not in_plain_pytorch():
-        in_place = in_place and h.is_contiguous() and c.is_contiguous()
+        in_place, done = in_place and _may_overwrite(h, c), None
         if not (module.dropout and module.training):
             done = lstm_segment_native(sequence, [each for own in weights for each in own], h, c, flags, in_place)
-            if done is not None:
-                return done
-        if len(sequence) == 1:
-            return _one_step(module, weights, sequence, h, c, flags, in_place)
+        if done is None and len(sequence) == 1:
+            done = _one_step(module, weights, sequence, h, c, flags, in_place)
+        if done is not None:
+            if in_place and not torch.compiler.is_compiling():
+                # The operators write past autograd, which must notice if it needs the old values.
+                torch.autograd.graph.increment_version((h, c))
+            return done
     # One copy of transposed flags serves all layers.
     resets = any_of(flags).contiguous()
     biases, last_h, last_c = _bias_sums(weights), [], []
@@ -184,6 +187,19 @@ def _one_step(
         inputs = LayerInputs(projected, weight_hh, h[layer], c[layer], first)
         sequence = lstm_step_into(inputs, more, bias_hh, state[0][layer], state[1][layer])
     return sequence, state
+
+
+def _may_overwrite(h: Tensor, c: Tensor) -> bool:
+    """Whether the operators may write the new state into `h` and `c`."""
+    if not h.is_contiguous() or not c.is_contiguous():
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._is_alias_of(h, c):  # pyright: ignore[reportAttributeAccessIssue]
+        return False
+    outside = not torch.is_inference_mode_enabled()
+    # PyTorch's own operators would refuse to write these, or return a state with a graph.
+    return not any(part.requires_grad or part.is_neg() or (outside and part.is_inference()) for part in (h, c))
 
 
 def _bias_sums(weights: list[list[Tensor]]) -> Sequence[Tensor | None]:
