@@ -18,12 +18,13 @@ void activate(const T* x, const T* bias, T* out, int64_t rows, int64_t width, co
     // Rows without a bias are one long row.
     const int64_t length = bias == nullptr ? (end - begin) * width : width;
     for (int64_t first = begin * width; first < end * width; first += length) {
-      for (int64_t i = 0; i < length; i += W) {
-        const int64_t live = std::min(W, length - i);
-        Vec<T> v = load_live(x + first + i, live);
-        if (bias != nullptr) v += load_live(bias + i, live);
-        store_live<T>(out + first + i, f(v), live);
-      }
+      const auto block = [&](int64_t i, int64_t live) METTA_LAMBDA {
+        const Vec<T> v = load_live(x + first + i, live);
+        store_live<T>(out + first + i, f(bias == nullptr ? v : v + load_live(bias + i, live)), live);
+      };
+      const int64_t whole = length / W * W;
+      for (int64_t i = 0; i < whole; i += W) block(i, W);
+      if (whole < length) block(whole, length - whole);
     }
   });
 }

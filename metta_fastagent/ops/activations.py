@@ -1,4 +1,4 @@
-"""Element-wise tanh, on the CPU with the vector code of csrc/vec.h: PyTorch's own takes several times as long.
+"""Element-wise tanh, on the CPU with the vector code of csrc/vec.h: on AMD PyTorch's own takes several times as long.
 
     d x = d tanh(x) (1 - tanh(x)^2)
 

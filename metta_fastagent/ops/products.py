@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metta_fastagent.ops import autograd
-from metta_fastagent.ops.activations import activate_, activates_in_place, tanh
+from metta_fastagent.ops.activations import activate_, activates_in_place
 from metta_fastagent.ops.dtypes import without_autocast
 from metta_fastagent.runtime.checks import own_computation
 from metta_fastagent.runtime.dispatch import needs_operator, requested, uses_triton
@@ -46,12 +46,13 @@ NEVER, ALWAYS = Limits(math.inf, math.inf), Limits(0, 0)
 LIMITS = {25: Limits(2**24, math.inf), 26: Limits(2e6, 2e6)}
 # Products narrower than a vector are memory-bound.
 NARROWEST = 16
-# With fewer results, which stay in the cache, separate passes for bias and relu cost less than the checks before one.
-FEWEST_RESULTS = 2**18
+# With fewer results, separate passes for bias and activation cost less than the checks before a single one: a product
+# has evicted the interpreter from the caches. PyTorch's tanh is slow on AMD.
+FEWEST_RESULTS = {"relu": 2**18, "tanh": 2**15}
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """`F.linear` and an activation: "none", "relu" or "tanh", which is `ops.tanh`.
+    """`F.linear` and an activation: "none", "relu" or "tanh".
 
     Args:
         input: tensor [..., K].
@@ -69,7 +70,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         >>> linear(torch.randn(4, 3), torch.randn(5, 3), activation="relu").shape
         torch.Size([4, 5])
     """
-    _require_activation(activation)
+    if activation not in _ACTIVATIONS:
+        raise ValueError(_wrong_activation(activation))
     library = _library(input, weight, bias, activation)
     if library is None:
         return _ACTIVATIONS[activation](F.linear(input, weight, bias))
@@ -94,7 +96,8 @@ def linear_layer(layer: nn.Linear, input: Tensor, activation: str = "none") -> T
         torch.Size([4, 5])
     """
     if own_computation(layer, nn.Linear):
-        _require_activation(activation)
+        if activation not in _ACTIVATIONS:
+            raise ValueError(_wrong_activation(activation))
         return _ACTIVATIONS[activation](layer(input))
     return linear(input, layer.weight, layer.bias, activation)
 
@@ -140,12 +143,11 @@ class _Linear(torch.autograd.Function):
         return grad_input, grad_weight, rows.sum(0) if needs_bias else None, None, None
 
 
-_ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "tanh": tanh}
+_ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "tanh": torch.tanh}
 
 
-def _require_activation(name: object) -> None:
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"activation: got {name!r}, expected one of {', '.join(_ACTIVATIONS)}")
+def _wrong_activation(name: object) -> str:
+    return f"activation: got {name!r}, expected one of {', '.join(_ACTIVATIONS)}"
 
 
 def _library(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> str | None:
@@ -156,9 +158,9 @@ def _library(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     if uses_triton(input.device):
         # PyTorch's operator for product, bias and relu in one launch.
         library = "cublas" if activation == "relu" and bias is not None and input.dim() == 2 else None
-    elif _pays("layer", input, weight):
+    elif limits().layer < math.inf and _pays("layer", input, weight):
         library = "onednn"
-    elif activation == "tanh" or (activation == "relu" and _rows(input) * weight.shape[0] >= FEWEST_RESULTS):
+    elif activation != "none" and _rows(input) * weight.shape[0] >= FEWEST_RESULTS[activation]:
         library = "blas" if activates_in_place(input) else None
     else:
         return None

@@ -22,7 +22,7 @@ has_operator = pytest.mark.skipif(products._operator() is None, reason="PyTorch 
 def library(request, monkeypatch):
     """The library that makes every product, and the list of those that oneDNN made."""
     monkeypatch.setattr(products, "limits", lambda: ALWAYS if request.param == "onednn" else NEVER)
-    monkeypatch.setattr(products, "FEWEST_RESULTS", 0)
+    monkeypatch.setattr(products, "FEWEST_RESULTS", {"relu": 0, "tanh": 0})
     if request.param == "as on CUDA":
         # The operator whose relu costs no launch there exists on the CPU too.
         monkeypatch.setattr(products, "uses_triton", lambda device: True)
@@ -253,15 +253,13 @@ def test_the_size_decides(monkeypatch, backend):
     assert made == ([] if backend == "eager" else [64, 16])
 
 
-def test_small_results_of_relu_take_the_separate_passes(monkeypatch, backend, device):
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_small_results_take_the_separate_passes(activation, monkeypatch, backend, device):
     monkeypatch.setattr(products, "limits", lambda: NEVER)
-    monkeypatch.setattr(products, "FEWEST_RESULTS", 24)
-    given = [tensor.detach() for tensor in tensors(6, 3, 4, device)]
-    fused = {(backend, activation): backend == "native" for activation in ("relu", "tanh")}
-    for (_, activation), expected in fused.items():
-        assert (products._library(*given, activation) == "blas") == expected
-    assert products._library(given[0][:5], *given[1:], "relu") in (None, "cublas")
-    assert (products._library(given[0][:5], *given[1:], "tanh") == "blas") == fused[backend, "tanh"]
+    monkeypatch.setattr(products, "FEWEST_RESULTS", {"relu": 24, "tanh": 24})
+    x, w, b = (tensor.detach() for tensor in tensors(6, 3, 4, device))
+    assert (products._library(x, w, b, activation) == "blas") == (backend == "native")
+    assert products._library(x[:5], w, b, activation) in (None, "cublas")
 
 
 @pytest.mark.parametrize("choice", ["auto", "blas", "onednn"])
