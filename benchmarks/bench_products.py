@@ -1,7 +1,7 @@
 """The matrix products of Fast and the LSTM: a linear layer with relu, and the gradients of a layer's input and weight.
 
 `upstream` is PyTorch's BLAS. `onednn` sends every product to oneDNN; the package chooses by `ops/products.py`. The
-square product shows what the processor reaches at best. On CUDA all but the layer with relu are cuBLAS's.
+square product shows what the processor reaches at best. On CUDA every product is cuBLAS's.
 """
 
 import functools

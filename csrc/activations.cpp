@@ -1,4 +1,4 @@
-// Element-wise activations; in place also after a bias, as the epilogue of a linear layer.
+// Element-wise activations: tanh, and the last pass of a linear layer, which adds the bias in place too.
 
 #include "checks.h"
 
@@ -13,18 +13,14 @@ namespace {
 // out = f(x + bias) for rows of `width` elements; the bias may be null.
 template <class T, class F>
 void activate(const T* x, const T* bias, T* out, int64_t rows, int64_t width, const F& f) {
-  constexpr int64_t W = Lanes<T>::W;
   parallel(rows, width, [=](int64_t begin, int64_t end) {
     // Rows without a bias are one long row.
     const int64_t length = bias == nullptr ? (end - begin) * width : width;
     for (int64_t first = begin * width; first < end * width; first += length) {
-      const auto block = [&](int64_t i, int64_t live) METTA_LAMBDA {
+      each_vector<T>(length, [&](int64_t i, int64_t live) METTA_LAMBDA {
         const Vec<T> v = load_live(x + first + i, live);
         store_live<T>(out + first + i, f(bias == nullptr ? v : v + load_live(bias + i, live)), live);
-      };
-      const int64_t whole = length / W * W;
-      for (int64_t i = 0; i < whole; i += W) block(i, W);
-      if (whole < length) block(whole, length - whole);
+      });
     }
   });
 }

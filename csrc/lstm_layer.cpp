@@ -39,15 +39,6 @@ class Resets {
   int64_t rows_;
 };
 
-// f(first, live) for each vector of a row of H elements.
-template <class T, class F>
-METTA_INLINE void each_vector(int64_t H, const F& f) {
-  constexpr int64_t W = Lanes<T>::W;
-  int64_t j = 0;
-  for (; j + W <= H; j += W) f(j, W);
-  if (j < H) f(j, H - j);
-}
-
 // The four gates of W hidden columns in a panel, of weights [4H, K]:
 // panel[first + k][g][l] = weight[g H + column + l][k].
 template <class T>

@@ -68,6 +68,15 @@ METTA_INLINE void store_live(T* to, Vec<T> v, int64_t live) {
   }
 }
 
+// f(first, live) for each vector of a row of `count` elements.
+template <class T, class F>
+METTA_INLINE void each_vector(int64_t count, const F& f) {
+  constexpr int64_t W = Lanes<T>::W;
+  int64_t i = 0;
+  for (; i + W <= count; i += W) f(i, W);
+  if (i < count) f(i, count - i);
+}
+
 template <class T>
 METTA_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};

@@ -12,6 +12,7 @@ the bias, unless oneDNN has, and applies the activation in place.
 
 import math
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,11 +71,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         >>> linear(torch.randn(4, 3), torch.randn(5, 3), activation="relu").shape
         torch.Size([4, 5])
     """
-    if activation not in _ACTIVATIONS:
-        raise ValueError(_wrong_activation(activation))
+    activate = _activation(activation)
     library = _library(input, weight, bias, activation)
     if library is None:
-        return _ACTIVATIONS[activation](F.linear(input, weight, bias))
+        return activate(F.linear(input, weight, bias))
     if autograd.records_graph(input, weight, *(() if bias is None else (bias,))):
         return _Linear.apply(input, weight, bias, activation, library)
     return _forward(input, weight, bias, activation, library)
@@ -96,9 +96,7 @@ def linear_layer(layer: nn.Linear, input: Tensor, activation: str = "none") -> T
         torch.Size([4, 5])
     """
     if own_computation(layer, nn.Linear):
-        if activation not in _ACTIVATIONS:
-            raise ValueError(_wrong_activation(activation))
-        return _ACTIVATIONS[activation](layer(input))
+        return _activation(activation)(layer(input))
     return linear(input, layer.weight, layer.bias, activation)
 
 
@@ -146,8 +144,10 @@ class _Linear(torch.autograd.Function):
 _ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "tanh": torch.tanh}
 
 
-def _wrong_activation(name: object) -> str:
-    return f"activation: got {name!r}, expected one of {', '.join(_ACTIVATIONS)}"
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation: got {name!r}, expected one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
 
 
 def _library(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> str | None:
@@ -158,7 +158,7 @@ def _library(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     if uses_triton(input.device):
         # PyTorch's operator for product, bias and relu in one launch.
         library = "cublas" if activation == "relu" and bias is not None and input.dim() == 2 else None
-    elif limits().layer < math.inf and _pays("layer", input, weight):
+    elif _pays("layer", input, weight):
         library = "onednn"
     elif activation != "none" and _rows(input) * weight.shape[0] >= FEWEST_RESULTS[activation]:
         library = "blas" if activates_in_place(input) else None
@@ -173,15 +173,11 @@ def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     if library == "onednn":
         # oneDNN's own relu would turn NaN into 0.
         output, bias = _onednn(input, weight, bias), None
-        if activation == "none":
-            return output
-        if not activates_in_place(output):
-            return output.relu_() if activation == "relu" else output.tanh_()
-    elif input.dim() == 2:
-        # The activation's pass adds the bias too: F.linear would first write it everywhere.
-        output = torch.mm(input, weight.t())
+        if activation == "none" or not activates_in_place(output):
+            return _ACTIVATIONS[activation](output)
     else:
-        output = torch.mm(_matrix(input), weight.t()).view(*input.shape[:-1], len(weight))
+        # The activation's pass adds the bias too: F.linear would first write it everywhere.
+        output = F.linear(input, weight)
     activate_(output, None if bias is None else bias.contiguous(), activation)
     return output
 

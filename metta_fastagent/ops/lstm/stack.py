@@ -152,7 +152,8 @@ def _layer_by_layer(
     # On a transposed view F.linear adds the bias separately.
     sequence = sequence.contiguous()
     if not torch.is_grad_enabled() and not in_plain_pytorch():
-        in_place, done = in_place and _may_overwrite(h, c), None
+        in_place = in_place and _may_overwrite(h, c)
+        done = None
         if not (module.dropout and module.training):
             done = lstm_segment_native(sequence, [each for own in weights for each in own], h, c, flags, in_place)
         if done is None and len(sequence) == 1:
